@@ -31,12 +31,13 @@ class EvaluationConfig(Section):
     """The downstream evaluation job."""
 
     every: int = Field(default=0, ge=0)
-    """Steps between checkpoints that are evaluated in the background during training; 0: none."""
+    """Steps between background evaluations during training, a multiple of checkpoint.every; 0: no background
+    evaluation."""
     device: str = "cpu"
     """Device of background evaluations: cpu, or cuda:N for a GPU that training does not use. N is its number in
     nvidia-smi."""
     tasks: list[TaskSection] = []
-    """Tasks of an evaluation, both in the background and by the command."""
+    """Tasks to evaluate, in the background and with launcher/evaluate.py."""
 
     @field_validator("device")
     @classmethod
@@ -59,9 +60,9 @@ class RunConfig(Section):
     name: str = Field(min_length=1, pattern=r"^\w[\w.+-]*$")
     """Name of the run; `{dotted.key}` is replaced by the value of that key."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the initial weights, the order of the records and loss dropout."""
+    """Seed for the initial weights, the record order and loss dropout."""
     output_dir: LocalPath = "runs"
-    """Folder of the run directory, output_dir/name."""
+    """Parent folder of the run directory, which is `output_dir/name`."""
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveSection
@@ -81,10 +82,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_views_of_objective(self) -> "RunConfig":
-        views, objective = list(self.data.views), self.objective
+        objective = self.objective
+        views = list(self.data.views)
         if objective.pairing is not None and len(views) == 1:
+            key = "regularizers" if objective.spans else "name"
             raise ValueError(
-                f"objective.{'regularizers' if objective.spans else 'name'} needs pairs of views, but data.views are "
+                f"objective.{key} needs pairs of views, but data.views are "
                 f"{views}: choose next_token or semantic_tube without regularizers, or prepare several data.views"
             )
         if objective.spans == "views" and (len(views) == 1 or objective.layout != "joint"):
@@ -108,8 +111,8 @@ class RunConfig(Section):
     def _check_gradient_diagnostics(self) -> "RunConfig":
         if self.monitor.gradients_every and self.model.lora:
             raise ValueError(
-                "monitor.gradients_every measures the gradients of the whole model, but model.lora trains adapters "
-                "only: remove one of the two"
+                "monitor.gradients_every measures the gradients of all weights, but model.lora trains adapters only: "
+                "remove one of the two"
             )
         if (
             self.monitor.gradients_every
@@ -123,7 +126,7 @@ class RunConfig(Section):
         return self
 
     def make_layout(self, specials: SpecialTokenIds, views: int, *, validating: bool = False) -> Layout:
-        """Return the layout of a record of `views` views. `validating` is explained in ObjectiveConfig.make_layout."""
+        """Return the layout of a record of `views` views. See ObjectiveConfig.make_layout for `validating`."""
         return self.objective.make_layout(
             specials, views, self.data.lm_views, self.data.train_end_token, validating=validating
         )
@@ -147,7 +150,7 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the configuration of a run, with overrides applied and checked. Raises UserError naming the key."""
+    """Return the configuration of a run after applying and checking overrides. Raises UserError naming the key."""
     shape_overrides = [override for override in overrides if override.startswith("model.shape.")]
     values = load_yaml(path, [override for override in overrides if override not in shape_overrides])
     shape = values.get("model", {}).get("shape") if isinstance(values.get("model"), dict) else None
@@ -164,14 +167,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_task(values: dict[str, Any], where: str) -> TaskConfig:
     """Return the options of one task. `where` is its dotted key, which starts the message of a UserError."""
-    known = task_configs()
-    if values.get("name") not in known:
-        raise UserError(f"{where}.name: unknown task {values.get('name')!r}: choose one of {', '.join(known)}")
-    return validate(known[values["name"]], values, where)
+    configs = task_configs()
+    if values.get("name") not in configs:
+        raise UserError(f"{where}.name: unknown task {values.get('name')!r}: choose one of {', '.join(configs)}")
+    return validate(configs[values["name"]], values, where)
 
 
 def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
-    """Raise UserError if the task, or its finetuning, is bound to fail on checkpoints of this run.
+    """Raise UserError if the task, or its finetuning, would fail on every checkpoint of this run.
 
     `where` is the dotted key of the task, which starts the message.
     """
@@ -188,12 +191,12 @@ def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
     if train.global_batch_rows % train.micro_batch_rows:
         raise UserError(
             f"{where}.finetune: global_batch_rows ({train.global_batch_rows}) must be a multiple of micro_batch_rows "
-            f"({train.micro_batch_rows}); finetuning uses the values of train unless it sets its own"
+            f"({train.micro_batch_rows}); finetuning uses the values of train unless finetune sets them"
         )
 
 
 def _with_task_key(message: str) -> str:
-    """Return an error in a finetuning configuration, KEY: MESSAGE, with the task's key in place of the run's."""
+    """Return an error in a finetuning configuration, KEY: MESSAGE, with the task's key instead of the run's key."""
     message = message.removeprefix("configuration: ")
     keys = {"train": "finetune", "objective": "finetune_objective", "model": "finetune_lora"}
     section = re.split(r"\W", message, maxsplit=1)[0]
@@ -243,10 +246,9 @@ def _remove_ignored_keys(objective: Any) -> list[str]:
     if not isinstance(objective, dict) or objective.get("name") != "next_token":
         return []
     configs = objective_configs()
-    others = {key for config in configs.values() for key in config.model_fields} - set(
-        configs["next_token"].model_fields
-    )
-    ignored = [key for key in objective if key in others]
+    all_keys = {key for config in configs.values() for key in config.model_fields}
+    other_keys = all_keys - set(configs["next_token"].model_fields)
+    ignored = [key for key in objective if key in other_keys]
     for key in ignored:
         del objective[key]
     return ignored

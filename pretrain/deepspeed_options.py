@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from data_prep.config_file import Section, validate
 from data_prep.console import UserError
 
-COMPUTED_BY_THE_PROJECT = {
+COMPUTED_KEYS = {
     "train_batch_size": "train.global_batch_rows",
     "train_micro_batch_size_per_gpu": "train.micro_batch_rows",
     "gradient_accumulation_steps": "train.global_batch_rows and train.micro_batch_rows",
@@ -26,8 +26,8 @@ COMPUTED_BY_THE_PROJECT = {
     "activation_checkpointing": "train.activation_checkpointing",
     "compile": "train.compile",
 }
-"""Top-level DeepSpeed keys that the project computes, with the keys of the run to set instead."""
-PASSED_THROUGH = (
+"""Top-level DeepSpeed keys that the project computes, with the configuration keys to set instead."""
+PASSED_KEYS = (
     "aio",
     "communication_data_type",
     "comms_logger",
@@ -41,14 +41,14 @@ PASSED_THROUGH = (
     "zero_allow_untested_optimizer",
     "zero_optimization",
 )
-"""Top-level DeepSpeed keys that have an effect on this engine."""
+"""Top-level DeepSpeed keys that are passed on, because they have an effect on this engine."""
 COMMUNICATION_TYPES = ("fp16", "bf16", "fp32")
 FP32_NAMES = ("fp32", "float32", "float")
 ACCUMULATION_TYPES = ("fp16", "float16", "half", "bf16", "bfloat16", "bfloat", *FP32_NAMES)
 
 
 class Options(Section):
-    """Options of one DeepSpeed feature. DeepSpeed gets their values unconverted, so `"true"` is not a boolean."""
+    """Options of one DeepSpeed feature. DeepSpeed receives their values unconverted, so `"true"` is not a boolean."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -128,10 +128,10 @@ FEATURES: dict[str, type[Options]] = {
 def check_deepspeed(section: dict[str, Any]) -> None:
     """Raise ValueError, naming the key, for options that DeepSpeed would ignore or fail on."""
     for key in section:
-        if key in COMPUTED_BY_THE_PROJECT:
-            raise ValueError(f"{key} is computed by the project: set {COMPUTED_BY_THE_PROJECT[key]} instead")
-        if key not in PASSED_THROUGH:
-            nearest = difflib.get_close_matches(key, PASSED_THROUGH, 1, 0.0)[0]
+        if key in COMPUTED_KEYS:
+            raise ValueError(f"{key} is computed by the project: set {COMPUTED_KEYS[key]} instead")
+        if key not in PASSED_KEYS:
+            nearest = difflib.get_close_matches(key, PASSED_KEYS, 1, 0.0)[0]
             raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest!r}")
     for key, options in FEATURES.items():
         if not isinstance(section.get(key, {}), dict):
@@ -146,9 +146,9 @@ def check_deepspeed(section: dict[str, Any]) -> None:
         ),
         "data_types.grad_accum_dtype": (section.get("data_types", {}).get("grad_accum_dtype"), ACCUMULATION_TYPES),
     }
-    for key, (chosen, known) in types.items():
-        if chosen is not None and chosen not in known:
-            raise ValueError(f"{key} must be one of {', '.join(known)}, not {chosen!r}")
+    for key, (chosen, allowed) in types.items():
+        if chosen is not None and chosen not in allowed:
+            raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {chosen!r}")
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3) or isinstance(zero.get("stage"), bool):
         raise ValueError("zero_optimization must be a mapping of options, with stage 1, 2 or 3 (default)")
@@ -163,16 +163,16 @@ def _check_options(options: type[Options], values: dict[str, Any], key: str) -> 
 
 
 def _check_zero(zero: dict[str, Any]) -> None:
-    """Raise ValueError for a ZeRO option that DeepSpeed accepts but that cannot work with this project."""
+    """Raise ValueError for a ZeRO option that DeepSpeed accepts but that does not work with this project."""
     stage = zero.get("stage", 3)
-    for key, value, problem in (
+    for key, supported, problem in (
         ("zenflow", None, "does not work with the optimizer of this project"),
         ("legacy_stage1", False, "is no longer supported by DeepSpeed"),
         ("stage3_module_granularity_threshold", 0, "can leave the gradients of a module unreduced"),
         ("module_granularity_threshold", 0, "can leave the gradients of a module unreduced"),
-        ("compute_grad_norm", True, "must be true: gradients are clipped by their norm, see train.gradient_clipping"),
+        ("compute_grad_norm", True, "must be true: gradients are clipped by their norm (train.gradient_clipping)"),
     ):
-        if zero.get(key, value) != value:
+        if zero.get(key, supported) != supported:
             raise ValueError(f"zero_optimization.{key} {problem}; remove it")
     for key, reason in (
         ("elastic_checkpoint", "runs resume on any number of ranks without it"),

@@ -7,7 +7,7 @@ import torch
 
 from data_prep.console import UserError
 
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 """Variables in which torchrun, DeepSpeed and Open MPI store the number of ranks on a machine."""
 
 
@@ -20,7 +20,7 @@ def gpu_index(environment: Mapping[str, str], visible: int) -> int:
     if visible == 1:
         return 0
     local_rank = int(environment["LOCAL_RANK"])
-    ranks = max([local_rank + 1, *(int(environment[name]) for name in LOCAL_SIZES if name in environment)])
+    ranks = max([local_rank + 1, *(int(environment[name]) for name in LOCAL_SIZE_VARIABLES if name in environment)])
     if ranks > visible:
         raise UserError(f"{ranks} ranks on a machine with {visible} GPUs: start at most one rank per GPU")
     return local_rank

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-RELEVANT = (
+RELEVANT_NAMES = (
     "DS_ACCELERATOR",
     "DEEPSPEED_",
     "OMP_",
@@ -25,9 +25,9 @@ RELEVANT = (
     "XDG_CACHE_HOME",
 )
 """Variables that affect how ranks compute, connect or find files; a name that ends in `_` is a prefix."""
-SET_PER_RANK = ("CUDA_VISIBLE_DEVICES",)
+PER_RANK_NAMES = ("CUDA_VISIBLE_DEVICES",)
 """Variables that the launcher sets for each rank."""
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 """Words in the names of variables whose values must not be shown or sent."""
 
 
@@ -35,7 +35,7 @@ def relevant_env(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of this environment that all nodes should share, sorted by name and without secrets."""
 
     def is_relevant(name: str) -> bool:
-        matches = any(name == entry or (entry.endswith("_") and name.startswith(entry)) for entry in RELEVANT)
-        return matches and name not in SET_PER_RANK and not any(word in name.upper() for word in SECRET)
+        matches = any(name == entry or (entry.endswith("_") and name.startswith(entry)) for entry in RELEVANT_NAMES)
+        return matches and name not in PER_RANK_NAMES and not any(word in name.upper() for word in SECRET_WORDS)
 
     return {name: value for name, value in sorted(environment.items()) if is_relevant(name)}

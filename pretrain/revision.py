@@ -1,4 +1,4 @@
-"""The version of the project's code. Uses the standard library only, so it is cheap to import."""
+"""The version of the project's code. This module uses the standard library only, so it is cheap to import."""
 
 import hashlib
 import os
@@ -10,14 +10,14 @@ PACKAGES = ("data_prep", "pretrain", "launcher")
 
 
 def revision() -> str | None:
-    """Return the commit of the project, with `-dirty` appended if files differ from it; None if it is unknown.
+    """Return the commit of the project, with `-dirty` appended if files differ from that commit; None if unknown.
 
-    A container image has no git history, so there it is the revision that the image was built from.
+    A container image has no git history; in a container, return the revision that the image was built from.
     """
     if not (ROOT / ".git").exists():
         return os.environ.get("JEPA_REVISION") or None
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
             cwd=ROOT,
             capture_output=True,
@@ -26,10 +26,10 @@ def revision() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return described.stdout.strip()
 
 
 def source_hashes() -> dict[str, str]:
-    """Return the first 12 hex digits of the SHA-256 of each Python file of the project, by its path in the project."""
+    """Return the first 12 hex digits of the SHA-256 of each Python file of the project, keyed by path."""
     files = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}

@@ -17,9 +17,9 @@ MODEL_DIR = "model"
 REWIND_REASON_PREFIX = "rewinding"
 """Beginning of a status reason if the run ended to go back to an earlier checkpoint."""
 REWINDS = "rewinds.json"
-"""File with the rewinds of the run so far: their reasons and the checkpoints it went back to."""
+"""File with the rewinds of the run so far; see `read_rewinds`."""
 PINS = "pins"
-"""Folder of empty files named like checkpoints. Each requests an evaluation and keeps its checkpoint until then."""
+"""Folder of empty files named like checkpoints. A checkpoint that has one is kept until it has been evaluated."""
 
 
 def step_name(step: int) -> str:
@@ -36,8 +36,8 @@ def list_steps(folder: Path) -> list[int]:
 def write_status(run_dir: Path, status: str, step: int, reason: str = "", can_restart: bool = True) -> None:
     """Write status.json: running, resumable, finished or failed.
 
-    Without `can_restart` its key `again` is false: a restart fails until the problem is fixed. If the file cannot be
-    written, for example because the disk is full, print a warning.
+    If `can_restart` is False, the key `again` of the file is false: a restart fails until the problem is fixed. If the
+    file cannot be written, for example because the disk is full, print a warning.
     """
     values = {"status": status, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
@@ -60,9 +60,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl, without an incomplete last one; warn about lines that cannot be read."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
-    found = [parse_metrics_line(line) for line in lines]
-    warn_about_corrupt_lines(path, [number for number, values in enumerate(found, 1) if values is None], "ignored")
-    return [values for values in found if values is not None]
+    parsed = [parse_metrics_line(line) for line in lines]
+    warn_about_corrupt_lines(path, [number for number, values in enumerate(parsed, 1) if values is None], "ignored")
+    return [values for values in parsed if values is not None]
 
 
 def parse_metrics_line(line: str) -> dict[str, Any] | None:
@@ -74,14 +74,14 @@ def parse_metrics_line(line: str) -> dict[str, Any] | None:
         return None
 
 
-def warn_about_corrupt_lines(path: Path, numbers: list[int], what: str) -> None:
+def warn_about_corrupt_lines(path: Path, numbers: list[int], treatment: str) -> None:
     """Print one warning on standard error if there are corrupt lines.
 
-    `numbers` are their line numbers, and `what` is their fate, such as "ignored".
+    `numbers` are their line numbers, and `treatment` is "ignored" or "removed".
     """
     if numbers:
         print(
-            f"WARNING: {path}: {len(numbers)} corrupt lines are {what}, the first is line {numbers[0]}",
+            f"WARNING: {path}: {len(numbers)} corrupt lines are {treatment}, the first is line {numbers[0]}",
             file=sys.stderr,
             flush=True,
         )

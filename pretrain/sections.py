@@ -12,12 +12,13 @@ Family = Literal["llama", "gemma2", "olmo2", "openelm"]
 
 
 class LoraConfig(Section):
-    """Low-rank adapters of every linear map of the transformer layers (Hu et al., arXiv 2106.09685).
+    """Low-rank adapters on every linear layer of the transformer (Hu et al., arXiv 2106.09685).
 
     Only the adapters and the predictor tokens are trained. Needs the extra `lora`. Exports contain the merged weights.
     """
 
     rank: int = Field(gt=0)
+    """Rank of the adapters."""
     alpha: float = Field(gt=0)
     """Numerator of the scale factor of an adapter's output, alpha / rank."""
 
@@ -28,15 +29,15 @@ class ModelConfig(Section):
     family: Family | None = None
     """Model family: Llama 3, Gemma 2, OLMo 2 or OpenELM."""
     shape: dict[str, Any] | None = None
-    """Fields of the family's Hugging Face configuration. A configuration file may give the path of a YAML file with
-    them instead, relative to itself. The vocabulary and the special tokens come from the corpus."""
+    """Fields of the family's Hugging Face configuration. Alternatively, the path of a YAML file with these fields,
+    relative to the configuration file. The vocabulary and the special tokens come from the corpus."""
     init_from: LocalPath | None = None
     """An export or another local Hugging Face folder to start from, instead of random weights."""
     lora: LoraConfig | None = None
     """Adapters to train, instead of the whole model of init_from."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
-    """Attention implementation. auto: FlexAttention on CUDA. On CPU it is SDPA with the visibility mask, or eager for
-    gemma2, because that family caps attention scores."""
+    """Attention implementation. auto: FlexAttention on CUDA; SDPA with the visibility mask on CPU and for heads
+    narrower than 16, except for gemma2, whose capped scores need eager."""
 
     @model_validator(mode="after")
     def _check_model_source(self) -> "ModelConfig":
@@ -57,11 +58,13 @@ class TrainConfig(Section):
     """Length, batches and optimizer of the training."""
 
     steps: int | None = Field(default=None, gt=0)
+    """Budget in optimizer steps."""
     tokens: int | None = Field(default=None, gt=0)
+    """Budget in corpus tokens, without copies, predictor tokens or padding."""
     records: int | None = Field(default=None, gt=0)
+    """Budget in records."""
     epochs: int | None = Field(default=None, gt=0)
-    """Budget: exactly one of steps, tokens, records and epochs. Tokens are corpus tokens, without copies, predictor
-    tokens or padding."""
+    """Budget in epochs. Exactly one of steps, tokens, records and epochs must be set."""
     global_batch_rows: int = Field(gt=0)
     """Rows of one optimizer step, over all ranks."""
     micro_batch_rows: int = Field(gt=0)
@@ -69,11 +72,11 @@ class TrainConfig(Section):
     learning_rate: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
-    """Decay of the learning rate after the warm-up, over the consumed fraction of the budget."""
+    """Shape of the learning-rate decay after the warm-up, as a function of the consumed fraction of the budget."""
     warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Fraction of the budget in which the rate rises linearly to learning_rate."""
+    """First fraction of the budget, in which the learning rate rises linearly to learning_rate."""
     decay_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of the budget, at its end, in which the rate of warmup_stable_decay falls; default 0.2."""
+    """Last fraction of the budget, in which warmup_stable_decay lowers the learning rate; default 0.2."""
     final_rate: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a fraction of learning_rate."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -88,15 +91,16 @@ class TrainConfig(Section):
     """Whether to keep only the input of each transformer layer and to recompute the layer in the backward pass. Saves
     memory and costs time."""
     compile: bool = False
-    """Whether to run torch.compile on the transformer layers. Needs a C++ compiler, and takes time at every start."""
+    """Whether to run torch.compile on the transformer layers. Needs a C++ compiler, and adds compilation
+    time whenever the run starts."""
     on_spike: Literal["warn", "skip", "rewind"] = "warn"
     """Reaction to a loss spike, a step with one loss term far above its recent values. warn: print a warning. skip:
-    make no update. rewind: end the run. After a rewind the next start resumes from the checkpoint before the spike, and
-    skips the records of that step and of the preceding one."""
+    also skip the update of the step. rewind: end the run; the next launch skips the records of the spike's step and of
+    the preceding step, and resumes from a checkpoint before both."""
     spike_score: float = Field(default=10.0, gt=0)
-    """Distance from the median above which a loss term is a spike, in standard deviations estimated by the median
-    absolute deviation. A value is compared with the last 100 values of its term, limited to steps with a similar number
-    of tokens or pairs. At least 20 such values are needed."""
+    """A loss term is a spike if it exceeds the median of its recent values by more than this many standard deviations,
+    estimated by the median absolute deviation. A value is compared with the last 100 values of its term, limited to
+    steps with a similar number of tokens or pairs. At least 20 such values are needed."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "TrainConfig":
@@ -119,14 +123,14 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoint interval and retention, and how a start uses existing checkpoints."""
+    """Checkpoint interval and retention, and the use of existing checkpoints when the run starts."""
 
     every: int = Field(default=500, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(default=3, gt=0)
     """Number of newest checkpoints to keep."""
     keep_every: int | None = Field(default=None, gt=0)
-    """Checkpoints of steps that are multiples of this are never removed."""
+    """Checkpoints whose step is a multiple of this number are never removed."""
     background: bool = True
     """Whether to write checkpoints on a separate thread, from a copy of the state in host memory, during training."""
     resume: Literal["auto", "must", "never"] = "auto"
@@ -140,15 +144,16 @@ class MonitorConfig(Section):
     log_every: int = Field(default=10, gt=0)
     """Steps between progress lines, metrics and embedding diagnostics."""
     validate_every: int = Field(default=100, gt=0)
-    """Steps between validations; the last step is always validated. A corpus without a validation split has none."""
+    """Steps between validations; the last step is always validated. Without a validation split
+    there are no validations."""
     validation_records: int = Field(default=1000, gt=1)
-    """Number of validation records, spread evenly over the validation split. They are the same in every validation."""
+    """Number of validation records, spread evenly over the validation split and the same in every validation."""
     gradients_every: int = Field(default=0, ge=0)
-    """Steps between gradient measurements; 0: none. They measure the norm of each loss term's gradient, and its cosine
-    with the gradient of the next-token loss. A measurement takes as long as one step per term. Under ZeRO stage 3 all
-    steps become slower, because each module of a layer is then gathered separately."""
+    """Steps between gradient measurements; 0: no measurements. A measurement yields the norm of each loss term's
+    gradient and its cosine with the gradient of the next-token loss, and takes as long as one step per term. Under ZeRO
+    stage 3 all steps become slower, because each module of a layer is then gathered separately."""
     hang_seconds: float = Field(default=600.0, ge=10)
-    """Time without progress on any rank after which the run ends, in seconds; applies after the first step. An error
-    line names the missing rank."""
+    """Time after which the run ends if a rank makes no progress, in seconds; applies after the first step. An error
+    line names that rank."""
     tensorboard: bool = True
     """Whether to write TensorBoard files next to metrics.jsonl."""

@@ -45,21 +45,21 @@ LATEST_UNIVERSAL = "latest_universal"
 """File that DeepSpeed writes next to a converted checkpoint."""
 DAMAGE_FILE = "damage.txt"
 PLAIN_PATH = re.compile(r"[\w/.-]*", re.ASCII)
-"""Paths without special characters of glob patterns. In a regular expression, their dot matches itself too."""
+"""Paths that are safe in glob patterns and in regular expressions, in which a dot also matches a dot."""
 UNPARTITIONED_WEIGHTS = "mp_rank_00_model_states.pt"
-"""File of a checkpoint with the weights that the model computes with, if they are not partitioned."""
+"""File of a checkpoint with the weights of the forward pass, if they are not partitioned."""
 CONVERTER = ["-m", "deepspeed.checkpoint.ds_to_universal"]
-"""Python arguments that start the conversion to another number of ranks."""
+"""Python arguments that start the conversion to a different number of ranks."""
 CONVERSION_POLL = 0.2
 """Interval between checks for a signal during a conversion, in seconds."""
 VISIBILITY_TIMEOUT = 30.0
-"""Time within which a file written by one node must become visible on another, in seconds."""
+"""Time within which a file written by one node must become visible on the main rank's node, in seconds."""
 
 
 def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files: dict[str, Any]) -> None:
     """Turn a hidden folder, whose files are on disk, into the checkpoint of a step.
 
-    Raises OSError, also if a file of another rank is not visible on this node.
+    Raises OSError, for example if a file of another rank is not visible on this node.
     """
     folder, name = temporary.parent, step_name(step)
     _wait_for(temporary, files)
@@ -71,7 +71,7 @@ def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(temporary, folder / name)
     sync_folder(folder)
-    with contextlib.suppress(OSError):  # the next start repairs it
+    with contextlib.suppress(OSError):  # it is repaired when the run resumes
         write_text(folder / LATEST, name + "\n")
 
 
@@ -97,9 +97,9 @@ def _wait_for(folder: Path, files: dict[str, Any]) -> None:
 def prune(folder: Path, keep: int, keep_every: int | None) -> list[str]:
     """Remove old checkpoints; return the ones that could not be removed.
 
-    Kept are the newest `keep`, steps that are multiples of `keep_every`, and pinned checkpoints. A checkpoint is first
-    renamed to a hidden folder, so an interrupted removal leaves no incomplete checkpoint. If it was pinned in the
-    meantime, perhaps from another machine, it is moved back.
+    The newest `keep` checkpoints, steps that are multiples of `keep_every`, and pinned checkpoints are kept. A
+    checkpoint is first renamed to a hidden folder, so an interrupted removal leaves no incomplete checkpoint. If the
+    checkpoint was pinned in the meantime, perhaps on another machine, it is renamed back.
     """
     failed = []
     pinned = _pins(folder)
@@ -126,7 +126,8 @@ def remove_leftovers(folder: Path) -> list[str]:
 def _pins(folder: Path) -> set[str]:
     """Return the names of checkpoints that wait for an evaluation.
 
-    This lists the folder, because shared file systems do not answer a listing from a stale cache.
+    It lists the folder instead of checking for single files, because shared file systems do not answer a listing from a
+    stale cache.
     """
     return {path.name for path in (folder / PINS).iterdir()} if (folder / PINS).exists() else set()
 
@@ -145,7 +146,7 @@ def _with_checksum(manifest: dict[str, Any]) -> str:
 
 
 def check(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return the problem of a checkpoint, None if it is valid.
+    """Return the problem of a checkpoint; None if it is valid.
 
     Only every `parts`-th file is read, starting with number `part`.
     """
@@ -183,7 +184,7 @@ class VerifiedCheckpoint:
 
     path: Path
     ranks: int
-    """Number of ranks of the run that wrote it."""
+    """Number of ranks of the run that wrote the checkpoint."""
     state: dict[str, Any]
 
     def load_path_for(self, ranks: int) -> Path:
@@ -242,10 +243,10 @@ def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
 def make_universal(
     found: VerifiedCheckpoint, world: World, stop: StopRequest, say: Callable[[str], None], round_robin: bool = False
 ) -> None:
-    """Convert a checkpoint of another number of ranks to DeepSpeed's universal format.
+    """Convert a checkpoint of a different number of ranks to DeepSpeed's universal format.
 
-    The main rank writes the converted checkpoint next to the original. Raises UserError, also if the run uses
-    `round_robin` gradients, and Stopped if a signal ends the conversion.
+    The main rank writes the converted checkpoint next to the original. Raises UserError if the conversion fails or the
+    run uses `round_robin` gradients, and Stopped if a signal ends the conversion.
     """
     target = found.load_path_for(world.size)
     if target == found.path:
@@ -305,7 +306,7 @@ def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
 
 
 def _wait_for_process(process: subprocess.Popen[str], stop: StopRequest) -> str | None:
-    """Wait for a process and return its standard error; None if a signal came first and the process was killed."""
+    """Wait for a process and return its standard error; kill it and return None if a signal arrives first."""
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=CONVERSION_POLL)[1]
@@ -343,8 +344,8 @@ def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: Wo
         # (DeepSpeed 0.19.8).
         group |= setting
     for parameter, state in optimizer.state.items():
-        # DeepSpeed lets all parameters share one step counter, and each of them would advance it, so give each its own.
-        # The fused step needs the counter on the device.
+        # DeepSpeed lets all parameters share one step counter, and each of them would advance it, so copy the counter
+        # for each parameter. The fused step needs the counter on the device.
         state["step"] = state["step"].clone().to(parameter.device if optimizer.defaults["fused"] else "cpu")
     if shards != found.path:
         _load_frozen(engine, found.path, world)
@@ -388,7 +389,7 @@ def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
         without_patterns(checkpoint.parent) as folder,
     ):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.name)
-    # Stages 1 and 2 write this file. Under stage 1 it is the only one with the frozen parameters.
+    # Stages 1 and 2 write this file. Under stage 1 only this file contains the frozen parameters.
     if (unpartitioned := checkpoint / UNPARTITIONED_WEIGHTS).exists():
         module = torch.load(unpartitioned, map_location="cpu", mmap=True, weights_only=False)["module"]
         state |= {key: value.float() for key, value in module.items() if key not in state}

@@ -1,9 +1,9 @@
-"""A process next to rank 0 that copies the output of its libraries to the console and to its log file.
+"""A process next to rank 0 that copies the output of the rank's libraries to the console and to the rank's log file.
 
-`python console_copy.py OUTPUT ERRORS FILE` takes the descriptors of two pipes and of the log file. It ends when no
-process can write to the pipes any more, so it also copies what a library prints while it aborts the rank. A target that
-cannot be written, such as a full disk or a closed terminal, is ignored. It uses the standard library only, so it starts
-quickly and needs little memory.
+`python console_copy.py OUTPUT ERRORS FILE` takes the descriptors of two pipes and of the log file. The process ends
+when no other process can write to the pipes any more, so it also copies the last output of a library that aborts the
+rank. A target that cannot be written, such as a full disk or a closed terminal, is ignored. The process uses the
+standard library only, so it starts quickly and needs little memory.
 """
 
 import contextlib

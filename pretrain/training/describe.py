@@ -1,4 +1,4 @@
-"""The record of a run in config.yaml and environment.json, and the check on resume that the run is still the same."""
+"""The record of a run in config.yaml and environment.json, and the check that a resumed run matches its record."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ from pretrain.revision import ROOT, revision
 
 LOCK = ROOT / "requirements.lock"
 STARTS = "starts.jsonl"
-"""File with one line for each start that trained; environment.json describes the last one."""
+"""File with one line for each launch that reached training; environment.json describes the last of these launches."""
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 PARTITIONING = {"stage": 3, "round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 10**9}
 """Keys of deepspeed.zero_optimization that determine the layout of a checkpoint's shards, with their defaults."""
@@ -38,7 +38,7 @@ IMMUTABLE_ON_RESUME = (
     "deepspeed.zero_optimization.zero_quantized_weights",
     *(f"deepspeed.zero_optimization.{key}" for key in PARTITIONING),
 )
-"""Keys that may not change on resume. They determine what is computed, or how DeepSpeed's files are read. The shards
+"""Keys that may not change on resume. They determine the computation, or how DeepSpeed's files are read. The shards
 and the tokenizer may not change either."""
 MUTABLE_ON_RESUME = (
     "train.activation_checkpointing",
@@ -47,15 +47,15 @@ MUTABLE_ON_RESUME = (
     "train.on_spike",
     "train.spike_score",
 )
-"""Keys below IMMUTABLE_ON_RESUME that may change: different ways to compute the same, and reactions to later events."""
+"""Keys below IMMUTABLE_ON_RESUME that may change: they do not change what is computed, or affect later events only."""
 LOCATION_KEYS = ("name", "output_dir")
 """Keys of the run's location. A run directory may move, so their changes are not reported."""
 
 
 def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: int, changes: list[str]) -> None:
-    """Write config.yaml and environment.json, and add a line to starts.jsonl for a start that trains from `step`.
+    """Write config.yaml and environment.json, and add a line to starts.jsonl for a launch that trains from `step`.
 
-    `changes` are the changed settings since the previous start, from `check_same_run`.
+    `changes` are the changed settings since the previous launch, from `check_same_run`.
     """
     run_dir = config.run_dir
     environment = {
@@ -75,9 +75,9 @@ def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: 
     write_text(run_dir / "config.yaml", dump_config(config))
     write_json(run_dir / "environment.json", environment | {"data": _data(config, manifest)})
     starts = run_dir / STARTS
-    before = starts.read_text(encoding="utf-8") if starts.exists() else ""
+    earlier_lines = starts.read_text(encoding="utf-8") if starts.exists() else ""
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "changes": changes} | environment
-    write_text(starts, before + json.dumps(start) + "\n")
+    write_text(starts, earlier_lines + json.dumps(start) + "\n")
 
 
 def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -85,12 +85,13 @@ def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | None) -> list[str]:
-    """Return a line for each allowed change since the last start of the run; empty for a new run.
+    """Return a line for each allowed change since the last launch of the run; empty for a new run.
 
-    `ranks` is None if the number of ranks is not known yet. Raises UserError if the folder contains a run with another
-    corpus, another tokenizer, or other settings that determine what is computed.
+    `ranks` is None if the number of ranks is not known yet. Raises UserError if the folder contains a run with a
+    different corpus, tokenizer, or setting of IMMUTABLE_ON_RESUME.
     """
-    run_dir, data = config.run_dir, _data(config, manifest)
+    run_dir = config.run_dir
+    data = _data(config, manifest)
     if not (run_dir / "config.yaml").exists():
         return []
     before = _with_partitioning(_read(run_dir / "config.yaml", yaml.safe_load))
@@ -109,8 +110,8 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     if changed:
         listed = ", ".join(f"{key} ({_value_at(before, key)}, now {_value_at(now, key)})" for key in changed[:5])
         raise UserError(
-            f"{run_dir} contains a run with another {listed}; this may not change on resume: choose another `name`, or "
-            "remove that folder"
+            f"{run_dir} contains a run with a different {listed}; this may not change on resume: choose another "
+            "`name`, or remove that folder"
         )
     environment: dict[str, Any] = (
         _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
@@ -124,7 +125,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     if environment["data"]["weights"] != data["weights"]:
         raise UserError(
             f"the weights of data.sources are {data['weights']}, but {run_dir} was started with "
-            f"{environment['data']['weights']}: set those, or choose another `name`"
+            f"{environment['data']['weights']}: set these weights, or choose another `name`"
         )
     accepted = [
         f"{key} is {_value_at(now, key)}, was {_value_at(before, key)}"
@@ -136,8 +137,8 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     rows, rows_before = ranks_now * config.train.micro_batch_rows, ranks_before * before["train"]["micro_batch_rows"]
     if rows != rows_before:
         accepted.append(
-            f"a micro step has {rows} rows on {ranks_now} ranks, had {rows_before} on {ranks_before}: the pool of "
-            "terms that compare pairs with each other (info_nce, regularizers) has another size"
+            f"a micro step has {rows} rows on {ranks_now} ranks, was {rows_before} on {ranks_before}: the pool of "
+            "terms that compare pairs with each other (info_nce, regularizers) has a different size"
         )
     return accepted
 
@@ -162,7 +163,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _with_partitioning(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the defaults of PARTITIONING filled in, so omitting a default is not a change."""
+    """Return a configuration that includes the defaults of PARTITIONING, so omitting a default is not a change."""
     deepspeed = values.get("deepspeed") or {}
     return values | {
         "deepspeed": deepspeed | {"zero_optimization": PARTITIONING | deepspeed.get("zero_optimization", {})}
@@ -172,8 +173,8 @@ def _with_partitioning(values: dict[str, Any]) -> dict[str, Any]:
 def _differences(before: Any, now: Any, key: str) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         return [
-            found
+            differing_key
             for part in before.keys() | now.keys()
-            for found in _differences(before.get(part), now.get(part), f"{key}.{part}")
+            for differing_key in _differences(before.get(part), now.get(part), f"{key}.{part}")
         ]
     return [] if before == now else [key]

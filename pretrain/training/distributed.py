@@ -1,4 +1,4 @@
-"""The ranks of a run: the identity of this process, and the few collectives that bookkeeping needs."""
+"""The ranks of a run: the identity of this process, and the few collectives that the project calls itself."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from pretrain.training.rank_store import RankStore
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Timeout of collectives, long enough for the slowest start. watchdog.py detects later hangs."""
+"""Timeout of collectives, long enough for the slowest startup. watchdog.py detects later hangs."""
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Variables with settings of torch's CUDA allocator, by current and former name; read when the first GPU is used."""
 ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_round_threshold_mb:64"
@@ -33,7 +33,7 @@ MPI_PORT = 29500
 
 
 class RendezvousError(UserError):
-    """A failed rendezvous of the ranks; another start may succeed."""
+    """A failed rendezvous of the ranks; a restart may succeed."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class World:
         return total.tolist()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Concatenate a tensor (P, ...) of every rank to (ranks * P, ...)."""
+        """Concatenate the tensors (P, ...) of all ranks to (ranks * P, ...)."""
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -69,7 +69,7 @@ class World:
         return torch.cat(parts)
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor (...) over the ranks and return this rank's part of the flat sum, (ceil(numel / ranks),).
+        """Add up the tensors (...) of all ranks and return this rank's part of the flat sum, (ceil(numel / ranks),).
 
         The flat sum is padded with zeros at its end.
         """
@@ -82,7 +82,7 @@ class World:
         return local
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Gather a small Python value of every rank, on every rank."""
+        """Return a list of the small Python values of all ranks, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -100,17 +100,18 @@ class World:
             dist.barrier()
 
     def run_and_sync_errors(self, action: Callable[[], Result]) -> Result:
-        """Run an action on every rank that may fail on some ranks.
+        """Run an action that may fail on some ranks, on all ranks together.
 
         If any rank raises a UserError, all ranks raise the error of the lowest failing rank. Otherwise return the
         result.
         """
-        result, error = None, None
+        result = None
+        error = None
         try:
             result = action()
         except UserError as caught:
             error = str(caught)
-        errors = [found for found in self.gather_objects(error) if found is not None]
+        errors = [message for message in self.gather_objects(error) if message is not None]
         if errors:
             raise UserError(errors[0])
         return result  # type: ignore[return-value]
@@ -121,12 +122,13 @@ def init_world() -> World:
     normalize_launcher_env()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # prevents minutes of compiling an optional op at the first start
+        deepspeed.ops.__compatible_ops__ = {}  # avoids compiling an optional op for minutes in the first run
     else:
         if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
             os.environ[ALLOCATOR_VARIABLES[0]] = ALLOCATOR_SETTINGS
         select_gpu()
-    rank_store, backend = None, accelerator.communication_backend_name()
+    rank_store = None
+    backend = accelerator.communication_backend_name()
     try:
         if not dist.is_initialized():
             store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
@@ -138,7 +140,8 @@ def init_world() -> World:
     except dist.DistNetworkError as error:
         raise RendezvousError(
             f"the ranks cannot connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"({str(error).splitlines()[0]}); if another job uses that port, give the launcher another --master_port"
+            f"({str(error).splitlines()[0]}); if another job uses that port, pass a different --master_port to the "
+            "launcher"
         ) from None
     world = World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), rank_store)
     world = replace(world, hosts=tuple(world.gather_objects(socket.gethostname())))
@@ -168,7 +171,7 @@ def normalize_launcher_env() -> None:
         raise UserError(
             f"mpirun or srun started {started} processes, and each would be a separate run with "
             f"{os.environ['WORLD_SIZE']} rank(s): start run.py directly under mpirun or srun, or start the other "
-            "launcher once for all nodes"
+            "launcher only once for all nodes"
         )
     if os.environ["WORLD_SIZE"] == "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         os.environ["MASTER_PORT"] = "0"  # a single rank uses any free port
@@ -195,7 +198,7 @@ def _environment_from_slurm(tasks: int) -> None:
 def slurm_port() -> int:
     """Return the rendezvous port of a Slurm job, used unless MASTER_PORT is set.
 
-    Each job step has another port, because steps may share a node.
+    Job steps have different ports, because they may share a node.
     """
     job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return 20000 + (7 * job + step) % 10000
@@ -209,9 +212,10 @@ def _environment_from_mpi() -> None:
 
 
 def leave_group(code: int) -> None:
-    """Exit the process if it is one of several ranks; for a single rank, only destroy the process group.
+    """Exit the process with `code` if it is one of several ranks; for a single rank, only destroy the process group.
 
-    gloo's threads can abort a process that is torn down after one of its peers, even while the group is destroyed.
+    gloo's threads can abort a process that is torn down after one of its peers, even while the group is being
+    destroyed.
     """
     if not dist.is_initialized():
         return
@@ -219,7 +223,7 @@ def leave_group(code: int) -> None:
         dist.destroy_process_group()
         return
     if mpi := sys.modules.get("mpi4py.MPI"):
-        mpi.Finalize()  # without it mpirun reports a failure
+        mpi.Finalize()  # otherwise mpirun reports a failure
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

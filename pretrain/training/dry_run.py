@@ -1,7 +1,7 @@
-"""The resource estimate of a run: parameters, batch, FLOPs, steps and memory, from the configuration and the lengths.
+"""The resource estimate of a run: parameters, batch, FLOPs, steps and memory.
 
-Only the model is built, on the meta device, so it has shapes but no values. There is no process group and no run
-folder.
+The estimate is computed from the configuration and the lengths of the records. Only the model is built, on the meta
+device, so it has shapes but no values. There is no process group and no run folder.
 """
 
 import math
@@ -46,17 +46,17 @@ from pretrain.training.setup import check, make_loader
 from pretrain.training.throughput import Parameters, count_parameters, peak_flops
 
 RANKS = (1, 8, 64)
-"""Numbers of ranks to compare without a launcher, if they divide the global batch."""
+"""Numbers of ranks to compare if there is no launcher and they divide the global batch."""
 PLANNED_WINDOWS = 4
-"""Largest number of windows of the first epoch from which the means of a step are computed."""
+"""Largest number of windows of the first epoch from which the mean values of a step are computed."""
 ASSUMED_MFU = 0.4
 """Fraction of a device's bf16 peak in the estimate of days; typical of large runs."""
 Table = list[tuple[str, ...]]
-"""Rows of a printed table, the heading first."""
+"""Rows of a printed table, starting with the heading."""
 
 
 def dry_run(config: RunConfig) -> None:
-    """Print the plan on rank 0. Raises the UserErrors of a real start, except for a corpus that is not prepared."""
+    """Print the plan on rank 0. Raises the UserErrors of a real run, except for a corpus that is not prepared."""
     rank, ranks = _rank_and_ranks()
     if rank:
         return
@@ -94,7 +94,7 @@ def dry_run(config: RunConfig) -> None:
 
 
 def checked_plan(config: RunConfig, ranks: int | None) -> "Plan":
-    """Return the plan of a run, with the corpus if it is prepared. Raises the UserErrors of a real start on `ranks`."""
+    """Return the plan of a run, with the corpus if it is prepared. Raises the UserErrors of a real run on `ranks`."""
     corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
     engine_settings(config, ranks or 1)
     _check_start(config, corpus, ranks)
@@ -125,11 +125,11 @@ def _rank_and_ranks() -> tuple[int, int | None]:
 
 
 def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) -> None:
-    """Raise the UserErrors of a real start about the corpus, files and the run folder."""
+    """Raise the UserErrors of a real run about the corpus, files and the run folder."""
     check(config, corpus, print_now)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
-    # a start that was killed early leaves a folder without config.yaml
+    # a run that was killed early leaves a folder without config.yaml
     if corpus and (config.run_dir / "config.yaml").exists():
         check_same_run(config, corpus.manifest, ranks)
     existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
@@ -138,7 +138,7 @@ def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) ->
 
 
 def _future_tokenizer(config: RunConfig) -> Any:
-    """Return the tokenizer that a preparation would import; if it would train one, only its size and special ids."""
+    """Return the tokenizer that data_prep would import; if data_prep would train one, only its size and special ids."""
     if config.data.tokenizer.path is not None:
         with tempfile.TemporaryDirectory() as folder:
             return import_tokenizer(Path(config.data.tokenizer.path), Path(folder))
@@ -150,7 +150,9 @@ def _meta_model(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
     attention = "eager"  # supported by every family; nothing is computed
     shape = resolve_hf_config(config, tokenizer, resuming=bool(list_steps(config.run_dir / "checkpoints")))
     if config.model.init_from is None:
-        resolve_attention(config.model.attention, torch.device("cuda"), shape)  # rejects what no device supports
+        resolve_attention(
+            config.model.attention, torch.device("cuda"), shape
+        )  # rejects settings that no device supports
         with torch.device("meta"):
             return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     with torch.device("meta"):
@@ -161,7 +163,7 @@ def _meta_model(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
 
 @dataclass(frozen=True)
 class Stream:
-    """Counts of a step in one layout, over all ranks. They are means, so not integers."""
+    """Counts of a step in one layout, over all ranks. They are means, so they need not be integers."""
 
     positions: float
     targets: float
@@ -169,7 +171,7 @@ class Stream:
     predictor: float
     """Predictor tokens."""
     visible: float
-    """Number of keys that a query sees, its own position included, summed over the positions."""
+    """Number of keys that a query sees, including the query's position, summed over all queries."""
 
     def flops(self, parameters: Parameters, model: LanguageModel) -> dict[str, float]:
         """Return the FLOPs of a step by part of the model.
@@ -187,7 +189,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Step:
-    """A global batch: means of planned steps, or upper bounds without a corpus."""
+    """A global batch: means over planned steps, or upper bounds if there is no corpus."""
 
     stream: Stream
     planned: int = 0
@@ -199,7 +201,7 @@ class Step:
     """Corpus tokens."""
     pairs: float = 0
     without_pairs: Stream | None = None
-    """The same records under objective.name=next_token; None if the run's own layout has no pairs."""
+    """The same records under objective.name=next_token; None if the run's objective has no pairs."""
     order: Order | None = None
     """Order of the records; None without a corpus."""
 
@@ -248,7 +250,8 @@ class Plan:
 
 def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> Step:
     """Return means over the steps of a few of the loader's windows, spread evenly over the first epoch."""
-    specials, data = special_ids(tokenizer, model.vocab_size), config.data
+    data = config.data
+    specials = special_ids(tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views)
     plain = make_layout(
         config.objective.layout,
@@ -268,7 +271,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
         while (loader.epoch, loader.window) == (0, window):
             rows = loader.next_rows(config.train.global_batch_rows)
             if loader.exhausted and sums["steps"]:
-                break  # skip the last step of a run, because it is not full
+                break  # the last step of a run is skipped, because it is not full
             sums.update(
                 steps=1,
                 records=len(rows.records),
@@ -316,7 +319,8 @@ def _visible_keys(layout: Layout, lengths: np.ndarray) -> int:
 
 def _largest_step(config: RunConfig) -> Step:
     """Return the upper bound of a step: each row is filled by one record, and every position is a target."""
-    rows, length = config.train.global_batch_rows, config.data.sequence_length
+    rows = config.train.global_batch_rows
+    length = config.data.sequence_length
     return Step(Stream(rows * length, rows * length, 0, rows * length * (length + 1) / 2))
 
 
@@ -399,7 +403,7 @@ def _budget_table(plan: Plan) -> Table:
     records, tokens = (step.records, step.tokens) if corpus else (0, step.stream.positions)
     one_step = Progress(1, records, tokens)  # type: ignore[arg-type]  # means, so not integers
     epoch_records = step.order.records_in_epochs(train.epochs) if train.epochs and step.order else 0
-    exact = round(1 / consumed_fraction(one_step, train, epoch_records), 6)  # rounded, since 1 / (1 / 49) is above 49
+    exact = round(1 / consumed_fraction(one_step, train, epoch_records), 6)  # rounded, because 1 / (1 / 49) is above 49
     steps = math.ceil(exact)
     full_steps = exact if train.epochs else steps  # the last step of the last epoch may be only partly filled
     if train.steps is None:
@@ -429,7 +433,8 @@ def _states_table(plan: Plan) -> Table:
     Without ZeRO the number of ranks makes no difference, and on one rank all stages are equal. These repetitions are
     omitted.
     """
-    precision, configured = plan.config.train.precision, int(plan.zero.stage)
+    precision = plan.config.train.precision
+    configured = int(plan.zero.stage)
     cases = [(0, 1)] + [
         (stage, ranks) for ranks in plan.rank_counts for stage in ((1, 2, 3) if ranks > 1 else (configured,))
     ]
@@ -446,9 +451,9 @@ def _states_table(plan: Plan) -> Table:
             "during the step",
         )
     ]
-    for (stage, ranks), held in states.items():
+    for (stage, ranks), state in states.items():
         name = "no ZeRO" if stage == 0 else f"ZeRO {stage}" + ", as configured" * (stage == configured)
-        numbers = (held.parameters, held.gradients, held.optimizer, held.held, held.in_step)
+        numbers = (state.parameters, state.gradients, state.optimizer, state.held, state.in_step)
         rows.append((name, "any" if stage == 0 else f"{ranks:,}", *(f"{number / scale:,.2f}" for number in numbers)))
     return rows
 
@@ -464,38 +469,41 @@ def model_states_per_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
 def reduce_buffers(plan: Plan) -> dict[str, float]:
     """Return the bytes of the buffers in which a rank reduces gradients, by accelerator, cuda or cpu.
 
-    DeepSpeed allocates reduce_bucket_size elements. With overlap_comm, ZeRO 1 and 2 allocate twice that. Unwritten
-    memory counts on a GPU but not on the host. Without contiguous_gradients there are no buffers, because gradients
-    stay where they are until they are reduced.
+    DeepSpeed allocates reduce_bucket_size elements. With overlap_comm, ZeRO 1 and 2 allocate twice that. Memory
+    that is never written counts on a GPU but not on the host. Without contiguous_gradients there are no buffers,
+    because gradients stay where they are until they are reduced.
     """
-    zero, item = plan.zero, ITEM_BYTES[plan.config.train.precision]
+    zero = plan.zero
+    item_bytes = ITEM_BYTES[plan.config.train.precision]
     buffers = 2 if zero.overlap_comm and int(zero.stage) < 3 else 1
     used = min(zero.reduce_bucket_size, plan.trained)
     allocated = zero.reduce_bucket_size if zero.contiguous_gradients else used
-    return {"cuda": float(item * buffers * allocated), "cpu": float(item * buffers * used)}
+    return {"cuda": float(item_bytes * buffers * allocated), "cpu": float(item_bytes * buffers * used)}
 
 
 def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
-    """Return the memory of a rank in a step, on cuda or cpu, in addition to the model states.
+    """Return the memory of a rank during a step, on cuda or cpu, in addition to the model states.
 
-    Each entry is a name, the bytes, and the bytes with activation checkpointing.
+    Each entry consists of a name, the bytes, and the bytes with activation checkpointing.
     """
-    train, zero, item = plan.config.train, plan.zero, ITEM_BYTES[plan.config.train.precision]
+    train, zero = plan.config.train, plan.zero
+    item_bytes = ITEM_BYTES[train.precision]
     buffers = reduce_buffers(plan)
-    reduced, partly_used = buffers[device], buffers["cpu"] < buffers["cuda"]
+    reduced = buffers[device]
+    partly_used = buffers["cpu"] < buffers["cuda"]
     extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU the used part only"}[device] * partly_used
     targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
-    kept = activations(
+    stored = activations(
         plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device
     )
     rows = [
-        ("activations of the layers", kept.layers, kept.checkpointed_layers),
-        ("logits of the targets", kept.logits, kept.logits),
-        ("gradient of the output head", kept.head, kept.head),
+        ("activations of the layers", stored.layers, stored.checkpointed_layers),
+        ("logits of the targets", stored.logits, stored.logits),
+        ("gradient of the output head", stored.head, stored.head),
         (f"gradients to be reduced{extent}", reduced, reduced),
     ]
     if int(zero.stage) == 3:
-        gathered = item * min(plan.total, zero.max_live_parameters)
+        gathered = item_bytes * min(plan.total, zero.max_live_parameters)
         rows.append(("gathered parameters, at most", gathered, gathered))
     return rows
 
@@ -503,18 +511,17 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
 def _activation_table(plan: Plan) -> Table:
     """Return the table of memory in addition to the model states.
 
-    If the gradients do not fill the reduction buffers, the table has totals for both devices: the unused part needs
-    memory on CUDA only.
+    If the gradients do not fill the reduction buffers, the table has totals for CUDA and CPU, because the unused
+    part needs memory on CUDA only.
     """
-    train, buffers = plan.config.train, reduce_buffers(plan)
-    held = {
-        device: non_state_memory(plan, device)
-        for device in (("cuda", "cpu") if buffers["cpu"] < buffers["cuda"] else ("cuda",))
-    }
-    rows = list(dict.fromkeys(row for each in held.values() for row in each))
-    for device, each in held.items():
-        name = "combined" + f" on {device.upper()}" * (len(held) > 1)
-        rows.append((name, sum(row[1] for row in each), sum(row[2] for row in each)))
+    train = plan.config.train
+    buffers = reduce_buffers(plan)
+    devices = ("cuda", "cpu") if buffers["cpu"] < buffers["cuda"] else ("cuda",)
+    rows_by_device = {device: non_state_memory(plan, device) for device in devices}
+    rows = list(dict.fromkeys(row for device_rows in rows_by_device.values() for row in device_rows))
+    for device, device_rows in rows_by_device.items():
+        name = "combined" + f" on {device.upper()}" * (len(devices) > 1)
+        rows.append((name, sum(row[1] for row in device_rows), sum(row[2] for row in device_rows)))
     unit, scale = _memory_unit(plan)
     recomputed = "with activation checkpointing" + ", as configured" * train.activation_checkpointing
     return [

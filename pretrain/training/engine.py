@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO-3 around the model and its objective."""
+"""The DeepSpeed engine: ZeRO (stage 3 by default) around the model and its objective."""
 
 import contextlib
 import io
@@ -42,7 +42,7 @@ from pretrain.training.random_state import seed_all
 
 
 class TrainingModule(nn.Module):
-    """Model and objective as one module: one forward pass returns all loss terms, and one backward pass serves them."""
+    """Model and objective as one module: one forward and one backward pass cover all loss terms."""
 
     def __init__(self, model: LanguageModel, objective: Objective, gather: Gather):
         super().__init__()
@@ -56,15 +56,15 @@ class TrainingModule(nn.Module):
 def resolve_hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -> PretrainedConfig:
     """Return the model's Hugging Face configuration: from its family and shape, or from the folder of model.init_from.
 
-    A resumed run has a copy of that folder's configuration and no longer needs the folder.
+    A resumed run has a copy of the configuration in that folder, and no longer needs the folder.
     """
     model = config.model
     if model.init_from is not None and resuming and (config.run_dir / MODEL_DIR).exists():
         return pretrained_config(config.run_dir / MODEL_DIR)
     if model.init_from is not None:
-        shape = pretrained_config(model.init_from)
-        check_stored_weights(model.init_from, shape)
-        return shape
+        hf_config = pretrained_config(model.init_from)
+        check_stored_weights(model.init_from, hf_config)
+        return hf_config
     assert model.family is not None and model.shape is not None  # the configuration has either these or init_from
     return build_model_config(model.family, model.shape, tokenizer, config.data.sequence_length)
 
@@ -81,29 +81,33 @@ def build_engine(
     """Build the model, partitioned from the start, and its optimizer.
 
     `resuming` means that a checkpoint will be loaded, so no initial weights are read. `universal` means that this
-    checkpoint was converted from another number of ranks. Raises UserError if the batch sizes do not divide evenly or
-    the model does not fit the corpus.
+    checkpoint was converted from a different number of ranks. Raises UserError if the batch sizes do not divide evenly,
+    the model does not fit the corpus, or an option does not work with this model or device.
     """
     settings = engine_settings(config, world.size) | ({"checkpoint": {"load_universal": True}} if universal else {})
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     check_zero_options(settings, world.device.type)
-    shape = resolve_hf_config(config, tokenizer, resuming)
-    attention = resolve_attention(config.model.attention, world.device, shape)
-    keep_alive = HfDeepSpeedConfig(settings)  # transformers initialises and loads under ZeRO-3 while this object exists
+    hf_config = resolve_hf_config(config, tokenizer, resuming)
+    attention = resolve_attention(config.model.attention, world.device, hf_config)
+    # while this object exists, transformers creates and loads models already partitioned by ZeRO-3
+    keep_alive = HfDeepSpeedConfig(settings)
     seed_all(config.seed)
-    start = None if resuming else config.model.init_from
-    causal_lm = pretrained_causal_lm(start, attention, dtype) if start else random_causal_lm(shape, attention, dtype)
+    init_folder = None if resuming else config.model.init_from
+    if init_folder:
+        causal_lm = pretrained_causal_lm(init_folder, attention, dtype)
+    else:
+        causal_lm = random_causal_lm(hf_config, attention, dtype)
     model = LanguageModel(causal_lm, config.predictor_tokens, attention)
     if config.model.init_from:
         check_model_fits_corpus(config, model, tokenizer)
-    if start:
-        load_predictor(model, start)
+    if init_folder:
+        load_predictor(model, init_folder)
     if config.model.lora:
         add_adapters(model, config.model.lora)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     if settings["zero_optimization"]["stage"] == 3 and (config.train.compile or not config.monitor.gradients_every):
-        mark_layers_as_z3_leaves(model)  # gradient_diagnostics cannot measure such layers
+        mark_layers_as_z3_leaves(model)  # monitor.gradients_every cannot measure such layers
     if config.train.compile:
         compile_layers(model)
     if config.train.compile or attention == "flex_attention":
@@ -117,13 +121,12 @@ def build_engine(
         {"params": decayed, "weight_decay": config.train.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
-    # the unfused optimizer would make several passes over all weights on the GPU, and a copy of them
-    fused = world.device.type == "cuda"
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.train.learning_rate,
         betas=config.train.betas,
-        fused=fused,
+        # on the GPU, the unfused optimizer would pass over all weights several times and would copy them
+        fused=world.device.type == "cuda",
     )
     with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer in bf16 prints a dozen lines about memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -141,7 +144,7 @@ def build_engine(
 def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration: the values computed by the project and the options passed through.
 
-    Raises UserError if the global batch is not a multiple of a micro step.
+    Raises UserError if the rows of the global batch are not a multiple of the rows of a micro step on all ranks.
     """
     train = config.train
     rows_per_micro_step = train.micro_batch_rows * ranks
@@ -173,7 +176,7 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
 
 
 def gradient_accumulation_dtype(config: RunConfig) -> str:
-    """Return DeepSpeed's name of the type in which gradients are accumulated over micro steps.
+    """Return DeepSpeed's name for the type in which gradients are accumulated over micro steps.
 
     The default is fp32 even for bf16 gradients, because sums in bf16 would be off by 1%.
     """
@@ -181,7 +184,7 @@ def gradient_accumulation_dtype(config: RunConfig) -> str:
 
 
 def check_zero_options(settings: dict[str, Any], device: str | None = None) -> None:
-    """Raise UserError for an option of zero_optimization that DeepSpeed does not support, or not on this device."""
+    """Raise UserError for an option of zero_optimization that DeepSpeed does not support at all or on this device."""
     try:
         zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     except ValidationError as error:
@@ -199,17 +202,17 @@ def check_zero_options(settings: dict[str, Any], device: str | None = None) -> N
 
 
 def check_model_fits_corpus(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Raise UserError if the model of model.init_from is too small for the corpus."""
+    """Raise UserError if the model in the folder model.init_from is too small for the corpus."""
     if model.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.init_from has {model.vocab_size} token embeddings, but the corpus uses {tokenizer.vocab_size} ids: "
-            "prepare the corpus with data.tokenizer.path set to that folder"
+            f"the model in model.init_from has {model.vocab_size} token embeddings, but the corpus uses "
+            f"{tokenizer.vocab_size} ids: prepare the corpus with data.tokenizer.path set to {config.model.init_from}"
         )
     limit = model.causal_lm.config.max_position_embeddings
     if limit < config.data.sequence_length:
         raise UserError(
-            f"data.sequence_length is {config.data.sequence_length}, but the model of model.init_from allows {limit} "
-            "positions: lower it"
+            f"data.sequence_length is {config.data.sequence_length}, but the model in model.init_from allows {limit} "
+            "positions: lower data.sequence_length"
         )
 
 

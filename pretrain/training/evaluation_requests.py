@@ -1,4 +1,4 @@
-"""Requests for background evaluations of a training run, and the start of the evaluation job."""
+"""Requests for background evaluations of a training run, and the launch of the evaluation job."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from data_prep.console import UserError
 from pretrain.run_folder import PINS, list_steps, step_name
 
 SUPERVISED_VARIABLE = "JEPA_SUPERVISED"
-"""Environment variable by which launcher/supervise.py recognises the processes of a run; it ends them with the run."""
+"""Environment variable by which launcher/supervise.py recognises the processes of a run, which it ends with the run."""
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -28,7 +28,7 @@ LAUNCHER_VARIABLES = (
     "ROLE_",
     SUPERVISED_VARIABLE,
 )
-"""Environment variables that would mark the job as a process of the run; a name that ends in `_` is a prefix."""
+"""Environment variables that would mark an evaluation job as a process of the run; a name ending in `_` is a prefix."""
 
 
 def single_process_environment() -> dict[str, str]:
@@ -72,15 +72,15 @@ def check_device(device: str) -> None:
         )
 
 
-def die_with_parent(command: list[str], number: str) -> list[str]:
-    """Return a command whose process gets the signal `number` (TERM, KILL) when its parent dies for any reason."""
-    return ["setpriv", "--pdeathsig", number, *command]
+def die_with_parent(command: list[str], signal_name: str) -> list[str]:
+    """Return a command whose process receives a signal (TERM or KILL) when its parent dies for any reason."""
+    return ["setpriv", "--pdeathsig", signal_name, *command]
 
 
 def request_evaluation(run_dir: Path, step: int) -> None:
-    """Pin a checkpoint before it is written, and a kill cannot lose the request.
+    """Request the evaluation of a checkpoint by pinning it: it is not removed until a job has evaluated it.
 
-    A pinned checkpoint is not removed until a job has evaluated it.
+    Call this before the checkpoint is written, so a kill cannot lose the request.
     """
     pins = run_dir / "checkpoints" / PINS
     pins.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def requested_evaluations(run_dir: Path) -> list[int]:
 
 
 def start_evaluations(run_dir: Path, device: str) -> None:
-    """Start a background job on a device (cpu or cuda:N) that handles all requests; jobs of a run wait for each other.
+    """Start a background job on a device (cpu or cuda:N) that handles all requests. Jobs of a run wait for each other.
 
     The job is not a child of this rank, because launchers end a rank's children together with the rank.
     """

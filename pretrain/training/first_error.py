@@ -1,4 +1,4 @@
-"""Detection of the first rank that failed. Its peers fail later, because they lose their connection to it."""
+"""Detection of the first rank that failed. Its peers fail later, because they lose their connection to that rank."""
 
 import re
 import time
@@ -13,7 +13,7 @@ from pretrain.training.rank_store import StoreUnreachable
 from pretrain.training.watchdog import HEARTBEAT_INTERVAL, last_heartbeats
 
 SETTLE_SECONDS = 4 * HEARTBEAT_INTERVAL
-"""Time within which every failing rank has stored its failure and every live rank a heartbeat, in seconds."""
+"""Time after which every failing rank has stored its failure and every live rank another heartbeat, in seconds."""
 PEER_IS_GONE = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
 
@@ -38,8 +38,8 @@ class Failure:
 def report_first_error(world: World, error: Exception, step: int, report: Callable[[str], None]) -> str | None:
     """Report the first rank that failed.
 
-    Each failing rank calls this. One of them reports the first failure and returns its line; its peers return None. A
-    killed rank cannot store its failure, so it is recognised by its missing heartbeats. `report` prints a line.
+    Each failing rank calls this. One of them reports the first failure with `report`, which prints a line, and returns
+    that line; its peers return None. A killed rank cannot store its failure, so missing heartbeats identify it.
     """
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     peer_is_gone = isinstance(error, dist.DistError) or (
@@ -48,7 +48,8 @@ def report_first_error(world: World, error: Exception, step: int, report: Callab
     rank_store = world.rank_store
     assert rank_store is not None  # the run has several ranks
     try:
-        order, trace = rank_store.count("failures"), "".join(traceback.format_exception(error))
+        order = rank_store.count("failures")
+        trace = "".join(traceback.format_exception(error))
         failure = Failure(order, world.rank, world.hosts[world.rank], step, what, trace, peer_is_gone)
         rank_store.put(_key(world.rank), asdict(failure))
         before = last_heartbeats(rank_store, world.hosts)
@@ -75,7 +76,7 @@ def report_first_error(world: World, error: Exception, step: int, report: Callab
     first = min(failures, key=lambda failure: (failure.peer_is_gone, failure.order))
     if gone and first.peer_is_gone:
         line = (
-            f"error: no heartbeat from {', '.join(gone[:8])}{' and others' if len(gone) > 8 else ''}; "
+            f"error: no heartbeat from {', '.join(gone[:8])}{' and others' * (len(gone) > 8)}; "
             f"first noticed by rank {first.rank} on {first.host} at step {first.step}"
         )
     else:

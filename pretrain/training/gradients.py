@@ -22,11 +22,11 @@ def gradient_diagnostics(
     world: World,
     report_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Return the norm and cosine of the terms' gradients over the global batch, by metric tag.
+    """Return the norms and cosines of the terms' gradients over the global batch, by metric tag.
 
-    `batches` are this rank's micro batches. A term's gradient is the gradient of weight * sum / count, so the sum over
-    the terms is the gradient of the loss. A term with a count of 0 is absent. A cosine is NaN if a gradient is zero,
-    and all values are NaN if a term is not finite.
+    `batches` are this rank's micro batches. A term's gradient is the gradient of weight * sum / count, so the sum of
+    these gradients is the gradient of the loss. A term with a count of 0 is absent. A cosine is NaN if a gradient is
+    zero, and all values are NaN if a term is not finite.
 
     The cost is a forward and a backward pass over the global batch for each term, and memory for two fp32 gradients
     divided by the number of ranks. DeepSpeed's accumulated gradients and the random number generators do not change.
@@ -61,7 +61,8 @@ def _gradient(
 
     def accumulate(index: int, gradient: torch.Tensor) -> torch.Tensor:
         parts[index] = parts[index] + world.reduce_scatter(gradient.float())
-        return gradient.new_zeros(()).expand_as(gradient)  # replaces it, so no rank ever holds a complete gradient
+        # replaces the gradient, so no rank ever stores the complete gradient
+        return gradient.new_zeros(()).expand_as(gradient)
 
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         for batch in batches:
@@ -69,7 +70,7 @@ def _gradient(
             # terms of weight zero stay in the graph, because ZeRO-3 must see the same modules as in every backward pass
             loss = total_loss(module(batch.to(world.device)).terms, counts, weights, ranks=1)
             hooks = [parameter.register_hook(partial(accumulate, index)) for index, parameter in enumerate(parameters)]
-            # unlike backward(), this runs none of the hooks of DeepSpeed's gradient accumulation
+            # unlike backward(), this does not run the hooks of DeepSpeed's gradient accumulation
             torch.autograd.grad(loss, parameters, allow_unused=True)
             for hook in hooks:
                 hook.remove()

@@ -1,8 +1,9 @@
 """A process next to each rank that kills the rank if its heartbeats stop.
 
-A stopped rank cannot end itself, and a launcher would wait for it forever. `python heartbeat_killer.py PID`: each line
-on standard input is a heartbeat, and contains the number of seconds within which the next one must follow. It uses the
-standard library only, so it starts quickly and needs little memory.
+A stopped rank cannot end itself, and a launcher would wait for it forever. `python heartbeat_killer.py PID` reads the
+heartbeats of the rank PID from standard input. Each line is a heartbeat, and contains the number of seconds within
+which the next heartbeat must follow. The process uses the standard library only, so it starts quickly and needs little
+memory.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ rank."""
 
 def main() -> None:
     """Wait for heartbeats; kill the rank if they stop."""
-    rank, seconds = int(sys.argv[1]), None
+    rank_pid = int(sys.argv[1])
+    seconds = None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the rank handles these signals, and this process ends with it
     while select.select([0], [], [], seconds)[0] or select.select([0], [], [], EXTRA_SECONDS)[0]:
@@ -26,14 +28,14 @@ def main() -> None:
         if not lines:
             return
         seconds = float(lines.split()[-1])
-    if os.getppid() == rank:
+    if os.getppid() == rank_pid:
         with contextlib.suppress(OSError):  # the output is closed, or the disk is full
             print(
-                f"error: process {rank} has sent no heartbeat for {seconds:.0f} s; killing it",
+                f"error: process {rank_pid} has sent no heartbeat for {seconds:.0f} s; killing it",
                 file=sys.stderr,
                 flush=True,
             )
-        os.kill(rank, signal.SIGKILL)
+        os.kill(rank_pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 
 class HostCopies:
-    """Copies of nested values in host buffers that are reused from one save to the next.
+    """Copies of nested values in host buffers. Each save reuses the buffers of the previous save.
 
     On CUDA the buffers are in pinned memory, and copying overlaps with the computation. The copies of one save are
     valid until the next save begins. Call `before_change` before changing the originals, and `wait` before reading the
@@ -70,7 +70,7 @@ class HostCopies:
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the next buffer, replaced if it does not fit.
 
-        It usually fits, because all saves of a run have the same tensors in the same order.
+        A buffer usually fits, because all saves of a run have the same tensors in the same order.
         """
         index, self._used = self._used, self._used + 1
         if index == len(self._buffers):

@@ -15,11 +15,11 @@ from pretrain.models.language_model import LanguageModel
 
 GRAPHS_PER_SHAPE = 8
 """Number of graphs that torch._dynamo may create for layers of one shape. Training, validation and checkpointing need
-separate graphs, and so does each mask of Gemma 2."""
+separate graphs, and each mask of Gemma 2 needs one too."""
 
 
 def enable_activation_checkpointing(model: LanguageModel) -> None:
-    """Keep only the input of each layer, and recompute the layer in the backward pass."""
+    """Make the model keep only the input of each layer, and recompute the layer in the backward pass."""
     # The reentrant variant would run ZeRO-3's gradient hooks in a separate backward pass for each layer. It does not
     # support torch.autograd.grad either.
     model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -28,7 +28,8 @@ def enable_activation_checkpointing(model: LanguageModel) -> None:
 def mark_layers_as_z3_leaves(model: LanguageModel) -> None:
     """Make ZeRO stage 3 gather and release the parameters of a layer together.
 
-    This needs one hook per layer instead of one for each linear map and norm. Call it before DeepSpeed is initialised.
+    This needs one hook per transformer layer instead of one per linear layer and norm. Call it before DeepSpeed is
+    initialised.
     """
     set_z3_leaf_modules(model, list({type(layer) for layer in model.causal_lm.model.layers}))
 
@@ -36,8 +37,8 @@ def mark_layers_as_z3_leaves(model: LanguageModel) -> None:
 def compile_layers(model: LanguageModel) -> None:
     """Compile the layers only: the shape of their input is fixed, but the numbers of labels and pairs vary by batch.
 
-    Call it before DeepSpeed is initialised. One graph serves all layers of the same shape. Under ZeRO stage 3 each
-    layer must be gathered as one unit, because hooks inside a layer would break its graph at each linear map.
+    Call it before DeepSpeed is initialised. All layers of the same shape share one graph. Under ZeRO stage 3 each
+    layer must be gathered as one unit, because hooks inside a layer would break its graph at each linear layer.
     """
     for layer in model.causal_lm.model.layers:
         # compiles forward() and not __call__, because __call__ runs the hooks around the layer
@@ -61,14 +62,14 @@ def raise_recompile_limit(model: LanguageModel, warn: Callable[[str], None]) -> 
 
 
 def limit_compile_threads(ranks: int) -> None:
-    """Divide torch._inductor's compile workers, by default one per core, among the `ranks` on this machine."""
+    """Divide torch._inductor's compile workers, by default one per core, among the `ranks` of this machine."""
     settings = torch._inductor.config
     per_rank = max(1, len(os.sched_getaffinity(0)) // ranks)
     settings.compile_threads = min(settings.compile_threads or per_rank, per_rank)
 
 
 def _shape(layer: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return the input and output widths of a layer's linear maps, which differ between the layers of OpenELM."""
+    """Return the input and output widths of the linear layers in a layer; the layers of OpenELM differ in them."""
     return tuple(
         (module.in_features, module.out_features) for module in layer.modules() if isinstance(module, nn.Linear)
     )

@@ -38,15 +38,12 @@ from pretrain.training.watchdog import Watchdog
 from pretrain.training.weight_sums import weight_sums
 
 LAUNCHER_GRACE = 30.0
-"""Time between a signal and the moment when launchers kill the ranks, in seconds.
-
-It is the same for deepspeed, torchrun and, by default, Slurm.
-"""
+"""Time after a signal until deepspeed, torchrun and, by default, Slurm kill the ranks, in seconds."""
 
 
 @dataclass(frozen=True)
 class StepConsensus:
-    """The results of a step that all ranks know, from its only synchronisation."""
+    """The results of a step that are the same on all ranks, from its only synchronisation."""
 
     losses: dict[str, float]
     """Mean of each term over the global batch. A term is absent if the batch has nothing to average, such as pairs."""
@@ -71,18 +68,18 @@ class Trainer:
     throughput: Throughput
     validation: Validation | None
     metrics: Metrics | None = None
-    """On rank 0 only."""
+    """Writer of the metrics, on rank 0 only."""
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
     collapsed: bool = False
     spikes: SpikeRule = field(default_factory=SpikeRule)
     pending_validation: dict[str, float] | None = None
-    """Values of the last step if a signal interrupted its validation; the next start repeats that validation."""
+    """Values of the last step if a signal interrupted its validation; the next launch repeats that validation."""
     reason: str = ""
     """Reason why the run stopped before its end."""
     step_seconds: float = 0.0
     """Duration of the last step."""
-    warned_of_launchers: bool = False
+    warned_about_launchers: bool = False
     print_fatal: Callable[[str], None] = field(default=partial(print, file=sys.stderr, flush=True))
     """Function that prints to the console, on any rank, why this process ends."""
 
@@ -126,13 +123,14 @@ class Trainer:
         if self.saver.problem and not self.reason.startswith(REWIND_REASON_PREFIX):
             steps = list_steps(self.config.run_dir / "checkpoints")
             raise UserError(
-                f"the last checkpoint was not written: {self.saver.problem}; then run the same command again, which "
-                + (f"resumes from step {steps[-1]}" if steps else "starts from the beginning")
+                f"the last checkpoint was not written: {self.saver.problem}; once this is fixed, run the same command "
+                + (f"again to resume from step {steps[-1]}" if steps else "again to start from the beginning")
             )
         return status
 
     def _train(self, data: Prefetch) -> str:
-        stopping, data_failed = self._asked_to_stop(), True  # the first step must check for data errors on all ranks
+        stopping = self._asked_to_stop()
+        data_failed = True  # the first step must check for data errors on all ranks
         if stopping:
             self.reason = self._stop_reason()
             return "resumable"
@@ -158,7 +156,7 @@ class Trainer:
             self.throughput.add(step.rows, step.loss_denominators["targets"], seconds, data.pop_wait_seconds())
             if score > self.config.train.spike_score and self.config.train.on_spike == "rewind" and self._rewind(score):
                 return "resumable"
-            if self.saver.open and not consensus.saving:
+            if self.saver.in_progress and not consensus.saving:
                 self._finish_save()
 
             values = gradients | (self._step_values(consensus.losses, score) if logging or not updated else {})
@@ -179,7 +177,7 @@ class Trainer:
     def _finish_step(self, values: dict[str, float], validating: bool) -> bool:
         """Validate if `validating`, and write the metrics of the step.
 
-        Return False if a signal interrupted the validation. It is then stored in `pending_validation`.
+        Return False if a signal interrupted the validation; `pending_validation` then contains the values of the step.
         """
         validated = self._validate() if validating else {}
         self.pending_validation = values if validated is None else None
@@ -192,7 +190,7 @@ class Trainer:
             rank_store, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._report_hang
         )
 
-    def _moved(self) -> None:
+    def _report_progress(self) -> None:
         if self.watchdog:
             self.watchdog.report_progress(self.progress.step)
 
@@ -201,17 +199,18 @@ class Trainer:
 
     def _report_hang(self, line: str) -> None:
         """Print the error of a run that hangs, and mark the run as resumable."""
-        self.print_fatal(f"error: {line}; ending the run, start the same command again")
+        self.print_fatal(f"error: {line}; ending the run; to resume it, run the same command again")
         steps = list_steps(self.config.run_dir / "checkpoints")
         write_status(self.config.run_dir, "resumable", steps[-1] if steps else 0, line)
 
     def _asked_to_stop(self) -> bool:
         """Return whether any rank has received a signal to stop. All ranks must call this together."""
-        self._moved()
+        self._report_progress()
         return self.world.sum([torch.tensor(self.stop.received is not None, device=self.world.device)])[0] > 0
 
     def _stop_reason(self) -> str:
-        return f"stopped by {self.stop.received.name if self.stop.received else 'a signal to another rank'}"
+        cause = self.stop.received.name if self.stop.received else "a signal to another rank"
+        return f"stopped by {cause}"
 
     @property
     def fraction(self) -> float:
@@ -220,7 +219,7 @@ class Trainer:
 
     @property
     def pool_rows(self) -> int:
-        """Number of rows of a micro step over all ranks. Their pairs form a pool."""
+        """Number of rows of a micro step over all ranks. The pairs of these rows form a pool."""
         return self.config.train.micro_batch_rows * self.world.size
 
     @property
@@ -249,14 +248,14 @@ class Trainer:
 
         Return the consensus of all ranks, the last pool, the spike score of the loss, and whether the step is skipped.
 
-        `divisors` are the normalisers of the terms: the number of target tokens, pairs or spans of the global batch.
+        `divisors` are the denominators of the terms: the numbers of target tokens, pairs or spans in the global batch.
         The ranks reach their consensus before the last backward pass. If the step is skipped, that pass makes the
         gradient NaN on all ranks, so DeepSpeed makes no update.
         """
         sums: dict[str, torch.Tensor] = {}
         weights = self.weights
         for number, batch in enumerate(step.batches, start=1):
-            self._moved()
+            self._report_progress()
             output = self.engine(batch.to(self.world.device), with_pool=with_pool)
             loss = total_loss(output.terms, divisors, weights, self.world.size)
             for name, value in output.terms.items():
@@ -295,7 +294,9 @@ class Trainer:
         every = self.config.monitor.gradients_every
         if not every or not self._due(every):
             return {}
-        return gradient_diagnostics(self.engine.module, step.batches, divisors, self.weights, self.world, self._moved)
+        return gradient_diagnostics(
+            self.engine.module, step.batches, divisors, self.weights, self.world, self._report_progress
+        )
 
     def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
         loader = self.loader
@@ -322,23 +323,22 @@ class Trainer:
         return StepConsensus(losses, stops > 0, failures > 0, writers > 0)
 
     def _update(self, losses: dict[str, float], skip_update: bool) -> bool:
-        """Take the optimizer step and return whether it made an update; count and report a step without one."""
+        """Run the optimizer step and return whether it updated the weights; count and report a skipped step."""
         skipped_before = self.engine.skipped_steps
         self.saver.before_update()
         self.engine.step()
         updated = self.engine.skipped_steps == skipped_before
         if not updated:
             self.progress.skipped_steps += 1
-            culprits = " and ".join(name for name, value in losses.items() if not math.isfinite(value))
-            reason = (
-                f"{culprits} was not finite on some rank"
-                if culprits
-                else "its records were excluded by an earlier rewind"
-                if self.progress.step in self.excluded_steps
-                else "its loss is a spike"
-                if skip_update
-                else "the gradient was not finite on some rank"
-            )
+            nonfinite_terms = " and ".join(name for name, value in losses.items() if not math.isfinite(value))
+            if nonfinite_terms:
+                reason = f"{nonfinite_terms} was not finite on some rank"
+            elif self.progress.step in self.excluded_steps:
+                reason = "its records were excluded by an earlier rewind"
+            elif skip_update:
+                reason = "its loss is a spike"
+            else:
+                reason = "the gradient was not finite on some rank"
             self._say(
                 f"WARNING: step {self.progress.step} was skipped: {reason} ({self.progress.skipped_steps} skipped "
                 "steps so far)"
@@ -346,28 +346,29 @@ class Trainer:
         return updated
 
     def _rewind(self, score: float) -> bool:
-        """Make the next start resume from before this step; return False if that is not possible.
+        """Make the next launch resume from a checkpoint before this step; return False if that is not possible.
 
         The step is skipped in either case.
         """
         self._finish_save()
         step = self.progress.step
-        to, problem = 0, ""
+        resume_step = 0
+        problem = ""
         if self.world.is_main:
             try:
-                to = rewind(self.config.run_dir, step, score)
+                resume_step = rewind(self.config.run_dir, step, score)
             except CannotRewind as error:
                 problem = str(error)
-        to, problem = self.world.gather_objects((to, problem))[0]
+        resume_step, problem = self.world.gather_objects((resume_step, problem))[0]
         if problem:
             self._say(
-                f"WARNING: cannot rewind for the spike of step {step} (score {score:.1f}), skipping only the step: "
-                f"{problem}"
+                f"WARNING: cannot rewind before the spike of step {step} (score {score:.1f}): {problem}; skipping only "
+                "this step"
             )
             return False
         self.reason = (
-            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next start resumes "
-            f"from step {to} and skips steps {step - 1} and {step}"
+            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next launch resumes "
+            f"from step {resume_step} and skips steps {step - 1} and {step}"
         )
         self._say(f"WARNING: {self.reason}")
         return True
@@ -400,10 +401,11 @@ class Trainer:
         return values
 
     def _watch_for_collapse(self, values: dict[str, float], prefix: str) -> None:
-        """Warn if the embeddings have collapsed since the last check. Their monitors are the tags with this prefix."""
+        """Warn if the embeddings have collapsed since the last check. The tags of the monitors start with `prefix`."""
         monitors = {tag.removeprefix(prefix): value for tag, value in values.items() if tag.startswith(prefix)}
-        before, self.collapsed = self.collapsed, self.config.objective.pairing is not None and has_collapsed(monitors)
-        if self.collapsed and not before:
+        had_collapsed = self.collapsed
+        self.collapsed = self.config.objective.pairing is not None and has_collapsed(monitors)
+        if self.collapsed and not had_collapsed:
             self._say(collapse_warning(monitors))
 
     def _counters(self) -> dict[str, float]:
@@ -450,10 +452,10 @@ class Trainer:
                     start_evaluations(self.config.run_dir, device)
 
     def _warn_about_launchers(self) -> None:
-        """Warn once if a step and a save take longer than LAUNCHER_GRACE, because a signal then loses steps."""
+        """Warn once if a step and a save take longer than LAUNCHER_GRACE: a signal to the launcher would lose steps."""
         needed = self.step_seconds + self.saver.duration
-        if self.world.size > 1 and not self.warned_of_launchers and needed > LAUNCHER_GRACE:
-            self.warned_of_launchers = True
+        if self.world.size > 1 and not self.warned_about_launchers and needed > LAUNCHER_GRACE:
+            self.warned_about_launchers = True
             self._say(
                 f"note: a step and a save take {needed:.0f} s, but launchers kill the ranks {LAUNCHER_GRACE:.0f} s "
                 "after Ctrl-C or SIGTERM, which loses the steps since the last checkpoint: to stop this run, send "
@@ -462,7 +464,7 @@ class Trainer:
 
     @contextmanager
     def _warn_on_os_error(self, what: str) -> Iterator[None]:
-        """Turn an OSError, such as a full disk, into a warning: `what` is not essential and must not end the run."""
+        """Turn an OSError, such as a full disk, into a warning that `what` is skipped, instead of ending the run."""
         try:
             yield
         except OSError as error:
@@ -476,7 +478,7 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.loader.load_state(state["loader"])
         self.collapsed, self.pending_validation = state["collapsed"], state["owed"]
-        # a contrastive loss depends on the size of the pool, so its old values are comparable only if that is the same
+        # a contrastive loss depends on the size of the pool, so its old values are comparable only with the same size
         if state.get("pool_rows", self.pool_rows) == self.pool_rows:
             self.spikes.load(state["losses"])
 

@@ -1,6 +1,6 @@
 """The training command: `run.py CONFIG [key=value ...] [--dry-run]`.
 
-It imports slow packages late: an error in the configuration is reported immediately.
+It imports slow packages late, so an error in the configuration is reported immediately.
 """
 
 import argparse
@@ -19,21 +19,21 @@ from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import Stopped, StopRequest
 
 ABORT_GRACE_SECONDS = 10.0
-"""Time within which mpirun ends the peers of an aborting rank, in seconds."""
+"""Time that a rank waits for mpirun to end it after rank 0 has aborted, in seconds."""
 
 if TYPE_CHECKING:
     from pretrain.training.distributed import World
 
 EXIT_CODE_STOPPED = 75
-"""Exit code of a run that stopped on request and can resume (EX_TEMPFAIL). Launchers may change it, so status.json
-records the state too."""
+"""Exit code of a run that stopped on request and can resume (EX_TEMPFAIL). Launchers may replace this code, so
+status.json records the state too."""
 
 
 def main() -> None:
     """Parse the command line; train, or with --dry-run print the resource estimate of the run."""
     parser = argparse.ArgumentParser(
-        description="Pretrain a language model. Start it with deepspeed, torchrun or srun on several processes, or "
-        "directly on one."
+        description="Pretrain a language model. Start this command with deepspeed, torchrun or srun for several "
+        "processes, or directly for one."
     )
     parser.add_argument("config", help="YAML configuration file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
@@ -45,7 +45,7 @@ def main() -> None:
     # deepspeed passes --local_rank, but the environment has the same value
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()  # allows key=value after --dry-run
-    action = plan if arguments.dry_run else run_alone
+    action = plan if arguments.dry_run else run_and_leave_group
     exit_on_user_error(lambda: action(load_config(arguments.config, arguments.overrides)), silent=is_silent_rank)
 
 
@@ -57,8 +57,8 @@ def plan(config: RunConfig) -> None:
     dry_run(config)
 
 
-def run_alone(config: RunConfig) -> None:
-    """Train as the only run of this process, then leave its process group. With several ranks this ends the process."""
+def run_and_leave_group(config: RunConfig) -> None:
+    """Train, then leave the process group. With several ranks this ends the process."""
     from data_prep.shards import read_manifest
 
     read_manifest(Path(config.data.path))  # report a missing corpus before torch and DeepSpeed are loaded
@@ -83,7 +83,7 @@ def run(config: RunConfig) -> None:
 
     try:
         world = init_world()
-    except RendezvousError as error:  # not an error in the configuration, so another start may succeed
+    except RendezvousError as error:  # not an error in the configuration, so a restart may succeed
         report(error, silent=is_silent_rank())
         sys.exit(1)
     try:
@@ -98,7 +98,8 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
     from pretrain.training.first_error import report_first_error
     from pretrain.training.setup import RunLock, set_up
 
-    trainer, lock = None, RunLock(config.run_dir)
+    trainer = None
+    lock = RunLock(config.run_dir)
     try:
         trainer = set_up(config, world, stop, lock)
         if trainer is None:
@@ -143,7 +144,7 @@ def _exit_with_error(world: "World", error: UserError) -> NoReturn:
     """Print an error that all ranks have raised, and exit with code 2."""
     report(error, silent=not world.is_main)
     if world.size > 1:
-        # When the first rank ends, mpirun kills its peers and returns its own exit code, so print the error first.
+        # mpirun kills all ranks when the first one ends, so wait here until the main rank has printed the error.
         world.barrier()
         if (mpi := sys.modules.get("mpi4py.MPI")) and world.is_main:
             mpi.COMM_WORLD.Abort(2)
@@ -153,7 +154,7 @@ def _exit_with_error(world: "World", error: UserError) -> NoReturn:
 
 
 def _silence_libraries() -> None:
-    """Silence the messages that the libraries print at every start."""
+    """Silence the messages that the libraries print at startup."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -8,7 +8,7 @@ from pretrain.models.head import MAX_LOGITS
 from pretrain.models.language_model import LanguageModel
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
-"""Bytes of an element by precision."""
+"""Bytes per element for each precision."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class ModelStates:
     parameters: float
     gradients: float
     optimizer: float
-    """The fp32 copy of the parameters that is updated, and the two moments of Adam."""
+    """The fp32 copy of the parameters, which the optimizer updates, and the two moments of Adam."""
     in_step: float
     """All model states during the optimizer step, including DeepSpeed's fp32 copy of the gradients. There are no
     activations at that time."""
 
     @property
     def held(self) -> float:
-        """All model states between two steps, once there are gradients."""
+        """All model states between two steps, after the first gradients."""
         return self.parameters + self.gradients + self.optimizer
 
 
@@ -42,23 +42,26 @@ def model_states(
     optimizer states by the number of ranks, stage 2 also the gradients, and stage 3 everything. In fp32, plain training
     needs 4 + 4 + 8 bytes. DeepSpeed keeps its fp32 copy next to fp32 parameters too, so it needs 4 + 4 + 12.
 
-    The optimizer step needs another fp32 copy of this rank's part of the gradients. Stage 1 has freed the other parts
-    by then. If bf16 gradients are accumulated in fp32, they need 4 bytes, and stages 1 and 2 update from them without
-    another copy. Stage 1 then keeps the gradients of all parameters, in fp32 and in bf16. Under stage 3 the `small`
-    parameters are also kept unpartitioned, next to their partitions, between two steps. A test measures all of this.
+    The optimizer step needs an additional fp32 copy of this rank's part of the gradients. Stage 1 has freed the other
+    parts by then. If bf16 gradients are accumulated in fp32, they need 4 bytes, and stages 1 and 2 update from them
+    without an additional copy. Stage 1 then keeps the gradients of all parameters, in fp32 and in bf16. Under stage 3
+    the `small` parameters are also kept unpartitioned, next to their partitions, between two steps. A test measures all
+    of these sizes.
     """
-    item = ITEM_BYTES[precision]
+    item_bytes = ITEM_BYTES[precision]
     if stage == 0:
         adam = (8.0 if precision == "fp32" else 12.0) * trained
-        return ModelStates(item * parameters, item * trained, adam, item * (parameters + trained) + adam)
-    weights = item * parameters / (ranks if stage == 3 else 1)
-    unpartitioned = item * small if stage == 3 and ranks > 1 else 0
+        return ModelStates(
+            item_bytes * parameters, item_bytes * trained, adam, item_bytes * (parameters + trained) + adam
+        )
+    weights = item_bytes * parameters / (ranks if stage == 3 else 1)
+    unpartitioned = item_bytes * small if stage == 3 and ranks > 1 else 0
     optimizer = 12.0 * trained / ranks
-    if stage == 1 and accumulated > item:
-        gradients = float((accumulated + item) * trained)
+    if stage == 1 and accumulated > item_bytes:
+        gradients = float((accumulated + item_bytes) * trained)
         return ModelStates(weights, gradients, optimizer, weights + gradients + optimizer)
     gradients = accumulated * trained / (ranks if stage > 1 else 1)
-    copied = 0 if stage == 2 and accumulated > item else 4
+    copied = 0 if stage == 2 and accumulated > item_bytes else 4
     return ModelStates(
         weights + unpartitioned, gradients, optimizer, weights + (accumulated + copied) * trained / ranks + optimizer
     )
@@ -78,7 +81,7 @@ class LayerWidths:
 
 
 def layer_widths(model: LanguageModel) -> list[LayerWidths]:
-    """Return the widths of each layer, found by the module names of transformers."""
+    """Return the widths of each layer, which follow from the module names of transformers."""
     widths = []
     for layer in model.causal_lm.model.layers:
         modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
@@ -99,7 +102,7 @@ class Activations:
 
     layers: float
     checkpointed_layers: float
-    """The layers with activation checkpointing: the input of each layer, and the largest recomputed layer."""
+    """Bytes of the layers with activation checkpointing: the input of each layer, and the largest recomputed layer."""
     logits: float
     """The logits of a chunk, and their gradient."""
     head: float
@@ -120,25 +123,26 @@ def activations(model: LanguageModel, precision: str, positions: float, targets:
     remain (their section 5).
 
     Logits are computed for the targets only, in chunks whose size depends on the `device`, cpu or cuda. They need an
-    fp32 tensor, which the gradient overwrites; in bf16 also a bf16 copy; with soft-capping also the slope. The gradient
-    of the head's weight exists in fp32 from the forward pass on. The backward pass adds a second copy, and in bf16 a
-    third.
+    fp32 tensor, which their gradient overwrites; in bf16 also a bf16 copy; with soft-capping also the slope. The
+    gradient of the head's weight exists in fp32 from the forward pass on. The backward pass adds a second copy, and in
+    bf16 a third.
     """
-    item, head = ITEM_BYTES[precision], model.causal_lm.lm_head
+    item_bytes = ITEM_BYTES[precision]
+    head = model.causal_lm.lm_head
     layers = [
         positions
         * (
-            (4 + item) * layer.norms
-            + item * (2 * model.hidden_size + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward)
+            (4 + item_bytes) * layer.norms
+            + item_bytes * (2 * model.hidden_size + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward)
         )
         for layer in layer_widths(model)
     ]
     return Activations(
         layers=sum(layers),
-        checkpointed_layers=item * model.hidden_size * positions * len(layers) + max(layers),
+        checkpointed_layers=item_bytes * model.hidden_size * positions * len(layers) + max(layers),
         logits=min(targets * model.vocab_size, MAX_LOGITS[device])
-        * (4 + (item if precision == "bf16" else 0) + (4 if head.softcap else 0)),
-        head=float(8 + (item if precision == "bf16" else 0)) * model.vocab_size * model.hidden_size
+        * (4 + (item_bytes if precision == "bf16" else 0) + (4 if head.softcap else 0)),
+        head=float(8 + (item_bytes if precision == "bf16" else 0)) * model.vocab_size * model.hidden_size
         if head.weight.requires_grad
         else 0.0,
     )

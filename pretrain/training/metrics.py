@@ -22,7 +22,7 @@ class Metrics:
     """The writer of metrics.jsonl and TensorBoard files, used by rank 0 of the training run only.
 
     A run that resumes from `step` removes everything that was written after that step, so no step is repeated or
-    missing. If the disk is full, values are kept in memory and written once there is room.
+    missing. If the disk is full, values are kept in memory and written once the disk has room.
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
@@ -33,12 +33,12 @@ class Metrics:
             parsed = [parse_metrics_line(line) for line in lines]
             corrupt = [number for number, values in enumerate(parsed, 1) if values is None]
             warn_about_corrupt_lines(path, corrupt, "removed")
-            kept = [
+            earlier_lines = [
                 line
                 for line, values in zip(lines, parsed, strict=True)
                 if values is not None and values["step"] <= step
             ]
-            write_text(path, "".join(line + "\n" for line in kept))
+            write_text(path, "".join(line + "\n" for line in earlier_lines))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open during the run)
         self._unwritten = b""
         self._folder = run_dir / "tensorboard" / "train" if tensorboard else None
@@ -57,7 +57,7 @@ class Metrics:
             self._add(self._unflushed[-1:])
 
     def flush(self) -> None:
-        """Write everything to disk. To be called before each checkpoint."""
+        """Write everything to disk. Call this before each checkpoint."""
         self._flush_lines()
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
@@ -79,7 +79,7 @@ class Metrics:
         except OSError as error:
             print_now(
                 f"WARNING: cannot write metrics.jsonl ({error.strerror}); keeping {self._unwritten.count(NEWLINE)} "
-                "lines in memory until there is room"
+                "lines in memory until the disk has room"
             )
 
     def _open(self, step: int) -> None:
@@ -121,7 +121,7 @@ class Metrics:
             self._writer = None
             print_now(
                 f"WARNING: cannot write {self._folder} ({error.strerror}); keeping {len(self._unflushed)} steps in "
-                "memory until there is room"
+                "memory until the disk has room"
             )
 
 
@@ -135,10 +135,10 @@ def _silence_threads() -> None:
 
 
 def _backdate(folder: Path) -> None:
-    """Rename the event files of earlier starts to make them sort before the next one, even if the clock was set back.
+    """Rename the event files of earlier launches to sort them before the next file, even if the clock was set back.
 
     TensorBoard reads the files of a folder in the order of their names, and a name begins with the time of creation.
-    The file of a new start makes it drop later steps that it has already read. The renamed files keep their order.
+    The file of a new launch makes TensorBoard drop the steps after the checkpoint. The renamed files keep their order.
     """
     files = sorted(folder.glob(f"{EVENTS}*"))
     for number, path in enumerate(files, int(time.time()) - len(files)):

@@ -14,7 +14,7 @@ def random_state_file_name(rank: int) -> str:
 
 
 def seed_all(seed: int) -> None:
-    """Seed all generators of this rank."""
+    """Seed all random number generators of this rank."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -27,7 +27,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(checkpoint: Path, rank: int) -> None:
-    """Restore the generators of a rank from a checkpoint. A rank without a saved state keeps its own."""
+    """Restore the generators of a rank from a checkpoint. Without a saved state, the generators do not change."""
     path = checkpoint / random_state_file_name(rank)
     if not path.exists():
         return

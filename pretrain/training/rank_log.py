@@ -18,16 +18,15 @@ from pretrain.training import console_copy
 LOGS = "logs"
 """Folder of the logs in the run directory."""
 COPY_TIMEOUT = 10.0
-"""Time allowed for copying the last output of libraries, in seconds."""
+"""Time limit for copying the last output of libraries to the console, in seconds."""
 
 
 class RankLog:
-    """Redirection of a rank's standard output and standard error to `logs/rank-00000.log`.
+    """Redirection of a rank's output and errors to `logs/rank-NNNNN.log`; rank 0 also prints to the console.
 
-    Rank 0 writes to the console too.
-    This includes the output of C++ libraries, even if they abort the process. On rank 0 a small process copies that
-    output (console_copy.py), so it may appear slightly later than Python's output. A full disk or a closed console does
-    not end a rank.
+    The redirection covers the output of C++ libraries, even if they abort the process. On rank 0 a separate process
+    (console_copy.py) copies the libraries' output, which may appear slightly after Python's. A rank continues even if
+    the disk is full or the console is closed.
     """
 
     def __init__(self, run_dir: Path, rank: int):
@@ -37,9 +36,11 @@ class RankLog:
             self._file = open(path, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115 (stays open)
         except OSError as error:
             raise UserError(f"cannot write to {run_dir} (output_dir/name): {error.strerror}") from None
-        self.path, self._is_main = path, rank == 0
+        self.path = path
+        self._is_main = rank == 0
         self._streams = sys.stdout, sys.stderr
         self._consoles: list[TextIO] = []
+        self._console_descriptors: list[int] = []
         self._copier: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "RankLog":
@@ -65,11 +66,11 @@ class RankLog:
         sys.stdout, sys.stderr = self._streams
 
     def close(self) -> None:
-        """Flush all output to the console and the file. From here on, print to the console only."""
+        """Flush all output. On rank 0, send libraries' output to the console again and wait for the copying process."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self._copier:
-            for descriptor, console in enumerate(self._saved, 1):
+            for descriptor, console in enumerate(self._console_descriptors, 1):
                 os.dup2(console, descriptor)
                 os.close(console)
             with contextlib.suppress(subprocess.TimeoutExpired):  # another process may keep the pipes open
@@ -86,11 +87,11 @@ class RankLog:
             stdin=subprocess.DEVNULL,
             pass_fds=descriptors,
         )
-        self._saved = [os.dup(descriptor) for descriptor in (1, 2)]
-        for descriptor, (reading, writing) in enumerate(pipes, 1):
-            os.dup2(writing, descriptor)
-            os.close(reading)
-            os.close(writing)
+        self._console_descriptors = [os.dup(descriptor) for descriptor in (1, 2)]
+        for descriptor, (read_end, write_end) in enumerate(pipes, 1):
+            os.dup2(write_end, descriptor)
+            os.close(read_end)
+            os.close(write_end)
 
     def write_traceback(self, error: BaseException) -> None:
         """Write a traceback to the file only."""
@@ -98,14 +99,14 @@ class RankLog:
             traceback.print_exception(error, file=self._file)
 
     def print_fatal(self, text: str) -> None:
-        """Print to the console, from any rank, and to the file."""
+        """Print to the console, on any rank, and to the file."""
         for stream in (self._consoles[1], self._file):
             with contextlib.suppress(OSError):
                 print(text, file=stream, flush=True)
 
 
 def _console(stream: TextIO, descriptor: int) -> TextIO:
-    """Return a stream that keeps writing to the present target of `stream` after its descriptor is redirected."""
+    """Return a stream that still writes to the current target of `stream` after its descriptor has been redirected."""
     try:
         is_descriptor = stream.fileno() == descriptor
     except OSError:  # a Python stream without a descriptor

@@ -1,4 +1,4 @@
-"""A key-value store to exchange values between ranks without collectives, which hang or fail together with a rank."""
+"""A key-value store to exchange values between ranks without collectives, which hang or fail if any rank does."""
 
 import json
 from collections.abc import Callable
@@ -14,15 +14,15 @@ STORE_TIMEOUT = 10.0
 
 
 class StoreUnreachable(Exception):
-    """An unanswered call to the common store: rank 0 or the launcher, which hosts the store, is gone."""
+    """An unanswered call to the common store: rank 0 or the launcher, which hosts the store, has ended."""
 
 
 class RankStore:
-    """JSON values in the ranks' common store, on a separate connection. Every call may raise StoreUnreachable."""
+    """JSON values in the ranks' common store, over a separate connection. Every call may raise StoreUnreachable."""
 
     def __init__(self, store: dist.Store):
         self._store = store.clone()  # type: ignore[attr-defined]  # not in the stubs of torch
-        self._executor = ThreadPoolExecutor(1, "notes")  # a store on a node that is gone may block forever
+        self._executor = ThreadPoolExecutor(1, "notes")  # a call to a store on a failed node may block forever
 
     def put(self, key: str, value: Any) -> None:
         """Store a value under a key."""

@@ -31,11 +31,11 @@ BYTES_PER_PARAMETER = 12
 """Minimum size of a trained parameter in a checkpoint: the weight and two moments in fp32. A frozen parameter is saved
 in its own type."""
 SPACE_FACTOR = 1.1
-"""Required disk space for a checkpoint, relative to the size of the previous one."""
+"""Required disk space for a checkpoint, relative to the previous one or, for the first, to its minimum size."""
 
-Prepared = TypeVar("Prepared")
-Written = tuple[dict[str, Any], str | None]
-"""The manifest entries of a rank's files, and the problem if they could not all be written."""
+Result = TypeVar("Result")
+WriteResult = tuple[dict[str, Any], str | None]
+"""The manifest entries of a rank's files, and the problem, or None if all of them were written."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class _Save:
     step: int
     temporary: Path
     state: dict[str, Any]
-    written: Future[Written]
+    result: Future[WriteResult]
 
 
 class Saver:
-    """The saver of an engine's checkpoints, one at a time, on all ranks together."""
+    """A writer of an engine's checkpoints: all ranks together write one checkpoint at a time."""
 
     def __init__(
         self,
@@ -58,19 +58,17 @@ class Saver:
         config: CheckpointConfig,
         world: World,
         say: Callable[[str], None],
-        saved: Callable[[int], None],
+        on_saved: Callable[[int], None],
     ):
-        self._engine, self._folder, self._config, self._world, self._say, self._on_saved = (
-            engine,
-            folder,
-            config,
-            world,
-            say,
-            saved,
-        )
+        self._engine = engine
+        self._folder = folder
+        self._config = config
+        self._world = world
+        self._say = say
+        self._on_saved = on_saved
         self._copies = HostCopies(world.device)
         self._collector = engine.checkpoint_engine = _ShardCollector(self._copies)
-        # DeepSpeed would write a script next to the shards, and that write could fail on rank 0 only.
+        # DeepSpeed would also write a recovery script on rank 0; if that failed, only rank 0 would raise an error.
         engine._copy_recovery_script = lambda folder: None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
@@ -84,11 +82,11 @@ class Saver:
 
     @property
     def writing(self) -> bool:
-        """Whether this rank is writing."""
-        return self._save is not None and not self._save.written.done()
+        """Whether this rank is writing its files."""
+        return self._save is not None and not self._save.result.done()
 
     @property
-    def open(self) -> bool:
+    def in_progress(self) -> bool:
         """Whether a save has begun but is not finished."""
         return self._save is not None
 
@@ -97,8 +95,8 @@ class Saver:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def timed(self, prepare: Callable[[], Prepared]) -> Prepared:
-        """Run a preparation of a save and return its result; its time counts as time of the save."""
+    def timed(self, prepare: Callable[[], Result]) -> Result:
+        """Run `prepare`, a step before a save, and return its result. Its duration counts as saving time."""
         started = time.perf_counter()
         try:
             return prepare()
@@ -106,11 +104,14 @@ class Saver:
             self._seconds += time.perf_counter() - started
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Copy the state of the run and write it, in the background if so configured. `state` must be plain JSON."""
+        """Copy the state of the run and write it, in the background if so configured.
+
+        `state` must be JSON-serializable.
+        """
         self.finish()
         started = time.perf_counter()
         temporary = self._folder / f".{step_name(step)}.tmp"
-        problem = self._world.gather_objects(self._make_room(temporary) if self._world.is_main else None)[0]
+        problem = self._world.gather_objects(self._create_folder(temporary) if self._world.is_main else None)[0]
         if problem:
             self._fail(step, temporary, problem)
         else:
@@ -118,7 +119,7 @@ class Saver:
             self._engine.save_checkpoint(str(self._folder), tag=temporary.name, save_latest=False)
             files = self._collector.take() | {temporary / random_state_file_name(self._world.rank): random_state()}
             self._save = _Save(step, temporary, state, self._thread.submit(_write, files, self._copies))
-            self._save.written.add_done_callback(lambda _: self._note_duration(started))
+            self._save.result.add_done_callback(lambda _: self._note_duration(started))
         self._seconds += time.perf_counter() - started
         if not self._config.background:
             self.finish()
@@ -133,10 +134,10 @@ class Saver:
             return
         started = time.perf_counter()
         save, self._save = self._save, None
-        written = self._world.gather_objects(save.written.result())
-        problem = next((problem for _, problem in written if problem), None)
+        results = self._world.gather_objects(save.result.result())
+        problem = next((problem for _, problem in results if problem), None)
         if problem is None and self._world.is_main:
-            problem = self._publish(save, {file: entry for entries, _ in written for file, entry in entries.items()})
+            problem = self._publish(save, {file: entry for entries, _ in results for file, entry in entries.items()})
         problem = self._world.gather_objects(problem)[0]
         if problem:
             self._fail(save.step, save.temporary, problem)
@@ -157,8 +158,11 @@ class Saver:
             checkpoint.publish(save.temporary, save.step, self._world.size, save.state, files)
         except OSError as error:
             return _error_text(error)
-        if kept := checkpoint.prune(self._folder, self._config.keep, self._config.keep_every):
-            self._say(f"WARNING: old checkpoints cannot be removed: {', '.join(kept)}")
+        if not_removed := checkpoint.prune(self._folder, self._config.keep, self._config.keep_every):
+            self._say(
+                f"WARNING: cannot remove old checkpoints in {self._folder}: {', '.join(not_removed)}; check the "
+                "permissions, or remove them by hand"
+            )
         return None
 
     def _fail(self, step: int, temporary: Path, problem: str) -> None:
@@ -167,12 +171,15 @@ class Saver:
         self.failed += 1
         self.problem = problem
         self._say(
-            f"WARNING: the checkpoint of step {step} was not written: {problem}; the run continues, and earlier "
-            f"checkpoints stay in {self._folder}"
+            f"WARNING: the checkpoint of step {step} was not written: {problem}; the run continues, and "
+            f"{self._folder} still has the earlier checkpoints"
         )
 
-    def _make_room(self, temporary: Path) -> str | None:
-        """Create an empty folder for a checkpoint; return the problem if there is no room, else None."""
+    def _create_folder(self, temporary: Path) -> str | None:
+        """Create an empty folder for a checkpoint.
+
+        Return the problem if that fails or the disk lacks space, else None.
+        """
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -180,16 +187,19 @@ class Saver:
             needed = self._required_bytes()
         except OSError as error:
             return _error_text(error)
+        if free >= needed:
+            return None
         return (
-            f"the disk has {free / 1e6:,.1f} MB free, but a checkpoint needs {needed / 1e6:,.1f} MB: free disk space"
-            if free < needed
-            else None
+            f"the disk has {free / 1e6:,.1f} MB free, but a checkpoint needs {needed / 1e6:,.1f} MB: delete files to "
+            "make room"
         )
 
     def _required_bytes(self) -> float:
         newest = list_steps(self._folder)[-1:]
-        before = sum(path.stat().st_size for step in newest for path in (self._folder / step_name(step)).iterdir())
-        return SPACE_FACTOR * (before or min_checkpoint_bytes(self._engine.module))
+        previous_bytes = sum(
+            path.stat().st_size for step in newest for path in (self._folder / step_name(step)).iterdir()
+        )
+        return SPACE_FACTOR * (previous_bytes or min_checkpoint_bytes(self._engine.module))
 
 
 def min_checkpoint_bytes(module: nn.Module) -> int:
@@ -214,7 +224,7 @@ class _ShardCollector(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         copy_of_state = self._copies.copy(state_dict)
         if PARTITION_COUNT in copy_of_state.get(OPTIMIZER_STATE_DICT, {}):
-            # under stage 1 the optimizer for bf16 with fp32 accumulation omits the stage, but the export needs it
+            # the export needs the stage, but DeepSpeed's stage 1 optimizer for bf16 with fp32 accumulation omits it
             copy_of_state[OPTIMIZER_STATE_DICT].setdefault(ZERO_STAGE, 1)
         self._files[Path(path)] = copy_of_state
 
@@ -227,8 +237,8 @@ class _ShardCollector(TorchCheckpointEngine):
         return files
 
 
-def _write(files: dict[Path, Any], copies: HostCopies) -> Written:
-    """Write the files of this rank once the copies are complete."""
+def _write(files: dict[Path, Any], copies: HostCopies) -> WriteResult:
+    """Write the files of this rank once the copies are complete; return their manifest entries and the problem."""
     entries = {}
     copies.wait()
     for path in list(files):

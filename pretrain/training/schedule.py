@@ -15,11 +15,11 @@ class Progress:
     tokens: int = 0
     """Corpus tokens, without copies, special or predictor tokens and padding."""
     positions: int = 0
-    """Computed positions, padding excluded."""
+    """Computed positions, without padding."""
     skipped_steps: int = 0
     """Steps without an update."""
     seconds: float = 0.0
-    """Time spent training, over all starts."""
+    """Time spent training, summed over all launches."""
 
     def state(self) -> dict[str, float]:
         """Return the counters by name."""
@@ -42,7 +42,8 @@ def consumed_fraction(progress: Progress, train: TrainConfig, total_epoch_record
 def learning_rate(fraction: float, train: TrainConfig) -> float:
     """Return the learning rate at a consumed fraction of the budget.
 
-    After a linear warm-up, a cosine, linear or warmup-stable-decay schedule goes down to final_rate.
+    After a linear warm-up, a cosine, linear or warmup-stable-decay schedule lowers the rate to its final value,
+    final_rate * learning_rate.
     """
     fraction = min(1.0, fraction)
     if fraction < train.warmup_fraction:

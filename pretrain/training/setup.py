@@ -45,13 +45,13 @@ LENGTHS_AT_ONCE = 1 << 18
 
 
 class RunLock:
-    """An exclusive lock on a run directory, held by the main rank as long as its process lives."""
+    """An exclusive lock on a run directory, held by the main rank until it releases the lock or its process ends."""
 
     def __init__(self, run_dir: Path):
         self._run_dir = run_dir
         self._file: IO[bytes] | None = None
         self.held = False
-        """Whether this run has the lock, on every rank."""
+        """Whether this run has the lock; the same on every rank."""
 
     def take(self, world: World) -> None:
         """Take the lock on all ranks together. Raises UserError if another run has it."""
@@ -70,10 +70,11 @@ def set_up(
 ) -> Trainer | None:
     """Build the run, resumed from its newest checkpoint; return None if it is already finished.
 
-    `stop` may already have received a signal; without it, signals are received from here on. The `lock` is taken here.
-    Raises UserError, and Stopped if a signal ends the start.
+    `stop` may already have received a signal; if it is None, signals are received from here on. This function takes the
+    `lock`. Raises UserError, and Stopped if a signal ends the run during the set-up.
     """
-    stop, lock = stop or StopRequest(), lock or RunLock(config.run_dir)
+    stop = stop or StopRequest()
+    lock = lock or RunLock(config.run_dir)
     say = print_now if world.is_main else lambda text: None
     settings = engine_settings(config, world.size)
     _check_same_environment(world, say)
@@ -96,12 +97,12 @@ def set_up(
     if config.ignored_keys:
         say(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
 
-    found = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop, say)
-    universal = found is not None and found.ranks != world.size
+    newest = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop, say)
+    universal = newest is not None and newest.ranks != world.size
     objective = build_objective(config.objective)
     engine = world.run_and_sync_errors(
         lambda: build_engine(
-            config, corpus.tokenizer, objective, world, resuming=found is not None, universal=universal
+            config, corpus.tokenizer, objective, world, resuming=newest is not None, universal=universal
         )
     )
     model = engine.module.model
@@ -126,10 +127,10 @@ def set_up(
         say("note: the corpus has no validation split, so there is no validation")
     if config.monitor.gradients_every and settings["zero_optimization"]["stage"] == 3:
         say("note: monitor.gradients_every makes ZeRO stage 3 gather each module separately, so all steps are slower")
-    if found:
-        checkpoint.load(engine, found, world)
-        check_weights(found.state.get("weights"), weight_sums(engine.module, world), found.path)
-        trainer.resume(found.state)
+    if newest:
+        checkpoint.load(engine, newest, world)
+        check_weights(newest.state.get("weights"), weight_sums(engine.module, world), newest.path)
+        trainer.resume(newest.state)
         say(f"resuming from step {trainer.progress.step}")
 
     def describe() -> None:
@@ -139,8 +140,8 @@ def set_up(
     world.run_and_sync_errors(lambda: _report_write_errors(config, describe) if world.is_main else None)
     if world.is_main:
         # the metrics of a step with a pending validation are written after that validation
-        written = trainer.progress.step - (trainer.pending_validation is not None)
-        trainer.metrics = Metrics(config.run_dir, written, config.monitor.tensorboard)
+        last_written_step = trainer.progress.step - (trainer.pending_validation is not None)
+        trainer.metrics = Metrics(config.run_dir, last_written_step, config.monitor.tensorboard)
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
     return trainer
@@ -151,20 +152,21 @@ def _find_checkpoint(
 ) -> checkpoint.VerifiedCheckpoint | None:
     """Return the newest valid checkpoint; None if there is none.
 
-    It is converted if another number of ranks wrote it. Raises UserError, and Stopped if a signal ends the conversion.
+    The checkpoint is converted if a different number of ranks wrote it. Raises UserError, and Stopped if a signal ends
+    the conversion.
     """
     if world.is_main:
         checkpoint.remove_leftovers(folder)
-    found = checkpoint.find_newest(folder, world, say)
-    if found is not None:
+    newest = checkpoint.find_newest(folder, world, say)
+    if newest is not None:
         checkpoint.make_universal(
-            found, world, stop, say, round_robin=zero["stage"] < 3 and zero.get("round_robin_gradients", False)
+            newest, world, stop, say, round_robin=zero["stage"] < 3 and zero.get("round_robin_gradients", False)
         )
-    return found
+    return newest
 
 
 def _resume_evaluations(config: RunConfig, world: World) -> None:
-    """Start the evaluations that a killed run or job did not complete."""
+    """Start the evaluations that a killed run or evaluation job did not complete."""
     if world.is_main and requested_evaluations(config.run_dir):
         start_evaluations(config.run_dir, config.evaluation.device)
 
@@ -221,7 +223,7 @@ def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
 def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) -> None:
     """Raise UserError for errors that can be found before the model is built.
 
-    Without a corpus, only what does not need its shards is checked.
+    If there is no corpus, the checks that need its shards are skipped.
     """
     if corpus is not None:
         _check_views(config, corpus)
@@ -251,24 +253,22 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
 
 
 def _check_decontaminated(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
-    """Warn about test files that the preparation did not compare with the training data."""
+    """Warn about test files that data_prep did not compare with the training data."""
     settings = corpus.manifest["settings"]
     compared = settings["data"].get("decontaminate", True)
-    known_hashes = {file["sha256"] for file in settings.get("files", {}).values()} if compared else set()
+    compared_hashes = {file["sha256"] for file in settings.get("files", {}).values()} if compared else set()
     recorded = settings.get("tests", []) if compared else []
     for test in evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True)):
         (described,) = Job(data=config.data, tests=(test,)).test_descriptions
         files = list_test_files(test)
-        unknown = (
-            [path for path in files if sha256_file(Path(path)) not in known_hashes]
-            if files
-            else []
-            if described in recorded
-            else [test.source.path]
-        )
-        if unknown:
+        not_compared: list[str | None]
+        if files:
+            not_compared = [path for path in files if sha256_file(Path(path)) not in compared_hashes]
+        else:
+            not_compared = [] if described in recorded else [test.source.path]
+        if not_compared:
             say(
-                f"WARNING: {config.data.path} was not decontaminated against {unknown[0]} (task {test.task}): its "
+                f"WARNING: {config.data.path} was not decontaminated against {not_compared[0]} (task {test.task}): its "
                 "questions may be in the training data; prepare another data.path with this configuration, or set "
                 "data.decontaminate=false"
             )
@@ -278,14 +278,14 @@ def _check_views(config: RunConfig, corpus: Corpus) -> None:
     if tuple(corpus.manifest["views"]) != config.data.views:
         raise UserError(
             f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with "
-            f"{corpus.manifest['views']}: set those, or prepare another data.path"
+            f"{corpus.manifest['views']}: set data.views to these, or prepare another data.path"
         )
 
 
 def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None]) -> None:
-    """Raise UserError if the model of a folder was not trained with the token ids of the corpus."""
+    """Raise UserError if the model in a folder was not trained with the token ids of the corpus."""
     if not Path(folder).is_dir():
-        return  # loading the model reports that
+        return  # loading the model reports the missing folder
     try:
         find_tokenizer(Path(folder))
     except UserError:
@@ -299,8 +299,8 @@ def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None
         difference = first_difference(model_tokenizer, corpus.tokenizer)
     if difference is not None:
         raise UserError(
-            f"model.init_from: the tokenizer of {folder} differs from the one of {corpus.folder} ({difference}); "
-            "prepare the corpus with data.tokenizer.path set to the former folder"
+            f"model.init_from: the tokenizer of {folder} differs from the tokenizer of {corpus.folder} ({difference}); "
+            f"prepare the corpus with data.tokenizer.path set to {folder}"
         )
 
 
@@ -329,7 +329,8 @@ def _all_lengths(corpus: Corpus) -> Iterator[np.ndarray]:
 
 def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
     """Raise UserError if a record, with all copies that the objective or the validation needs, is longer than a row."""
-    length, specials = config.data.sequence_length, SpecialTokenIds(0, 0, 0, 0, 0)  # the layout needs only their number
+    length = config.data.sequence_length
+    specials = SpecialTokenIds(0, 0, 0, 0, 0)  # the layout needs only their number
 
     def longest(split: Corpus, validating: bool) -> int:
         layout = config.make_layout(specials, split.views, validating=validating)
@@ -358,8 +359,8 @@ def _max_positions_from_manifest(corpus: Corpus, layout: Layout) -> float:
     """Return an upper bound of the positions of a record, from `positions_needed` of the manifest.
 
     The bound is infinite if the layout may need more positions than `positions_needed` counts. For each number of
-    present views, both are linear in the lengths. It is therefore enough to compare them for lengths of 1, and for one
-    very long view at a time.
+    present views, both numbers are linear in the lengths. It is therefore enough to compare them for lengths of 1, and
+    for one very long view at a time.
     """
     shapes = np.concatenate(
         [
@@ -370,7 +371,7 @@ def _max_positions_from_manifest(corpus: Corpus, layout: Layout) -> float:
     ).astype(np.int64)
     if (layout.positions(shapes) > positions_needed(shapes)).any():
         return math.inf
-    # documents are cut into pieces that fit the sequence_length of the preparation
+    # data_prep cuts documents into pieces that fit its data.sequence_length
     piece_length = corpus.manifest["settings"]["data"]["sequence_length"] if corpus.entry["continued"] else 0
     return max(corpus.entry["positions_needed"], piece_length)
 
@@ -394,7 +395,7 @@ def _validation(config: RunConfig, corpus: Corpus, specials: SpecialTokenIds, wo
 
 
 def _write_model_folder(config: RunConfig, model: LanguageModel, corpus: Corpus) -> None:
-    """Write an export without weights: the configuration of the model, and its tokenizer."""
+    """Write an export without weights: the configuration and the tokenizer of the model."""
     folder = config.run_dir / MODEL_DIR
     if folder.exists():
         return

@@ -11,8 +11,10 @@ from data_prep.console import UserError
 from data_prep.files import write_json
 from pretrain.run_folder import PINS, REWINDS, list_steps, read_rewinds, step_name
 
-WINDOW, MIN_HISTORY = 100, 20
-"""Largest and smallest number of steps with which a loss is compared."""
+WINDOW = 100
+"""Largest number of steps with which a loss is compared."""
+MIN_HISTORY = 20
+"""Smallest number of steps with which a loss is compared."""
 MAX_COUNT_RATIO = 2
 """Largest ratio of the numbers of tokens or pairs in two comparable steps. A mean over few pairs varies more, and a
 contrastive loss grows with the number of pairs."""
@@ -25,7 +27,7 @@ MAX_REWINDS = 20
 
 
 class CannotRewind(Exception):
-    """The reason why a run cannot rewind; the step is skipped instead."""
+    """The reason why a run cannot rewind. The step of the spike is skipped instead."""
 
 
 class SpikeRule:
@@ -64,7 +66,7 @@ class SpikeRule:
     def judge(
         self, losses: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]
     ) -> tuple[float, str]:
-        """Add the losses of a step; return the highest score among terms with a nonzero weight, and its term.
+        """Add the losses of a step; return the highest score among the terms with a nonzero weight, and that term.
 
         `counts` are the numbers of tokens or pairs over which the losses are means.
         """
@@ -74,7 +76,7 @@ class SpikeRule:
         return max(scores, default=(0.0, ""))
 
     def load(self, losses: Any) -> None:
-        """Restore the losses from a checkpoint. Earlier versions saved totals, which are dropped as not comparable."""
+        """Restore the losses from a checkpoint. Total losses, which earlier versions saved, are dropped."""
         self.losses = (
             {term: [(loss, count) for loss, count in recent] for term, recent in losses.items()}
             if isinstance(losses, dict)
@@ -88,42 +90,43 @@ def excluded_steps(run_dir: Path) -> set[int]:
 
 
 def rewind(run_dir: Path, step: int, score: float) -> int:
-    """Make the next start resume before the preceding step and skip both that step and this one.
+    """Make the next launch resume from a checkpoint before `step` and the preceding step, and skip these two steps.
 
-    Return the step from which the next start resumes. Raises CannotRewind; the next start then resumes from the newest
-    checkpoint.
+    Return the step from which the next launch resumes. Raises CannotRewind; the next launch then resumes from the
+    newest checkpoint.
     """
-    culprits = [step - 1, step]
-    to = max((saved for saved in list_steps(run_dir / "checkpoints") if saved < culprits[0]), default=None)
+    skipped = [step - 1, step]
+    resume_step = max((saved for saved in list_steps(run_dir / "checkpoints") if saved < skipped[0]), default=None)
     try:
-        before = read_rewinds(run_dir)
+        earlier_rewinds = read_rewinds(run_dir)
     except (OSError, UserError) as error:
         raise CannotRewind(f"cannot read {run_dir / REWINDS}: {error}") from None
-    if to is None:
+    if resume_step is None:
         raise CannotRewind("no checkpoint is older than the preceding step")
-    if sum(earlier["to"] == to for earlier in before) >= MAX_REWINDS_PER_CHECKPOINT:
-        raise CannotRewind(f"the run has already gone back to step {to} {MAX_REWINDS_PER_CHECKPOINT} times")
-    if len(before) >= MAX_REWINDS:
+    if sum(earlier["to"] == resume_step for earlier in earlier_rewinds) >= MAX_REWINDS_PER_CHECKPOINT:
+        raise CannotRewind(f"the run has already gone back to step {resume_step} {MAX_REWINDS_PER_CHECKPOINT} times")
+    if len(earlier_rewinds) >= MAX_REWINDS:
         raise CannotRewind(
             f"the run has already gone back {MAX_REWINDS} times and may be diverging: lower train.learning_rate"
         )
     try:
-        write_json(run_dir / REWINDS, [*before, {"step": step, "score": score, "to": to, "left_out": culprits}])
-        _remove_later_steps(run_dir, to)
+        this_rewind = {"step": step, "score": score, "to": resume_step, "left_out": skipped}
+        write_json(run_dir / REWINDS, [*earlier_rewinds, this_rewind])
+        _remove_later_steps(run_dir, resume_step)
     except OSError as error:
         with contextlib.suppress(OSError):
-            if read_rewinds(run_dir) != before:
-                write_json(run_dir / REWINDS, before)
+            if read_rewinds(run_dir) != earlier_rewinds:
+                write_json(run_dir / REWINDS, earlier_rewinds)
         raise CannotRewind(f"cannot write to {run_dir}: {error.strerror}") from None
-    return to
+    return resume_step
 
 
-def _remove_later_steps(run_dir: Path, to: int) -> None:
-    """Remove the checkpoints and exports of steps after `to`."""
+def _remove_later_steps(run_dir: Path, step: int) -> None:
+    """Remove the checkpoints and exports of steps after `step`."""
     checkpoints = run_dir / "checkpoints"
     for folder in (checkpoints, run_dir / "export"):
         for saved in list_steps(folder):
-            if saved > to:
+            if saved > step:
                 (folder / step_name(saved)).rename(folder / f".{step_name(saved)}.tmp")
                 # saving the step again requests its evaluation again
                 (checkpoints / PINS / step_name(saved)).unlink(missing_ok=True)

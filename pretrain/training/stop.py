@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """The end of a start by a signal, before there is anything to save."""
+    """The end of a run by a signal during the set-up, before there is anything to save."""
 
 
 class StopRequest:
@@ -26,7 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.since = 0.0
+        self.received_at = 0.0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # receives the number of each signal with a handler
@@ -42,10 +42,11 @@ class StopRequest:
 
     def _receive(self, number: signal.Signals) -> None:
         if self.received is not None:
-            if time.monotonic() - self.since < self.GRACE:
+            if time.monotonic() - self.received_at < self.GRACE:
                 return
             os._exit(128 + number)
-        self.received, self.since = number, time.monotonic()
+        self.received = number
+        self.received_at = time.monotonic()
         with contextlib.suppress(OSError):  # the output may be closed
             message = f"{number.name}: saving and stopping; signal again after {self.GRACE:.0f} s to exit immediately\n"
             os.write(2, message.encode())

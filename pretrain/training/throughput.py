@@ -1,4 +1,4 @@
-"""FLOPs and throughput of a model, counted on real tokens."""
+"""FLOPs and throughput of a model, counted without padding."""
 
 from dataclasses import dataclass
 
@@ -48,7 +48,7 @@ class Parameters:
     def flops(self, positions: float, targets: float) -> tuple[float, float]:
         """Return the FLOPs of the layers and of the output head, forward and backward.
 
-        They are 6 per position and parameter of the layers, and 6 per next-token target and parameter of the head
+        The layers need 6 FLOPs per position and parameter, and the head 6 per next-token target and parameter
         (Kaplan et al., arXiv 2001.08361, section 2.1). Attention scores and padding are not counted.
         """
         return 6 * self.layers * positions, 6 * self.head * targets
@@ -72,7 +72,8 @@ class Throughput:
     """Rates of the steps since the last report, without validation and checkpoints. MFU uses `Parameters.flops`."""
 
     def __init__(self, parameters: Parameters, ranks: int, row_length: int):
-        self.parameters, self.row_length = parameters, row_length
+        self.parameters = parameters
+        self.row_length = row_length
         peak = peak_flops()
         self.peak = None if peak is None else peak * ranks
         self._reset()

@@ -1,4 +1,4 @@
-"""Validation: all loss terms and the embedding monitors on held-out records, the same ones every time."""
+"""Validation: all loss terms and the embedding monitors on held-out records, the same in every validation."""
 
 from collections.abc import Callable, Mapping
 
@@ -64,8 +64,8 @@ class Validation:
     ) -> dict[str, float] | None:
         """Validate on all ranks; return the values by metric tag. Only the main rank returns the embedding monitors.
 
-        `units` names the unit by whose count each term of the objective is divided. `stop` is called before each batch
-        and must return the same value on all ranks; if it returns True, this returns None.
+        `units` maps each term of the objective to the unit whose count divides the term. `stop` is called before each
+        batch and must return the same value on all ranks; if it returns True, the validation ends and returns None.
         """
         engine.eval()
         sums: dict[str, torch.Tensor] = {}

@@ -1,10 +1,10 @@
 """Detection of hanging runs: the run ends, and its log names the missing rank with its host and step.
 
 If a rank is stopped, dead on another node or stuck in a loop, its peers wait silently in a collective until its
-timeout. That timeout must be long enough for the slowest start. Every rank therefore has a thread that stores its
-progress as heartbeats in the ranks' common store. If its own training thread makes no progress for too long, it reads
-the heartbeats of all ranks. It also watches the heartbeats of the next rank all the time. A dead process thus ends the
-run sooner, even under NCCL, where the peers do not notice.
+timeout. That timeout must be long enough for the slowest startup. Every rank therefore has a watchdog thread, which
+stores the rank's progress as heartbeats in the ranks' common store. If the training thread of the rank makes no
+progress for too long, the watchdog reads the heartbeats of all ranks. It also watches the heartbeats of the next rank
+all the time. A dead process thus ends the run sooner, even under NCCL, where the peers do not notice.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ DEAD_FRACTION = 1 / 10
 """Fraction of monitor.hang_seconds after which a rank without a heartbeat counts as dead: a minute by default, and at
 least MIN_MISSED_BEATS heartbeats."""
 KILL_DELAY = 15.0
-"""Additional time before a stopped rank is killed, after the time in which its peers end, in seconds."""
+"""Time after which a stopped rank is killed, counted from the end of its peers, in seconds."""
 SLOW_LIMIT = 1800.0
 """Time allowed for the first step or for a save, in seconds."""
 EXIT_CODE_HUNG = 70
@@ -44,7 +44,7 @@ class Beat:
     host: str
     beats: int = 0
     moves: int = 0
-    """Number of progress reports from its training thread."""
+    """Number of progress reports from the rank's training thread."""
     step: int = 0
     ended: bool = False
     """Whether the rank has finished its work and its process may end."""
@@ -58,8 +58,8 @@ def last_heartbeats(
     Raises StoreUnreachable.
     """
     ranks = list(range(len(hosts))) if ranks is None else ranks
-    found = rank_store.get([_key(rank) for rank in ranks])
-    return [Beat(**values) if values else Beat(rank, hosts[rank]) for rank, values in zip(ranks, found, strict=True)]
+    stored = rank_store.get([_key(rank) for rank in ranks])
+    return [Beat(**values) if values else Beat(rank, hosts[rank]) for rank, values in zip(ranks, stored, strict=True)]
 
 
 def _key(rank: int) -> str:
@@ -73,8 +73,8 @@ def _describe(beat: Beat) -> str:
 class Watchdog:
     """The watchdog thread of one rank.
 
-    If the run hangs, the first rank that detects it calls `end` with a line that names the missing ranks. Then every
-    rank that detects it ends its process.
+    If the run hangs, the first rank that detects this calls `report` with a line that names the missing ranks. Then
+    every rank that detects this ends its process.
     """
 
     def __init__(
@@ -82,13 +82,17 @@ class Watchdog:
         rank_store: RankStore | LocalRankStore,
         rank: int,
         hosts: tuple[str, ...],
-        seconds: float,
-        end: Callable[[str], None],
+        hang_seconds: float,
+        report: Callable[[str], None],
     ):
-        self._rank_store, self._hosts, self._seconds, self._end = rank_store, hosts, seconds, end
-        self._own = Beat(rank, hosts[rank], beats=1)  # 0 means that nothing is stored yet
-        self._next = (rank + 1) % len(hosts)
-        self._next_beats, self._silence = 0, 0.0
+        self._rank_store = rank_store
+        self._hosts = hosts
+        self._hang_seconds = hang_seconds
+        self._report = report
+        self._own_beat = Beat(rank, hosts[rank], beats=1)  # 0 means that nothing is stored yet
+        self._next_rank = (rank + 1) % len(hosts)
+        self._next_beats = 0
+        self._silence = 0.0
         self._limit = SLOW_LIMIT
         self._stop = threading.Event()
         self._killer = subprocess.Popen(
@@ -104,62 +108,62 @@ class Watchdog:
 
     def report_progress(self, step: int) -> None:
         """Record that the training thread is making progress in `step`."""
-        self._own.step = step
-        self._own.moves += 1
+        self._own_beat.step = step
+        self._own_beat.moves += 1
 
     def first_step_done(self) -> None:
         """Apply monitor.hang_seconds from here on, because the slow first step is done."""
-        if self._limit != self._seconds:
-            self._limit = self._seconds
+        if self._limit != self._hang_seconds:
+            self._limit = self._hang_seconds
             self._send_heartbeat()
 
     @contextmanager
     def extended_timeout(self) -> Iterator[None]:
-        """Allow the time of the first step within this context."""
+        """Allow SLOW_LIMIT seconds without progress within this context, as for the first step."""
         limit, self._limit = self._limit, SLOW_LIMIT
         try:
             yield
         finally:
-            self._own.moves += 1
+            self._own_beat.moves += 1
             self._limit = limit
             self._send_heartbeat()
 
     def close(self, ended: bool) -> None:
-        """Stop watching. `ended` means that the run ends regularly, so peers must not treat this rank as dead."""
+        """Stop watching. `ended` means that the run ends normally, so peers must not treat this rank as dead."""
         self._stop.set()
         self._thread.join(STORE_TIMEOUT + HEARTBEAT_INTERVAL)
-        self._own.ended = ended
+        self._own_beat.ended = ended
         with contextlib.suppress(StoreUnreachable):
             self._store_heartbeat()
         self._killer.kill()
         self._killer.wait()
 
     def _watch(self) -> None:
-        moves, since, compared_from = -1, 0.0, 0.0
+        moves = -1
+        last_progress = 0.0
+        compared_from = 0.0
         before: list[Beat] | None = None
         while not self._stop.wait(HEARTBEAT_INTERVAL):
-            if self._own.moves != moves:
-                moves, since, before = self._own.moves, time.monotonic(), None
-            self._own.beats += 1
+            if self._own_beat.moves != moves:
+                moves = self._own_beat.moves
+                last_progress = time.monotonic()
+                before = None
+            self._own_beat.beats += 1
             began = time.monotonic()
-            waited = began - since
+            waited = began - last_progress
             try:
                 self._store_heartbeat()
                 dead = self._dead_peer()
                 if waited > self._limit - MIN_MISSED_BEATS * HEARTBEAT_INTERVAL and before is None:
-                    before, compared_from = self._beats(), waited
+                    before = self._beats()
+                    compared_from = waited
                 late = waited > self._limit and waited - compared_from >= (MIN_MISSED_BEATS - 1) * HEARTBEAT_INTERVAL
                 missing = self._missing(before, self._beats()) if late and before is not None else ""
             except StoreUnreachable:
-                dead = (
-                    STORE_GONE
-                    if self._count_silence(
-                        min(time.monotonic() - began, STORE_TIMEOUT + HEARTBEAT_INTERVAL) / HEARTBEAT_INTERVAL
-                    )
-                    else ""
-                )
+                silent_seconds = min(time.monotonic() - began, STORE_TIMEOUT + HEARTBEAT_INTERVAL)
+                dead = STORE_GONE if self._count_silence(silent_seconds / HEARTBEAT_INTERVAL) else ""
                 missing = STORE_GONE if waited > self._limit else ""
-            if missing and self._own.moves == moves and not self._stop.is_set():
+            if missing and self._own_beat.moves == moves and not self._stop.is_set():
                 self._end_process(f"the run has been hanging for {waited:.0f} s: {missing}")
             if dead and not self._stop.is_set():
                 self._end_process(f"{dead} for {self._silence * HEARTBEAT_INTERVAL:.0f} s")
@@ -172,19 +176,20 @@ class Watchdog:
 
     def _store_heartbeat(self) -> None:
         self._send_heartbeat()
-        self._rank_store.put(_key(self._own.rank), asdict(self._own))
+        self._rank_store.put(_key(self._own_beat.rank), asdict(self._own_beat))
 
     def _dead_peer(self) -> str:
         """Return a description of the next rank if it counts as dead, else an empty text."""
-        peer = last_heartbeats(self._rank_store, self._hosts, [self._next])[0]
-        silent = peer.rank != self._own.rank and not peer.ended and 0 < peer.beats == self._next_beats
+        peer = last_heartbeats(self._rank_store, self._hosts, [self._next_rank])[0]
+        silent = peer.rank != self._own_beat.rank and not peer.ended and 0 < peer.beats == self._next_beats
         self._next_beats = peer.beats
         return f"{_describe(peer)} has sent no heartbeat" if self._count_silence(float(silent)) else ""
 
     def _count_silence(self, beats: float) -> bool:
         """Add missed heartbeats, with 0 resetting the count; return whether the limit is reached.
 
-        The count is in heartbeats of this rank, not in seconds, so a suspended machine does not add to it.
+        Missed heartbeats are counted in heartbeats of this rank, not in seconds, so the time for which the machine is
+        suspended is not counted.
         """
         self._silence = self._silence + beats if beats else 0.0
         return self._silence >= self._max_missed_beats
@@ -192,21 +197,19 @@ class Watchdog:
     @property
     def _max_missed_beats(self) -> float:
         """Number of missed heartbeats after which the peers end the run."""
-        return max(MIN_MISSED_BEATS, DEAD_FRACTION * self._seconds / HEARTBEAT_INTERVAL)
+        return max(MIN_MISSED_BEATS, DEAD_FRACTION * self._hang_seconds / HEARTBEAT_INTERVAL)
 
     def _missing(self, before: list[Beat], now: list[Beat]) -> str:
-        """Return a description of the missing ranks from heartbeats `now` and `before`, MIN_MISSED_BEATS earlier."""
+        """Return a description of the missing ranks from the heartbeats `now` and MIN_MISSED_BEATS `before`."""
         silent = [beat for beat, earlier in zip(now, before, strict=True) if beat.beats == earlier.beats]
         slowest = [beat for beat in now if beat.step == min(other.step for other in now)]
         late = silent or (slowest if len(slowest) < len(now) else [])
         if len(now) == 1:
             return f"the process on {now[0].host} is not getting past step {now[0].step}"
         if not late:
-            return f"all {len(now)} ranks are waiting in step {self._own.step}"
-        named = ", ".join(map(_describe, late[:8]))
-        return (
-            f"{named}{' and others' if len(late) > 8 else ''} {'without a heartbeat' if silent else 'not progressing'}"
-        )
+            return f"all {len(now)} ranks are waiting in step {self._own_beat.step}"
+        named = ", ".join(map(_describe, late[:8])) + " and others" * (len(late) > 8)
+        return f"{named} {'without a heartbeat' if silent else 'not progressing'}"
 
     def _beats(self) -> list[Beat]:
         return last_heartbeats(self._rank_store, self._hosts)
@@ -218,7 +221,7 @@ class Watchdog:
         except StoreUnreachable:
             first = True
         if first:
-            self._end(line)
+            self._report(line)
         else:
             # the reporting rank must print its line before the launcher sees a process end
             time.sleep(HEARTBEAT_INTERVAL)

@@ -1,7 +1,8 @@
 """Checksums of the weights that do not depend on how ZeRO partitions them.
 
 They are saved with each checkpoint and compared after it is loaded. DeepSpeed's files contain flat partitions without
-the names of the parameters, so a loader that assumes another order would silently fill the model with permuted weights.
+the names of the parameters, so a loader that assumes a different order would silently fill the model with permuted
+weights.
 """
 
 import math
@@ -20,8 +21,8 @@ PERIOD = 4093
 CHUNK_SIZE = 1 << 20
 """Number of elements that are converted to fp64 together."""
 TOLERANCE = 1e-9
-"""Largest difference of two sums, as a fraction of the sum of the absolute values. It allows for a different order of
-summation only."""
+"""Largest difference of two equal sums, as a fraction of the sum of the absolute values. It allows only for a different
+order of summation."""
 
 Sums = dict[str, list[float]]
 """Four numbers for each parameter: the weighted sums of the elements and of their absolute values, first for the fp32
@@ -84,11 +85,11 @@ def _local_fragments(parameter: Any, world: World) -> tuple[Fragment, Fragment]:
     empty = torch.empty(0), 0
     if hasattr(parameter, "ds_id"):  # partitioned by ZeRO stage 3; the partition of the last rank may be padded
         start = world.rank * parameter.partition_numel()
-        held = slice(0, max(0, parameter.ds_numel - start))
-        master = (
-            (parameter._z3_optimizer.get_local_fp32_param(parameter)[held], start) if parameter.requires_grad else empty
-        )
-        return master, (parameter.ds_tensor.flatten()[held], start)
+        unpadded = slice(0, max(0, parameter.ds_numel - start))
+        master = empty
+        if parameter.requires_grad:
+            master = parameter._z3_optimizer.get_local_fp32_param(parameter)[unpadded], start
+        return master, (parameter.ds_tensor.flatten()[unpadded], start)
     mapping = getattr(parameter, "_hp_mapping", None)  # None on a rank without a part of the parameter
     master = (mapping.get_hp_fragment(), mapping.lp_fragment_address.start) if mapping else empty
     return master, (parameter.detach().flatten(), 0)

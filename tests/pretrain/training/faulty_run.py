@@ -70,7 +70,7 @@ if {"hang", "fail", "abort", "bus"} & set(faults):
 
     def count_then_fail(self, rows):
         original_count(self, rows)
-        self._moved()
+        self._report_progress()
         if self.world.is_main and self.progress.step == int(faults.get("hang", 0)):
             threading.Event().wait()
         if self.world.is_main and self.progress.step == int(faults.get("fail", 0)):

@@ -23,7 +23,7 @@ def hold_steps(config: Path, steps: list[int]) -> None:
     def held_count(self, rows):
         count(self, rows)
         if self.progress.step in steps:
-            _wait(self.stop, release_file(config, self.progress.step), self._moved)
+            _wait(self.stop, release_file(config, self.progress.step), self._report_progress)
 
     def held_set_up(run, world, stop, *arguments):
         print("waiting before the start", flush=True)

@@ -441,4 +441,4 @@ def test_a_folder_with_another_run_is_refused(folder, plan, capsys):
     )
     with pytest.raises(SystemExit):
         plan(name="taken")
-    assert "contains a run with another" in capsys.readouterr().err
+    assert "contains a run with a different" in capsys.readouterr().err

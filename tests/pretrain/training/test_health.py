@@ -257,7 +257,7 @@ def test_a_rewind_that_cannot_be_written_skips_the_step_on_all_ranks(folder):
     assert running.end() == 0, running.log.read_text()
     log = running.log.read_text()
     assert (
-        log.count("WARNING: cannot rewind for the spike of step 30") == 1
+        log.count("WARNING: cannot rewind before the spike of step 30") == 1
         and "finished at step 32" in log
         and "Traceback" not in log
     )

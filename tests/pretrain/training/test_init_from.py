@@ -95,8 +95,8 @@ def test_the_tokenizer_of_the_model_must_be_the_one_of_the_corpus(folder):
     done = run_from(folder, "of-another", start="other", check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1, done.stderr
-    assert f"the tokenizer of {folder / 'other'} differs from the one of {folder / 'corpus'} (id " in errors[0]
-    assert "prepare the corpus with data.tokenizer.path set to the former folder" in errors[0]
+    assert f"the tokenizer of {folder / 'other'} differs from the tokenizer of {folder / 'corpus'} (id " in errors[0]
+    assert f"prepare the corpus with data.tokenizer.path set to {folder / 'other'}" in errors[0]
 
 
 def copy_start(folder, name):

@@ -312,7 +312,7 @@ def test_a_run_does_not_resume_with_other_settings(folder, monkeypatch, capsys):
     finished = write_config(folder, tiny_config(folder, name="finished", train__steps=1))
     run_command(["python", "launcher/run.py", str(finished)])
     run_main(write_config(folder, tiny_config(folder, name="finished", train__steps=1, seed=4)), monkeypatch)
-    assert "contains a run with another seed" in capsys.readouterr().err
+    assert "contains a run with a different seed" in capsys.readouterr().err
     values = tiny_config(folder, name="finished", train__steps=1)
     values["data"]["sources"][0]["weight"] = 2.0
     run_main(
