@@ -122,7 +122,7 @@ class _Server:
     def __init__(self, control: socket.socket):
         self.control = control
         self.running: dict[int, tuple[int, socket.socket]] = {}
-        """Process id and reply socket of each running command, by its pidfd, which is readable once the command has exited."""
+        """Process id and reply socket of each running command, by its pidfd, which is readable after the exit."""
 
     def serve(self) -> dict[str, Any] | None:
         """Serve requests. Return the request in each fork, and None in the warm process when the tests have ended."""

@@ -110,7 +110,7 @@ class Cluster:
         cwd: Path = ROOT,
         **more: str,
     ) -> subprocess.CompletedProcess:
-        """Run a command on the control host until it exits. With `check`, fail and show its output if its exit code is not 0.
+        """Run a command on the control host. With `check`, fail and show its output if the exit code is not 0.
 
         `more` are additional environment variables.
         """

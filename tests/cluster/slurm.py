@@ -1,4 +1,4 @@
-"""A Slurm cluster of one node for tests. Its munged, slurmctld and slurmd use loopback and keep all state in a folder."""
+"""A Slurm cluster of one node for tests. Its munged, slurmctld and slurmd use loopback, with all state in one folder."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Automatic restarts of a stand-in for run.py, whose behavior each test chooses, and of the real run.py on two ranks."""
+"""Automatic restarts of a stand-in for run.py, whose behavior each test chooses, and of the real one on two ranks."""
 
 import os
 import re

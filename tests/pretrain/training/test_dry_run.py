@@ -329,7 +329,7 @@ def test_planned_model_states_with_adapters_match_those_of_deepspeed(folder, pla
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_activation_estimate_is_close_to_the_tensors_that_autograd_keeps(make_model, precision, dtype):
-    """Compare within 15%, without a mask: transformers would repeat the keys and values of grouped heads with a mask."""
+    """Compare within 15%, without a mask. With one, transformers would repeat the keys and values of grouped heads."""
     model = make_model(0, dtype=dtype)
     rows, length = 4, 64
     tensors: dict[int, torch.Tensor] = {
