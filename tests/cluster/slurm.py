@@ -1,4 +1,4 @@
-"""A Slurm cluster of one node for tests. Its munged, slurmctld and slurmd use loopback, with all state in one folder."""
+"""A Slurm cluster of one node for tests. Its munged, slurmctld and slurmd use loopback; all state is in one folder."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Tests of text unknown to the tokenizer: it is counted in every text and reported with its location."""
+"""Text that is unknown to the tokenizer is counted in every record and reported with its location."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from data_prep.tools.stats import stats
 from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows
 
 NUM_TEXTS = 2100
-"""Number of texts; the preparation checks a tokenizer on fewer texts before it encodes."""
+"""Number of rows, more than the preparation uses to check a tokenizer before it encodes."""
 
 
 def save_character_tokenizer(folder: Path) -> Path:
@@ -77,10 +77,8 @@ def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
     unknown_id = Tokenizer.load(out / "tokenizer").unknown_id
     in_shards = sum(tokens.count(unknown_id) for row in split_rows(out) for tokens in row)
     locations = [f"{tmp_path / 'a.jsonl'}:{NUM_TEXTS - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{NUM_TEXTS}: '犬'"]
-    assert (
-        manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": locations}
-        and in_shards == 3
-    )
+    assert in_shards == 3
+    assert manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": locations}
     assert manifest["splits"]["validation"]["unknown"] == {"tokens": 0, "records": 0, "first": []}
     line = (
         "3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; "

@@ -1,6 +1,6 @@
-"""Preparations from the server of tests/data_prep/sources/hub_server.py.
+"""Prepare corpora from the server of tests/data_prep/sources/hub_server.py.
 
-They run in a separate process that sets the address of the server before it imports `datasets`.
+This runs in a separate process that sets the address of the server before it imports `datasets`.
 """
 
 import json
