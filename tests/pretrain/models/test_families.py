@@ -108,7 +108,7 @@ def test_packed_rows_equal_separate_unpadded_forwards(family, kernel, packed, ma
     model = with_kernel(make_model(K, family=family), kernel)
     states = model(packed).view(2, ROW, -1)
     assert error(states, separate_states(model, packed)) < TOLERANCE
-    assert states.isfinite().all(), "padding must see itself"
+    assert states.isfinite().all(), "padding positions must see themselves"
 
 
 def masks(model, packed, positions=None):

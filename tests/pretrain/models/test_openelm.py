@@ -1,4 +1,4 @@
-"""OpenELM against the paper (arXiv 2404.14619), the published configurations, and a forward pass in plain loops."""
+"""OpenELM, compared with the paper (arXiv 2404.14619), the published configurations and a forward pass in loops."""
 
 import math
 import subprocess

@@ -19,7 +19,7 @@ COLUMNS = (
     ("anchor", "positive"),
     ("text", "text"),
 )
-"""Columns of each source that become the context view and the target view."""
+"""Columns of each source for the context view and the target view."""
 SMALL = [
     "model.shape.hidden_size=64",
     "model.shape.intermediate_size=128",

@@ -67,7 +67,7 @@ def story(tmp_path_factory):
 
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:14", config), folder / "interrupted.log")
     running.wait_until(lambda: last_step(run_dir) >= 12, "some more steps")
-    # like Ctrl-C: the ranks get the signal directly, and again from the launcher
+    # as with Ctrl-C, the ranks get the signal directly and also from the launcher
     os.killpg(running.process.pid, signal.SIGINT)
     running.end()
     interrupted = read_status(run_dir)
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_reported_and_set_aside_and_the_previous_one_is_
     assert (story["runs"]["disturbed"] / "checkpoints" / f"damaged-{step_name(story['newest'])}").exists()
 
 
-def test_the_end_state_is_bitwise_equal_to_that_of_an_undisturbed_run(story):
+def test_the_end_state_is_bitwise_equal_to_the_one_of_an_undisturbed_run(story):
     assert_same_checkpoints(*(run / "checkpoints" / step_name(STEPS) for run in story["runs"].values()))
 
 

@@ -322,7 +322,7 @@ def test_trap_17_neither_a_gpu_to_tokenize_nor_a_launcher_to_train_is_needed(fol
     assert_fails_with(lambda: check_the_run_of_one_process("launcher-needed"), "one process alone cannot train")
 
 
-def test_trap_24_no_rank_tokenizes_at_the_start_of_a_run(folder):
+def test_trap_24_no_rank_tokenizes_at_startup(folder):
     # the sources were removed before these runs, and the ranks could not tokenize them anyway
 
     def check_texts(name):
