@@ -1,4 +1,4 @@
-"""Decontamination gives the same results as a reference that uses sets of substrings."""
+"""Decontamination has the same results as a reference that uses sets of substrings."""
 
 import json
 import random

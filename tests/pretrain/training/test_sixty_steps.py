@@ -1,6 +1,6 @@
 """Every family and every objective trains for sixty steps under ZeRO-3 on two ranks.
 
-Each export, loaded with transformers, gives the same logits as the trained engine.
+Each export, loaded with transformers, has the same logits as the trained engine.
 """
 
 import json
