@@ -264,7 +264,7 @@ def test_rows_are_the_same_in_processes_with_different_hash_seeds():
 
 
 def test_rows_are_pinned():
-    """Pin the rows: a corpus is identified by its seed alone, so a change would alter every recorded run."""
+    """Pin the rows: only the seed identifies a corpus, so a change would alter every recorded run."""
     assert [generate(0, split, 0) for split in SPLITS] == [
         ("lines with a vowel or not a capital letter, 3 or more times", "(([AEIOUaeiou])|(~([A-Z]))){3,}"),
         ("lines not having the string 'dog' or the string 'truck' at least once", "(~(dog))|((truck)+)"),

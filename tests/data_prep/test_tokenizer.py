@@ -103,7 +103,7 @@ def real_texts() -> list[str]:
                 for message in json.loads(row)["messages"]
             ]
     documents = (DATA / "text" / "sqlite3-doc.txt").read_text(encoding="utf-8")[:400_000]
-    # Add the whole document as one text: float32 scores of a unigram model would drift over its length.
+    # Add the complete document as one text: float32 scores of a unigram model would drift over its length.
     return texts + documents.split("\n\n") + [documents]
 
 
@@ -239,7 +239,7 @@ def test_a_sentencepiece_model_that_contradicts_tokenizer_json_is_not_imported(t
 
 
 def train_sentencepiece(folder: Path, **options) -> Path:
-    """Train a model with sentencepiece's defaults, as BPE unless `options` set a different type; return its path.
+    """Train a model with sentencepiece's defaults, as BPE unless `options` set a different type, and return its path.
 
     The model has no pad or sep token, puts a space in front of the text, and collapses runs of spaces.
     """
@@ -418,7 +418,7 @@ def test_the_tokenizer_module_imports_neither_torch_nor_transformers():
 
 
 def write_model_folder(folder: Path, model: Path, **files: dict) -> Path:
-    """Write a folder with a sentencepiece model and the files of a slow tokenizer; return it."""
+    """Write a folder with a sentencepiece model and the files of a slow tokenizer, and return it."""
     folder.mkdir()
     shutil.copy(model, folder / "tokenizer.model")
     for name, content in files.items():

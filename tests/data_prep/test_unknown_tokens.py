@@ -17,7 +17,7 @@ NUM_TEXTS = 2100
 
 
 def save_character_tokenizer(folder: Path) -> Path:
-    """Save a tokenizer of single ASCII characters; return its tokenizer.json."""
+    """Save a tokenizer of single ASCII characters, and return its tokenizer.json."""
     vocab = {token: number for number, token in enumerate(["<unk>", *map(chr, range(32, 127))])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.add_special_tokens(["<unk>"])
@@ -26,7 +26,7 @@ def save_character_tokenizer(folder: Path) -> Path:
 
 
 def save_word_tokenizer(folder: Path) -> Path:
-    """Save a tokenizer of whole words; return its tokenizer.json."""
+    """Save a tokenizer of words, and return its tokenizer.json."""
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel(
             {"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(NUM_TEXTS)}, unk_token="[UNK]"
@@ -38,7 +38,7 @@ def save_word_tokenizer(folder: Path) -> Path:
 
 
 def train_model_without_bytes(folder: Path) -> Path:
-    """Train a sentencepiece model without byte fallback; return its path."""
+    """Train a sentencepiece model without byte fallback, and return its path."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["question answer 0123456789"] * 50),
         model_prefix=str(folder / "ascii"),

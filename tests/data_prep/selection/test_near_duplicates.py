@@ -155,7 +155,7 @@ LONG = " ".join(f"word{number}" for number in range(100))
         (("lines with a dog", "dog"), ("lines with a cat", "dog"), False),
         ((LONG, "~(.*)"), (LONG, "(.*)"), False),
         ((LONG, LONG.replace("word50", "other")), (LONG.replace("word50", "other"), LONG), True),
-        # These texts have ten repeated shingles, and different ones at the start.
+        # These texts have the same ten repeated shingles, and different shingles at the beginning.
         (("猫" + "一二三四五六七八九十" * 9, "x"), ("犬" + "一二三四五六七八九十" * 9, "x"), False),
         (("".join(map(chr, range(0x4E00, 0x4E64))), "x"), ("".join(map(chr, range(0x4E01, 0x4E64))), "x"), True),
     ],

@@ -37,7 +37,7 @@ def make_files(word: str) -> dict[str, bytes]:
 
 
 def prepare_and_summarize(folder: Path, revision: str | None, stop_at: str = "nothing") -> dict:
-    """Prepare a corpus; return its commits, the words of those commits in its rows, and the log lines."""
+    """Prepare a corpus, and return its commits, the words of those commits in its rows, and the log lines."""
     log: list[str] = []
 
     def say(line: str) -> None:

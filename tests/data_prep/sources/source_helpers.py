@@ -50,7 +50,7 @@ def read_views(reader: Reader) -> list[tuple[str, ...]]:
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Write a file, compressed according to its suffix; return its path."""
+    """Write a file with the compression that its suffix names, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(compress_for_suffix(content, path.suffix))
     return path

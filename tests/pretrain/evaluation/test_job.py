@@ -93,7 +93,7 @@ def test_evaluating_only_the_export_gives_the_losses_of_the_validation(run_dir, 
             assert value == pytest.approx(validation[result["step"]][tag], rel=1e-4), tag
 
 
-def test_the_export_loads_with_transformers_alone(run_dir, background):
+def test_the_export_loads_with_transformers_without_the_project(run_dir, background):
     folder = run_dir / "export" / "step-00000020"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -237,7 +237,7 @@ def test_every_kind_of_task_runs_on_the_export_and_writes_its_result(run_dir, by
     assert max(map(len, tables.splitlines()[:-2])) <= 150, "the final tables should fit the screen"
 
 
-def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, background, tmp_path):
+def test_the_views_of_a_file_are_embedded_with_only_the_export(run_dir, background, tmp_path):
     pairs = write_pairs(tmp_path / "mine.jsonl", "test", 5)
     export = run_dir / "export" / "step-00000020"
     done = run_command(["python", "launcher/evaluate.py", str(export), "--embed", str(pairs)])

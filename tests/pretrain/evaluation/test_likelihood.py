@@ -1,4 +1,4 @@
-"""Batched log-likelihoods equal the ones of each answer alone, for every model family."""
+"""Batched log-likelihoods equal the ones of each answer in its own pass, for every model family."""
 
 import pytest
 import torch

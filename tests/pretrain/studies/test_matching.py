@@ -24,7 +24,7 @@ def match(study):
 
 
 def tokens_of_steps(config, whole_run=False):
-    """Return the corpus tokens of each step that the loader yields in the first epoch or in the whole run."""
+    """Return the corpus tokens of each step that the loader yields in the first epoch or in the complete run."""
     corpus = Corpus(config.data.path, "train")
     loader = make_loader(config, corpus, config.make_layout(SpecialTokenIds(0, 2, 3, 4, 500), corpus.views))
     steps = []

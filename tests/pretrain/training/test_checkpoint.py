@@ -686,7 +686,7 @@ def test_frozen_weights_come_from_the_state_of_the_module(tmp_path, monkeypatch)
 
 
 class Version:
-    """An object that only complete unpickling restores, like those in the files of DeepSpeed."""
+    """An object that only full unpickling restores, like some objects in the files of DeepSpeed."""
 
 
 def test_a_damaged_or_missing_checkpoint_is_not_consolidated(tmp_path):

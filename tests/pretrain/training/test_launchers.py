@@ -261,7 +261,7 @@ def write_invalid_config(folder, tmp_path, mistake):
     changes, expected = INVALID_CONFIGS[mistake]
     values = tiny_config(folder, output_dir=str(tmp_path))
     if "model" in changes:
-        values |= changes  # replaces the whole section `model`
+        values |= changes  # replaces the section `model`, unlike the merge below
     else:
         values = tiny_config(folder, **({"output_dir": str(tmp_path)} | changes))
     path = tmp_path / "config.yaml"
@@ -354,7 +354,7 @@ def test_a_mistake_on_two_ranks_is_reported_once_and_keeps_its_exit_code(folder)
 
 
 def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
-    """Signal the whole process group, as a terminal does; the launcher then also forwards the signal to the ranks."""
+    """Signal the process group, as a terminal does. The launcher then also forwards the signal to the ranks."""
     path = write_config(folder, tiny_config(folder, name="interrupted", train__steps=1000))
     running = BackgroundCommand(deepspeed_command(2, FAULTY_RUN, "hold:3", path), folder / "interrupted.log")
     run_dir = folder / "runs" / "interrupted"

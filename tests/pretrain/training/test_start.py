@@ -1,4 +1,4 @@
-"""The checks at the start of a run, and the epochs of a mixture of sources.
+"""The checks at the startup of a run, and the epochs of a mixture of sources.
 
 At startup, a run reads the lengths of the records only if the manifest does not contain the answer.
 """
