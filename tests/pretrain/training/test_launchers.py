@@ -259,11 +259,7 @@ def test_an_option_that_needs_cuda_is_an_error_on_cpu_but_not_in_a_dry_run(
 def write_invalid_config(folder, tmp_path, mistake):
     """Write a configuration with the mistake, and return its path and a part of the error line."""
     changes, expected = INVALID_CONFIGS[mistake]
-    values = tiny_config(folder, output_dir=str(tmp_path))
-    if "model" in changes:
-        values |= changes  # replaces the section `model`, unlike the merge below
-    else:
-        values = tiny_config(folder, **({"output_dir": str(tmp_path)} | changes))
+    values = tiny_config(folder, **({"output_dir": str(tmp_path)} | changes))
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path, expected
