@@ -1,4 +1,4 @@
-"""Helpers that start the project's commands like its users do: with real processes and real launchers.
+"""Helpers that start the project's commands as its users do: with real processes and real launchers.
 
 A Python command starts warm, as a fork of a process that has imported everything (tests/warm_process.py), unless `cold`
 is set. Launchers and their ranks start cold. `ranks_command` is the warm counterpart of DeepSpeed's launcher.
@@ -25,7 +25,7 @@ from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 READ_AT_IMPORT = {"PYTHONPATH", "PYTHONHASHSEED", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"}
-"""Variables that Python or the libraries read at import. A command with another value of one of them starts cold."""
+"""Variables that Python or the libraries read at import. A command that sets one of them starts cold."""
 
 TINY_SHAPE = {
     "hidden_size": 32,
@@ -137,7 +137,7 @@ def start(
 def run_command(
     command: list[str], check: bool = True, timeout: float = TIMEOUT, cold: bool = False, **more: str
 ) -> subprocess.CompletedProcess:
-    """Run a command until it exits. With `check`, fail with its output if it fails."""
+    """Run a command until it exits. With `check`, fail and show its output if its exit code is not 0."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = start(command, output, errors, cold, **more)
         try:
@@ -154,7 +154,7 @@ def run_command(
 
 
 _prepared: dict[str, Path] = {}
-"""Copies of the corpora that this process has prepared, by the settings that determine them."""
+"""Copies of the corpora that this process has prepared, with the settings that determine them as keys."""
 
 
 def prepare_corpus(path: str | Path) -> None:
@@ -170,7 +170,7 @@ def prepare_corpus(path: str | Path) -> None:
 
 
 def rank_of(process: psutil.Process) -> int | None:
-    """Return the rank of a training process, or None for another process."""
+    """Return the rank of a training process, or None if the process is not one."""
     name = process.name()
     if name.startswith("rank "):  # tests/ranks.py
         return int(name.removeprefix("rank "))
@@ -196,21 +196,21 @@ class BackgroundCommand:
     def ranks(self) -> list[psutil.Process]:
         """Return the training processes, in the order of their ranks."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        found = {}
+        by_rank = {}
         for child in children:
             with contextlib.suppress(psutil.Error):  # it has just ended
                 rank = rank_of(child)
                 if rank is not None:
-                    found[rank] = child
-        return [found[rank] for rank in sorted(found)]
+                    by_rank[rank] = child
+        return [by_rank[rank] for rank in sorted(by_rank)]
 
     def kill(self) -> None:
         """Send SIGKILL to all processes of the command."""
-        found: list[psutil.Process] = []
+        processes: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             started = psutil.Process(self.process.pid)
-            found = [*self.ranks(), *started.children(recursive=True), started]
-        for process in found:
+            processes = [*self.ranks(), *started.children(recursive=True), started]
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait(TIMEOUT)

@@ -9,31 +9,31 @@ from pathlib import Path
 import psutil
 
 TIMEOUT = 1800
-"""Time limit of every wait, in seconds. It only ends hanging tests, also on a machine with ten times too much load."""
+"""Time limit of every wait, in seconds. It ends only tests that hang, even under ten times too much load."""
 
 
 def processes_of_session(leader: int) -> dict[int, int]:
     """Return the parent of each living process of a session, by process id."""
-    found = {}
+    parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
         except OSError:  # the process has just ended
             continue
         if int(session) == leader and state != "Z":
-            found[int(stat.parent.name)] = int(parent)
-    return found
+            parents[int(stat.parent.name)] = int(parent)
+    return parents
 
 
 def kill_all(process: subprocess.Popen) -> None:
     """Send SIGKILL to a process and all its descendants, in any session, and wait until they have ended."""
-    found = [psutil.Process(process.pid)] if process.poll() is None else []
-    found += [child for parent in found for child in parent.children(recursive=True)]
-    for target in found:
+    processes = [psutil.Process(process.pid)] if process.poll() is None else []
+    processes += [child for parent in processes for child in parent.children(recursive=True)]
+    for target in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             target.kill()
     process.wait()
-    psutil.wait_procs(found[1:], timeout=TIMEOUT)
+    psutil.wait_procs(processes[1:], timeout=TIMEOUT)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = TIMEOUT) -> None:

@@ -1,9 +1,9 @@
 """A launcher that forks the ranks from its own process: `ranks.py N SCRIPT [ARGUMENT ...]`.
 
 In the warm process (tests/warm_process.py), the ranks do not have to import anything. If a rank fails, its peers get
-SIGTERM immediately and SIGKILL after 30 seconds, and the exit code is the one of the failed rank. This is the behavior
-of DeepSpeed's launcher. There is one difference: after a signal to the launcher, DeepSpeed's kills the ranks after 30
-seconds, but this one waits until they exit.
+SIGTERM immediately and SIGKILL after 30 seconds, and the launcher exits with the exit code of the failed rank.
+DeepSpeed's launcher behaves in the same way, with one difference: it kills the ranks 30 seconds after it gets a signal,
+but this launcher waits until they exit.
 """
 
 import contextlib
@@ -48,7 +48,8 @@ def fork_ranks(count: int) -> list[int]:
 
 def wait_for(ranks: list[int]) -> int:
     """Forward signals to the ranks until all have exited, and return the first exit code that is not 0, or 0."""
-    living, first = set(ranks), 0
+    living = set(ranks)
+    first_failure = 0
 
     def forward(number: int, frame: object = None) -> None:
         for pid in living:
@@ -61,11 +62,11 @@ def wait_for(ranks: list[int]) -> int:
         pid, status = os.wait()
         living.discard(pid)
         code = os.waitstatus_to_exitcode(status)
-        if code and not first:
-            first = code if code > 0 else 1
+        if code and not first_failure:
+            first_failure = code if code > 0 else 1
             forward(signal.SIGTERM)
             signal.alarm(GRACE)
-    return first
+    return first_failure
 
 
 def main() -> None:

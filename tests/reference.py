@@ -35,7 +35,7 @@ class Pair(NamedTuple):
     """Tokens of the target view."""
     record: int
     forward: bool
-    """Whether the target is the next view, not the previous one."""
+    """True if the target is the next view, False if it is the previous one."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Reference:
         return self.causal_lm.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
 
     def read(self, tokens: View, first_target: int) -> None:
-        """Append -log p of each token from position `first_target`, given the tokens before it."""
+        """Append -log p of each token from position `first_target`, given the preceding tokens."""
         logits = self.causal_lm.lm_head(self.hidden_states(tokens))
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -150,7 +150,7 @@ class Reference:
 def info_nce(pairs: list[Pair], temperature: float) -> list[torch.Tensor]:
     """Return -log softmax of each pair's own target among that target and the pair's negatives.
 
-    Negatives are targets of other records with other content and the same direction.
+    Negatives are targets of other records with different content and the same direction.
     """
     losses = []
     for pair in pairs:
@@ -170,8 +170,8 @@ def info_nce(pairs: list[Pair], temperature: float) -> list[torch.Tensor]:
 def tube_distance(hidden: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
     """Return 1 - cos of the change over the first span and the summed changes over the other spans.
 
-    `hidden` holds the hidden states of one document, (L, D). The change over a span is the difference of the hidden
-    states at its end and its beginning.
+    `hidden` holds the hidden states of one document, (L, D). The change over a span is the hidden state at its
+    end minus the one at its beginning.
     """
     first, *others = [hidden[end] - hidden[begin] for begin, end in spans]
     return 1 - F.cosine_similarity(first, sum(others), dim=0)

@@ -1,4 +1,4 @@
-"""Every command works in a newly started interpreter. A warm start would hide a missing import."""
+"""Every command works in a new interpreter. A fork of a process with all imports would hide a missing import."""
 
 import json
 
@@ -36,21 +36,19 @@ def folder(tmp_path_factory):
 def test_all_commands_from_preparation_to_report(folder):
     config, run = folder / "run.yaml", folder / "runs" / "run"
 
-    def cold(*command) -> str:
+    def run_cold(*command) -> str:
         return run_command(["python", *map(str, command)], cold=True).stdout
 
-    assert "records" in cold("-m", "data_prep", config)
-    assert cold("-m", "data_prep", "verify", folder / "corpus")
-    assert "record 0: " in cold("-m", "pretrain.data", "inspect", folder / "corpus", 1)
-    assert "train: how full packed rows are" in cold("-m", "pretrain.data", "stats", folder / "corpus")
-    assert "next-token targets" in cold("launcher/run.py", config, "--dry-run")
-    assert "2 arms x 1 seed = 2 runs" in cold("launcher/study.py", folder / "study.yaml", "--dry-run")
-    assert "finished at step 4" in cold("launcher/run.py", config)
+    assert "records" in run_cold("-m", "data_prep", config)
+    assert run_cold("-m", "data_prep", "verify", folder / "corpus")
+    assert "record 0: " in run_cold("-m", "pretrain.data", "inspect", folder / "corpus", 1)
+    assert "train: how full packed rows are" in run_cold("-m", "pretrain.data", "stats", folder / "corpus")
+    assert "next-token targets" in run_cold("launcher/run.py", config, "--dry-run")
+    assert "2 arms x 1 seed = 2 runs" in run_cold("launcher/study.py", folder / "study.yaml", "--dry-run")
+    assert "finished at step 4" in run_cold("launcher/run.py", config)
     assert "loss at step 4" in run_command(deepspeed_command(2, "launcher/evaluate.py", run)).stdout
-    assert "rows of 32 numbers" in cold(
+    assert "rows of 32 numbers" in run_cold(
         "launcher/evaluate.py", run / "export" / "step-00000004", "--embed", folder / "pairs.jsonl"
     )
-    assert (
-        "# run" in cold("launcher/report.py", run, "--output", folder / "report")
-        and (folder / "report" / "report.html").exists()
-    )
+    assert "# run" in run_cold("launcher/report.py", run, "--output", folder / "report")
+    assert (folder / "report" / "report.html").exists()

@@ -1,6 +1,6 @@
 """Rules for imports between packages, checked in the source.
 
-Imports inside functions and under TYPE_CHECKING count too, because a reader of the file has to know the imported one.
+Imports inside functions and under TYPE_CHECKING count too, because a reader has to know the imported module.
 """
 
 import ast
@@ -15,7 +15,7 @@ import pytest
 from tests.commands import ROOT
 
 LAYERS = ("launcher", "pretrain", "data_prep")
-"""Packages in order. Each may import itself and the packages after it."""
+"""Packages in order. Each may import itself and the packages that follow it."""
 DATA_PREP_NEEDS = {
     "datasets",
     "mpi4py",
@@ -30,7 +30,7 @@ DATA_PREP_NEEDS = {
 }
 """Third-party packages that data_prep imports. torch is not one of them."""
 Graph = dict[str, dict[str, set[str]]]
-"""Map from a unit to the units that it imports, and from each of these to the places of the imports."""
+"""Unit -> the units that it imports -> the file and line of each import."""
 
 
 def source_files(root: Path, package: str) -> Iterator[Path]:
@@ -69,7 +69,7 @@ def import_graph(root: Path) -> Graph:
 
 
 def layer_violations(graph: Graph) -> list[str]:
-    """Return the places that import a package before their own in LAYERS, or a file of launcher."""
+    """Return the imports of a package that precedes the importing package in LAYERS, or of a file of launcher."""
     found = []
     for unit, targets in graph.items():
         layer = LAYERS.index(unit.split(".")[0])
@@ -81,7 +81,7 @@ def layer_violations(graph: Graph) -> list[str]:
 
 
 def find_cycle(graph: Graph) -> list[str]:
-    """Return the places of one import cycle in its order, or an empty list if there is no cycle."""
+    """Return the imports that form a cycle, in the order of the cycle, or an empty list if there is no cycle."""
     done: set[str] = set()
 
     def visit(unit: str, path: list[str]) -> list[str]:

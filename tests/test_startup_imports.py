@@ -1,8 +1,8 @@
-"""The packages that each command loads at startup, and that a rank loads at all.
+"""The packages that each command loads at startup, and the packages that a rank ever loads.
 
 Each command runs in a separate process that writes the names of its loaded modules to a file. A failure means that a
-command loads a new package at startup. If it needs the package there, add it to the lists below. Otherwise import the
-package later or elsewhere.
+command loads a new package at startup. If the command needs the package at startup, add it to the lists below.
+Otherwise import the package later or elsewhere.
 """
 
 import sys
@@ -12,7 +12,7 @@ import pytest
 
 from tests.commands import ROOT, run_command, tiny_config, write_config
 
-RECORD = """
+RECORDER = """
 import atexit, runpy, sys
 output, kind, command = sys.argv[1:4]
 before = set(sys.modules)
@@ -36,7 +36,7 @@ CONFIGURATION = {
     "yaml",
 }
 """Third-party packages for reading a configuration."""
-STARTS = {
+STARTUP_PACKAGES = {
     "launcher/run.py --help": CONFIGURATION,
     "launcher/run.py configs/demo.yaml train.stepz=3": CONFIGURATION,
     "launcher/run.py configs/demo.yaml data.path=nowhere": CONFIGURATION | {"pyarrow"},
@@ -117,7 +117,7 @@ def modules_after(folder: Path, *command: str, code: int = 0) -> set[str]:
     """Run a command until it exits, assert that its exit code is `code`, and return the modules that it loaded."""
     output = folder / "modules.txt"
     words = command if command[0] == "-m" else ("script", *command)
-    completed = run_command(["python", "-c", RECORD, str(output), *words], check=False, cold=True)
+    completed = run_command(["python", "-c", RECORDER, str(output), *words], check=False, cold=True)
     assert completed.returncode == code, completed.stderr[-4000:]
     return set(output.read_text().split())
 
@@ -128,11 +128,13 @@ def packages(modules: set[str]) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("command", STARTS)
+@pytest.mark.parametrize("command", STARTUP_PACKAGES)
 def test_a_command_loads_no_unneeded_package_at_startup(command, tmp_path):
     words = command.split()
     loaded = packages(modules_after(tmp_path, *words, code=0 if words[-1] == "--help" else 2))
-    assert loaded <= STARTS[command], f"{command} loads {', '.join(sorted(loaded - STARTS[command]))}"
+    assert loaded <= STARTUP_PACKAGES[command], (
+        f"{command} loads {', '.join(sorted(loaded - STARTUP_PACKAGES[command]))}"
+    )
 
 
 def test_a_run_loads_no_unneeded_package(tmp_path):

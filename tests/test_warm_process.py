@@ -11,7 +11,7 @@ import pytest
 from tests.commands import ROOT, BackgroundCommand, environment, ranks_command, run_command
 from tests.processes import wait_for
 
-SHOW = (
+PRINT_CONTEXT = (
     "import json, os, sys\n"
     "leads_session = os.getsid(0) == os.getpid()\n"
     "print(json.dumps([sys.argv, os.getcwd(), os.environ.get('JEPA_TRIAL'), leads_session]))"
@@ -28,10 +28,10 @@ process.wait()
 
 def test_a_warm_command_has_the_arguments_folder_environment_and_session_of_a_cold_one(tmp_path):
     script = tmp_path / "show.py"
-    script.write_text(SHOW)
+    script.write_text(PRINT_CONTEXT)
     commands = [
         ["python", str(script), "a", "b c"],
-        ["python", "-c", SHOW, "a"],
+        ["python", "-c", PRINT_CONTEXT, "a"],
         ["python", "-m", "json.tool", "--help"],
         ["python", "launcher/run.py", "configs/demo.yaml", "train.stepz=3"],
         ["python", "-c", "import sys; sys.exit(7)"],

@@ -1,7 +1,7 @@
 """The warm process: it has imported the packages of the commands, and forks one process for each command under test.
 
 Importing torch, transformers and DeepSpeed takes seconds. Forking a process that has imported them takes milliseconds.
-A fork is a normal process with its own session, environment, exit code and signals. It only shares the imports of the
+A fork is a normal process with its own session, environment, exit code and signals. It shares only the imports of the
 warm process. Commands that need other imports are started cold, and so are launchers, because their ranks start new
 interpreters (tests/commands.py).
 """
@@ -40,7 +40,7 @@ IMPORTS = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.olmo2.modeling_olmo2",
 )
-SURVIVORS = {"jemalloc_bg_thd"}
+RESTARTED_THREADS = {"jemalloc_bg_thd"}
 """Names of the threads that start again in a fork."""
 MESSAGE_BYTES = 1 << 17
 """Maximum size of a request, which holds the arguments and environment of one command."""
@@ -117,12 +117,12 @@ def _server() -> socket.socket:
 
 
 class _Server:
-    """The warm process's side: it forks a process for each request and reports its exit code."""
+    """The part in the warm process: it forks a process for each request, and reports the exit code of each fork."""
 
     def __init__(self, control: socket.socket):
         self.control = control
         self.running: dict[int, tuple[int, socket.socket]] = {}
-        """Process id and reply socket of each running command, by its pidfd, which becomes readable when it exits."""
+        """Process id and reply socket of each running command, by its pidfd, which is readable after the exit."""
 
     def serve(self) -> dict[str, Any] | None:
         """Serve requests. Return the request in each fork, and None in the warm process when the tests have ended."""
@@ -181,7 +181,7 @@ def _become(request: dict[str, Any], set_by_imports: dict[str, str]) -> None:
 
 
 def draw_seeds() -> None:
-    """Set random seeds in this fork, like a cold start does. Equal ones would hide that a command sets no seed."""
+    """Set random seeds in this fork, as a cold start does. Equal seeds would hide that a command sets no seed."""
     seed = int.from_bytes(os.urandom(4), "big")
     random.seed(seed)
     sys.modules["numpy"].random.seed(seed)
@@ -222,7 +222,7 @@ def _main() -> None:
         for task in Path("/proc/self/task").iterdir()
         if task.name != str(os.getpid())
     }
-    assert threads <= SURVIVORS, f"an import has started {threads - SURVIVORS}: forks would lack these threads"
+    assert threads <= RESTARTED_THREADS, f"imports have started {threads - RESTARTED_THREADS}, which a fork would lack"
     gc.collect()
     gc.freeze()  # otherwise garbage collection in a fork would copy the shared memory
     request = server.serve()

@@ -16,14 +16,14 @@ from tests.processes import wait_for
 
 def run(tmp_path, *words: str) -> dict:
     completed = run_command([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), *words])
-    found = json.loads(completed.stdout)
+    results = json.loads(completed.stdout)
     lines = {
         line.split()[1]: line
         for line in completed.stderr.splitlines()
         if line.startswith(("pass", "none", "fail", "broken", "ran "))
     }
-    assert lines.keys() == found["checks"].keys()
-    return found["checks"]
+    assert lines.keys() == results["checks"].keys()
+    return results["checks"]
 
 
 def test_checks_run_together_with_the_checks_that_they_need(tmp_path):
@@ -65,12 +65,12 @@ def test_a_broken_check_does_not_end_the_other_checks(tmp_path, monkeypatch):
         "fifth": (fails, 50, ("third",)),
     }
     monkeypatch.setattr(gpu, "CHECKS", checks)
-    one = bench(tmp_path)
+    current = bench(tmp_path)
     for name in checks:
-        one.found[name] = gpu.run_check(one, name)
-    assert [check["result"] for check in one.found.values()] == ["broken", "broken", "fail", "none", "broken"]
-    assert "exit code 1: ValueError: the kernel is missing" in one.found["first"]["meaning"]
-    assert gpu.check_line("third", one.found["third"]) == "fail    third         speed 1.5: too slow"
+        current.found[name] = gpu.run_check(current, name)
+    assert [check["result"] for check in current.found.values()] == ["broken", "broken", "fail", "none", "broken"]
+    assert "exit code 1: ValueError: the kernel is missing" in current.found["first"]["meaning"]
+    assert gpu.check_line("third", current.found["third"]) == "fail    third         speed 1.5: too slow"
 
 
 def test_a_check_ends_at_its_time_limit_and_no_check_starts_without_enough_time(tmp_path, monkeypatch):
@@ -78,9 +78,9 @@ def test_a_check_ends_at_its_time_limit_and_no_check_starts_without_enough_time(
         bench.call([sys.executable, "-c", "import time; time.sleep(3600)"])
 
     monkeypatch.setattr(gpu, "CHECKS", {"hangs": (sleeps, 1, ()), "late": (sleeps, 1000, ())})
-    one = bench(tmp_path)
-    assert gpu.run_check(one, "hangs")["meaning"] == "not finished within 1 s"
-    assert gpu.run_check(one, "late")["meaning"] == "needs 333 s, but only 99 s are left"
+    current = bench(tmp_path)
+    assert gpu.run_check(current, "hangs")["meaning"] == "not finished within 1 s"
+    assert gpu.run_check(current, "late")["meaning"] == "needs 333 s, but only 99 s are left"
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -88,7 +88,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def test_killing_a_command_kills_its_child_processes():
-    """This includes processes in their own session, like the ranks of torchrun."""
+    """Include processes in their own session, like the ranks of torchrun."""
     code = "import subprocess, time; subprocess.Popen(['sleep', '3600'], start_new_session=True); time.sleep(3600)"
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: psutil.Process(process.pid).children())
@@ -111,9 +111,9 @@ def test_the_exit_code_shows_whether_all_checks_passed(tmp_path, monkeypatch, ca
     monkeypatch.setattr(gpu, "CHECKS", {"one": (result, 5, ())})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--work", str(tmp_path), "--checks", "one"])
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         gpu.main()
-    assert ended.value.code == code
+    assert exit_info.value.code == code
     found = json.loads(capsys.readouterr().out)
     assert json.loads(next(tmp_path.glob("*/results.json")).read_text())["checks"] == found["checks"]
 
@@ -149,7 +149,7 @@ def test_an_untested_version_is_reported(tmp_path):
     assert other[1] == "note: the installed torch is 2.14.0+cu130; the project is tested with 2.13.0"
 
 
-def test_record_lengths_of_the_corpus_cover_those_of_real_documents():
+def test_record_lengths_of_the_corpus_are_as_different_as_in_real_documents():
     records = [gpu_corpus.record(number, 128_000, 4096) for number in range(400)]
     lengths = [sum(len(text.split()) for text in record.values()) for record in records]
     assert min(lengths) < 250 and max(lengths) > 3500
@@ -157,4 +157,4 @@ def test_record_lengths_of_the_corpus_cover_those_of_real_documents():
     joint_lengths = [
         len(record["context"].split()) + 2 * len(record["target"].split()) + 6 for record in records if len(record) == 2
     ]
-    assert max(joint_lengths) <= 4096, "joint records must fit a row together with the copy of the target"
+    assert max(joint_lengths) <= 4096, "a joint record and the copy of its target must fit in a row"

@@ -7,7 +7,7 @@ import pytest
 from tests.commands import ROOT, run_command
 
 
-def test_preparation_is_reported_with_its_ratio_to_the_tokenizer_alone():
+def test_the_speed_of_preparation_is_reported_with_its_ratio_to_pure_tokenization():
     completed = run_command(["python", str(ROOT / "benchmarks" / "prepare.py"), "--megabytes", "1", "--rounds", "1"])
     result = json.loads(completed.stdout)
     assert 1 <= result["text_megabytes"] < 1.2 and result["records"] > 500 and result["rounds"] == 1

@@ -1,4 +1,4 @@
-"""The scaling model of a step on many GPUs: its formulas, the links that it reads, and its error without them."""
+"""The scaling model of a step on many GPUs: its formulas, the links that it reads, and the error for a missing link."""
 
 import json
 
@@ -13,7 +13,7 @@ WORK = Work(compute_seconds=1.0, micro_steps=2, tokens=1000, gathered=9e9, tenso
 FAST, SLOW = Link(1e11, 1e-6), Link(1e10, 1e-5)
 
 
-def test_a_ring_costs_the_slowest_link_and_a_hop_for_each_rank():
+def test_the_time_of_a_ring_is_set_by_its_slowest_link_and_its_number_of_hops():
     cluster = Cluster(FAST, SLOW, ranks_per_node=8)
     assert cluster.collective_seconds(1e10, 1, 1) == 0
     assert cluster.collective_seconds(1e10, 1, 8) == pytest.approx(7 / 8 * 0.1 + 7e-6)
@@ -29,13 +29,13 @@ def test_communication_volume_of_the_zero_stages():
     Stages 0 and 1: 2. Stage 2: 1 per micro step, plus 1. Stage 3: 3 per micro step, of which 2 exclude the small
     parameters, plus the small parameters once.
     """
-    cluster, half = Cluster(Link(1e10, 0), None, 2), 0.5
-    moved = [step_seconds(WORK, stage, 2, cluster, overlap=0)["communication_seconds"] / half for stage in range(4)]
-    assert moved == pytest.approx([2, 2, 3, 2 * (2 * 0.9 + 1) + 0.1])
-    hidden = step_seconds(WORK, 3, 2, cluster, overlap=1)
-    assert hidden["exposed_seconds"] == pytest.approx(max(0, moved[3] * half - 2)) and hidden[
-        "efficiency"
-    ] == pytest.approx(2 / hidden["seconds"])
+    cluster = Cluster(Link(1e10, 0), None, 2)
+    half = 0.5
+    volumes = [step_seconds(WORK, stage, 2, cluster, overlap=0)["communication_seconds"] / half for stage in range(4)]
+    assert volumes == pytest.approx([2, 2, 3, 2 * (2 * 0.9 + 1) + 0.1])
+    overlapped = step_seconds(WORK, 3, 2, cluster, overlap=1)
+    assert overlapped["exposed_seconds"] == pytest.approx(max(0, volumes[3] * half - 2))
+    assert overlapped["efficiency"] == pytest.approx(2 / overlapped["seconds"])
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -1,8 +1,8 @@
 """Two nodes and a control host on one machine.
 
-Each of them has its own network, host name, processes and mounts. Each node runs an sshd. The hosts are network
-namespaces on their own bridge. The machine's network does not change, and the hosts can only reach each other. Needs
-root.
+Each of the three hosts has its own network, host name, processes and mounts. Each node runs an sshd. The hosts are
+network namespaces on their own bridge: the network of the machine does not change, and the hosts can reach only each
+other. This needs root.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ class Cluster:
             self.start_node(node)
 
     def start_node(self, node: str) -> None:
-        """Start a node, also again after `kill_node`."""
+        """Start a node, or restart it after `kill_node`."""
         options = SSHD_OPTIONS | {"AuthorizedKeysFile": str(self.folder / "id.pub")}
         sshd = [
             shutil.which("sshd"),
@@ -110,7 +110,7 @@ class Cluster:
         cwd: Path = ROOT,
         **more: str,
     ) -> subprocess.CompletedProcess:
-        """Run a command on the control host until it exits. With `check`, fail with its output if it fails.
+        """Run a command on the control host. With `check`, fail and show its output if the exit code is not 0.
 
         `more` are additional environment variables.
         """
@@ -125,7 +125,7 @@ class Cluster:
         return completed
 
     def start_on_control(self, command: list[str | Path], log: Path, cwd: Path = ROOT, **more: str) -> subprocess.Popen:
-        """Start a command on the control host. If it is killed, all its child processes there are killed too."""
+        """Start a command on the control host. If it is killed, all its child processes on that host are killed too."""
         env = environment(**more)
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
         with open(log, "a") as output:
@@ -142,7 +142,7 @@ class Cluster:
     def run_on_node(self, node: str, command: list[str | Path], check: bool = True) -> subprocess.CompletedProcess:
         """Run a command on a node without ssh.
 
-        It runs in the namespaces of the node. `mount` therefore changes the files of this node only.
+        The command runs in the namespaces of the node, so `mount` changes the files of this node only.
         """
         completed = subprocess.run(
             ["nsenter", "--target", str(self.pid(node)), "--mount", "--uts", "--net", "--pid", *map(str, command)],
@@ -176,11 +176,11 @@ class Cluster:
         self._sshd[node].wait()
 
     def disconnect(self, node: str) -> None:
-        """Unplug a node's network: packets to it are silently lost."""
+        """Disconnect a node's network. Packets to the node are silently lost."""
         _ip("-n", self._namespace(SWITCH), "link", "set", f"to-{node}", "down")
 
     def reconnect(self, node: str) -> None:
-        """Plug a node's network in again."""
+        """Reconnect a node's network."""
         _ip("-n", self._namespace(SWITCH), "link", "set", f"to-{node}", "up")
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class Cluster:
     def _as_host(self, host: str, command: list[str | Path]) -> list[str]:
         """Return the command that runs `command` with the network, name, processes and mounts of a host.
 
-        It is killed when this process exits.
+        The returned command is killed when this process exits.
         """
         return [
             "setpriv",

@@ -1,4 +1,4 @@
-"""A Slurm cluster of one node for tests: its own munged, slurmctld and slurmd on loopback, all state in one folder."""
+"""A Slurm cluster of one node for tests. Its munged, slurmctld and slurmd use loopback; all state is in one folder."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ PartitionName=test Nodes=ALL Default=YES State=UP OverSubscribe=FORCE:4
 
 
 def missing_requirements() -> str:
-    """Return what this machine lacks for a cluster, or an empty string if it lacks nothing."""
+    """Return the requirement for a cluster that this machine does not meet, or an empty string."""
     missing = [program for program in PROGRAMS if not _find(program)]
     if missing:
         return f"{', '.join(missing)} not installed (packages slurm-wlm and munge)"
@@ -126,7 +126,7 @@ class Cluster:
     def wait(
         self, condition: Callable[[], bool], description: str, seconds: float = TIMEOUT, log: Path | None = None
     ) -> None:
-        """Poll until the condition holds. Raises AssertionError with all logs if it does not, or if a daemon exits."""
+        """Poll until the condition holds. Raises AssertionError with all logs after `seconds` or if a daemon exits."""
         deadline = time.monotonic() + seconds
         while not condition():
             ended = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
@@ -174,13 +174,17 @@ class Cluster:
 
         Slurm delays a requeued job by two minutes. This function shortens the delay.
         """
-        rescheduled = set()
+        rescheduled_restarts = set()
 
         def ended() -> bool:
             job = self.job(number)
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and job["Restarts"] not in rescheduled:
-                rescheduled.add(job["Restarts"])
-                # Not within the same second: slurmd would confuse it with the start that has just ended.
+            if (
+                job["JobState"] == "PENDING"
+                and job["Reason"] == "BeginTime"
+                and job["Restarts"] not in rescheduled_restarts
+            ):
+                rescheduled_restarts.add(job["Restarts"])
+                # Within the same second, slurmd would confuse the new start with the one that has just ended.
                 self.run_command("scontrol", "update", f"JobId={number}", "StartTime=now+2")
             return job["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 

@@ -1,6 +1,6 @@
 """The image, its two nodes and its health check.
 
-Some tests need no Docker engine. The remaining tests build and run the image, and need JEPA_TEST_BASE:
+The tests that build and run the image need a Docker engine and JEPA_TEST_BASE:
 
     JEPA_TEST_BASE=debian:bookworm-slim JEPA_TEST_BUILD="--network host" \\
         python -m pytest -m slow tests/cluster/test_container.py
@@ -31,7 +31,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from tests.commands import ROOT, run_command, tiny_config, write_config
 
 DOCKER = ROOT / "docker"
-SHORT = (
+SHORT_RUN = (
     "train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 "
     "'evaluation.tasks=[{name: nl_rx, rows: 20}]' monitor.log_every=1 monitor.validate_every=4"
 )
@@ -71,10 +71,8 @@ def test_the_compose_file_is_valid():
     completed = subprocess.run([*compose(), "config"], env=os.environ | variables, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
     node1 = yaml.safe_load(completed.stdout)["services"]["node1"]
-    assert (
-        node1["command"][-1] == "ARGS=--hostfile docker/hostfile train.steps=7"
-        and node1["environment"]["JEPA_IMAGE"] == "sha256:1"
-    )
+    assert node1["command"][-1] == "ARGS=--hostfile docker/hostfile train.steps=7"
+    assert node1["environment"]["JEPA_IMAGE"] == "sha256:1"
 
 
 def write_deepspeed_env(home: Path, **variables: str) -> str:
@@ -134,8 +132,8 @@ def test_deepspeed_forwards_the_variables_of_the_container_unchanged(tmp_path):
     arrived = subprocess.run(
         ["env", "-i", "sh", "-c", f"{exports} env -0"], capture_output=True, text=True, check=True
     ).stdout.split("\0")
-    found = dict(pair.split("=", maxsplit=1) for pair in arrived if pair)
-    assert {name: value for name, value in found.items() if name not in ("PWD", "SHLVL", "_")} == VARIABLES | {
+    forwarded = dict(pair.split("=", maxsplit=1) for pair in arrived if pair)
+    assert {name: value for name, value in forwarded.items() if name not in ("PWD", "SHLVL", "_")} == VARIABLES | {
         "PATH": os.environ["PATH"]
     }
 
@@ -174,11 +172,11 @@ def write_run(folder, status: str, age: float) -> None:
 @pytest.mark.parametrize(
     ("status", "hours", "healthy"), [("running", 0.1, True), ("running", 2, False), ("finished", 2, True)]
 )
-def test_a_silent_run_is_unhealthy_while_it_is_the_newest(health, tmp_path, status, hours, healthy):
+def test_a_silent_run_is_unhealthy_while_it_is_the_newest_run(health, tmp_path, status, hours, healthy):
     assert health.problem(tmp_path, tmp_path / "no.pid") is None
     write_run(tmp_path / "group" / "run", status, hours * 3600)
-    found = health.problem(tmp_path, tmp_path / "no.pid")
-    assert found is None if healthy else "has written nothing for 120 minutes" in found
+    problem = health.problem(tmp_path, tmp_path / "no.pid")
+    assert problem is None if healthy else "has written nothing for 120 minutes" in problem
     write_run(tmp_path / "newer", "finished", 60)
     assert health.problem(tmp_path, tmp_path / "no.pid") is None
 
@@ -255,7 +253,7 @@ def volume() -> str:
 
 
 @pytest.mark.slow
-def test_the_image_runs_the_demo_and_tests_as_an_unprivileged_user(image, volume):
+def test_the_image_runs_the_demo_and_the_tests_as_an_unprivileged_user(image, volume):
     labels = json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image).stdout)
     assert labels["org.opencontainers.image.base.name"] == os.environ["JEPA_TEST_BASE"]
     docker(
@@ -269,7 +267,7 @@ def test_the_image_runs_the_demo_and_tests_as_an_unprivileged_user(image, volume
         image,
         "sh",
         "-c",
-        f'make demo ARGS="{SHORT}" && ! ls ~/.cache/torch_extensions',
+        f'make demo ARGS="{SHORT_RUN}" && ! ls ~/.cache/torch_extensions',
     )
     read = docker(
         "run",
@@ -283,11 +281,8 @@ def test_the_image_runs_the_demo_and_tests_as_an_unprivileged_user(image, volume
     )
     user, recorded = read.stdout.split("\n", 1)
     environment = json.loads(recorded)
-    assert (
-        user == "10001"
-        and environment["image"] == image
-        and environment["revision"] == labels["org.opencontainers.image.revision"]
-    )
+    assert user == "10001" and environment["image"] == image
+    assert environment["revision"] == labels["org.opencontainers.image.revision"]
     docker(
         "run",
         "--rm",
@@ -316,7 +311,7 @@ def test_two_nodes_train_and_only_the_launcher_has_a_key(image):
     try:
         completed = subprocess.run(
             [*command, "up", "--exit-code-from", "node1"],
-            env=os.environ | {"ARGS": SHORT, "JEPA_IMAGE": image},
+            env=os.environ | {"ARGS": SHORT_RUN, "JEPA_IMAGE": image},
             capture_output=True,
             text=True,
         )

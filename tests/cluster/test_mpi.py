@@ -1,4 +1,4 @@
-"""The same run under mpirun and under DeepSpeed's launchers for MPICH and Open MPI, and jobs that would split."""
+"""mpirun and DeepSpeed's launchers for MPICH and Open MPI give the same run; jobs that would split into runs stop."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ ONE_MACHINE = ["--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Return a folder with a corpus, a hostfile, and the run under DeepSpeed's default launcher."""
+    """Return a folder with a corpus, a hostfile, and a run of DeepSpeed's default launcher."""
     folder = tmp_path_factory.mktemp("mpi")
     (folder / "hostfile").write_text("localhost slots=2\n")
     path = config(folder, "plain")
@@ -89,7 +89,7 @@ def test_deepspeed_with_open_mpi_produces_the_same_run(folder, open_mpi):
 
 
 SPLITTING = {
-    "mpirun of another library": (
+    "mpirun of a different MPI library": (
         ["python"],
         "2 processes were started together, but MPI sees 1: the launcher belongs to a different MPI library",
     ),
@@ -103,7 +103,7 @@ SPLITTING = {
 @pytest.mark.parametrize("case", SPLITTING)
 def test_a_job_that_would_split_into_several_runs_stops(folder, open_mpi, case):
     command, message = SPLITTING[case]
-    # The library of Open MPI under the mpirun of MPICH.
+    # mpi4py uses the library of Open MPI under the mpirun of MPICH
     library = {name: value for name, value in open_mpi.items() if name.startswith("MPI4PY")}
     completed = run_command(["mpirun", "-n", "2", *command, RUN, str(config(folder, "split"))], check=False, **library)
     assert completed.returncode and f"error: {message}" in " ".join(completed.stderr.split()), completed.stderr[-2000:]

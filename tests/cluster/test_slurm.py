@@ -1,4 +1,4 @@
-"""The project under a real Slurm with one node: preparation, ranks without MPI, and jobs that requeue themselves."""
+"""Jobs on a real Slurm cluster with one node: preparation, ranks without MPI, and requeueing."""
 
 import json
 import sys
@@ -36,14 +36,14 @@ def losses(folder: Path, name: str) -> list[tuple]:
 
 def test_preparation_under_srun_writes_the_same_bytes(cluster, folder, tmp_path):
     log = tmp_path / "log"
-    shared = write_config(tmp_path, tiny_config(tmp_path, data__path=str(tmp_path / "shared")))
-    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "prepare.sbatch", shared)
+    config = write_config(tmp_path, tiny_config(tmp_path, data__path=str(tmp_path / "shared")))
+    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "prepare.sbatch", config)
     assert cluster.wait_for_job(job, log)["JobState"] == "COMPLETED", log.read_text()
     assert "in 2 MPI ranks" in log.read_text()
     assert contents(tmp_path / "shared") == contents(folder / "corpus")
 
 
-def test_tasks_that_mpi_does_not_join_are_reported_in_one_line_with_exit_code_2(cluster, tmp_path):
+def test_tasks_without_a_common_mpi_world_are_reported_in_one_line_with_exit_code_2(cluster, tmp_path):
     log = tmp_path / "log"
     config = write_config(tmp_path, tiny_config(tmp_path))
     job = cluster.submit(log, "--ntasks=2", "--export=ALL,SLURM_MPI_TYPE=none", SCRIPTS / "prepare.sbatch", config)
@@ -115,7 +115,8 @@ sys.exit({"stopped": 75, "mistake": 2}.get(outcome, 0))
 """
 """A stand-in for run.py. OUTCOMES lists the outcome of each start of a job.
 
-`progress` is a crash after a new checkpoint.
+The outcomes are wait (until SIGUSR1), crash, progress (crash after a new checkpoint), stopped (exit code 75), mistake
+(exit code 2) and finished.
 """
 
 
@@ -136,7 +137,7 @@ def project(tmp_path):
         pytest.param(["crash", "crash", "progress", "crash", "crash", "finished"], 5, "137:0", marks=pytest.mark.slow),
     ],
 )
-def test_a_job_is_requeued_only_while_that_helps(cluster, project, outcomes, starts, code):
+def test_a_stopped_or_crashed_job_is_requeued_until_it_makes_no_progress(cluster, project, outcomes, starts, code):
     log = project / "log"
     job = cluster.submit(
         log,
@@ -147,8 +148,8 @@ def test_a_job_is_requeued_only_while_that_helps(cluster, project, outcomes, sta
         folder=project,
         OUTCOMES=" ".join(outcomes),
     )
-    ended = cluster.wait_for_job(job, log)
-    assert (int(ended["Restarts"]) + 1, ended["ExitCode"]) == (starts, code), log.read_text()
+    job_info = cluster.wait_for_job(job, log)
+    assert (int(job_info["Restarts"]) + 1, job_info["ExitCode"]) == (starts, code), log.read_text()
     assert ("giving up" in log.read_text()) == (code == "137:0")
 
 
@@ -156,9 +157,8 @@ def test_a_configuration_error_ends_the_job_before_any_rank_starts(cluster, proj
     log = project / "log"
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "sed=1", folder=project)
     assert cluster.wait_for_job(job, log)["ExitCode"] == "2:0"
-    assert (
-        log.read_text().startswith("error: unknown key 'sed' in the command line") and log.read_text().count("\n") == 1
-    ), log.read_text()
+    printed = log.read_text()
+    assert printed.startswith("error: unknown key 'sed' in the command line") and printed.count("\n") == 1, printed
 
 
 @pytest.mark.slow
@@ -174,8 +174,10 @@ def test_the_signal_before_the_time_limit_reaches_the_ranks(cluster, project):
         folder=project,
         OUTCOMES="wait finished",
     )
-    ended = cluster.wait_for_job(job, log)
-    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("COMPLETED", "1", "0:0"), log.read_text()
+    job_info = cluster.wait_for_job(job, log)
+    assert (job_info["JobState"], job_info["Restarts"], job_info["ExitCode"]) == ("COMPLETED", "1", "0:0"), (
+        log.read_text()
+    )
     assert {path.name for path in project.glob("waiting-*")} == {"waiting-0", "waiting-1"}
 
 
@@ -191,6 +193,7 @@ def test_a_stopped_run_resumes_after_requeueing_and_is_evaluated_at_its_end(clus
     run_dir, log = folder / "runs" / "stopped", folder / "stopped.log"
     site = folder / "site"
     site.mkdir()
+    # Python imports this module at startup. It holds the stopped run at step 8.
     (site / "sitecustomize.py").write_text(f"""
 import sys
 from pathlib import Path
@@ -209,8 +212,8 @@ if sys.orig_argv[-2:] == ["launcher/run.py", {str(stopped)!r}]:
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "second start", log=log)
     assert read_status(run_dir)["status"] == "resumable" and 5 < list_steps(run_dir / "checkpoints")[-1] < 150
     assert cluster.job(evaluation)["JobState"] == "PENDING"
-    ended = cluster.wait_for_job(job, log)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    job_info = cluster.wait_for_job(job, log)
+    assert (job_info["JobState"], job_info["Restarts"]) == ("COMPLETED", "1"), log.read_text()
 
     run_command(
         [

@@ -1,4 +1,4 @@
-"""A study whose runs are jobs of a real Slurm."""
+"""A study whose runs are jobs on a real Slurm cluster."""
 
 import json
 

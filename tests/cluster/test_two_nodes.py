@@ -1,4 +1,4 @@
-"""The same run on two nodes over pdsh as on one machine, and failures: a dead or disconnected node, a hanging rank."""
+"""Two nodes over pdsh give the same run as one machine. Failures: a dead or disconnected node, a hanging rank."""
 
 import re
 import signal
@@ -16,7 +16,7 @@ from tests.processes import TIMEOUT, wait_for
 
 RUN = ROOT / "launcher" / "run.py"
 FORWARDED = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
-HANG = 20
+HANG_SECONDS = 20
 """Value of monitor.hang_seconds."""
 
 
@@ -61,7 +61,7 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_two_nodes_produce_the_same_corpus_and_run_as_one_machine(nodes: Cluster, folder):
     run_command(["python", "-m", "data_prep", *map(str, demo_arguments(folder, "one"))])
-    # UCX must use TCP: it takes the two nodes for one machine, but they share no memory.
+    # UCX must use TCP: it treats the two nodes as one machine, but they have no common shared memory.
     mpirun = [
         "mpirun",
         "-hosts",
@@ -105,10 +105,13 @@ class Run:
             name=name,
             train__steps=100_000,
             checkpoint={"every": 4},
-            monitor={"log_every": 1, "hang_seconds": HANG, "tensorboard": False, "validate_every": 10**6},
+            monitor={"log_every": 1, "hang_seconds": HANG_SECONDS, "tensorboard": False, "validate_every": 10**6},
         )
-        self.path, self.run_dir, self.log = write_config(folder, values), folder / "runs" / name, folder / f"{name}.log"
-        self.nodes, self.folder = nodes, folder
+        self.path = write_config(folder, values)
+        self.run_dir = folder / "runs" / name
+        self.log = folder / f"{name}.log"
+        self.nodes = nodes
+        self.folder = folder
 
     def start(self) -> None:
         """Start the run, and wait until it has made a new step and has a checkpoint."""
@@ -135,7 +138,7 @@ class Run:
         return self.log.read_text()
 
     def assert_resumes(self) -> None:
-        """Assert that the next start resumes without repeating or losing a step; stop it with a signal to one rank."""
+        """Assert that the next start neither repeats nor loses a step, and stop it with a signal to one rank."""
         saved = list_steps(self.run_dir / "checkpoints")[-1]
         self.start()
         assert f"resuming from step {saved}" in self.log.read_text()
@@ -202,7 +205,5 @@ def test_an_error_of_one_rank_is_shown_last_with_its_rank_and_host(nodes, folder
     finally:
         site.unlink()
     errors = [line for line in (completed.stdout + completed.stderr).splitlines() if "error: " in line]
-    assert (
-        "error: the first to fail was rank 1 on n2" in errors[-1]
-        and "ZeroDivisionError: a planted mistake" in errors[-1]
-    )
+    assert "error: the first to fail was rank 1 on n2" in errors[-1]
+    assert "ZeroDivisionError: a planted mistake" in errors[-1]

@@ -1,4 +1,4 @@
-"""Fixtures that run the command line like a user, and small corpora on disk."""
+"""Fixtures that run the command line as a user does, and small corpora on disk."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def write_lines(path: Path, rows: list) -> Path:
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Return rows whose targets are all different, within a seed and between seeds."""
+    """Return rows whose targets are all different, also for different seeds."""
     rng = random.Random(seed)
     return [
         {
@@ -88,7 +88,7 @@ def run_expecting_user_error(run) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, write_jsonl, pairs) -> Path:
-    """Configuration of a corpus of many units, at least one per source, with every reason for dropping a record."""
+    """Configuration of a corpus with many units, at least one per source, and with every reason to drop a record."""
     folder = tmp_path_factory.mktemp("corpus")
     for index in range(NUM_FILES):
         rows = pairs(400, seed=index)

@@ -10,7 +10,7 @@ from data_prep.launch_env import find_mpi
 from data_prep.progress import Progress
 
 FOLDER = Path(sys.argv[1])
-executor_module.ABORT_GRACE_SECONDS = 3.0  # time for a busy launcher to forward the output of a rank
+executor_module.ABORT_GRACE_SECONDS = 3.0  # enough for a busy launcher to forward the output of a rank
 
 
 def work_or_fail(number: int) -> int:

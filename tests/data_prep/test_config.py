@@ -58,7 +58,7 @@ def test_overrides_reach_nested_keys_list_entries_and_missing_sections(config):
     assert data.sources[1].path == "train.jsonl" and data.sources[1].split == "validation"
 
 
-def test_an_override_value_may_hold_equals_signs(config):
+def test_an_override_value_may_contain_equals_signs(config):
     assert load_yaml(config, ["data.path=a=b"])["data"]["path"] == "a=b"
 
 
@@ -73,7 +73,7 @@ def test_an_override_value_may_hold_equals_signs(config):
         ("data.sources.².path=x", "'²' is not an index of that list"),
         ("seed.x=1", "seed is a single value and has no keys below it"),
         ("seed=[1", "seed: cannot read the value '[1' as YAML"),
-        # YAML reads this as a date, and it is an impossible one.
+        # YAML reads this as a date that does not exist.
         ("name=2024-13-45", "name: cannot read the value '2024-13-45' as YAML"),
     ],
 )
@@ -202,9 +202,9 @@ def test_an_invalid_value_is_reported_with_its_key(changes, expected):
 
 def test_only_settings_that_affect_shards_are_compared():
     base = validate(DataConfig, DATA).shard_settings()
-    for same in ({"path": "elsewhere"}, {"workers": 3}, {"lm_views": "last"}):
-        assert validate(DataConfig, DATA | same).shard_settings() == base
-    for other in (
+    for ignored in ({"path": "elsewhere"}, {"workers": 3}, {"lm_views": "last"}):
+        assert validate(DataConfig, DATA | ignored).shard_settings() == base
+    for compared in (
         {"sequence_length": 64},
         {"views": ["a", "b"]},
         {"validation_fraction": 0.1},
@@ -212,7 +212,7 @@ def test_only_settings_that_affect_shards_are_compared():
         {"sources": [{"type": "nlrx", "records": 5, "seed": 1}]},
         {"on_malformed": "drop"},
     ):
-        assert validate(DataConfig, DATA | other).shard_settings() != base
+        assert validate(DataConfig, DATA | compared).shard_settings() != base
 
 
 def test_the_data_sections_of_the_configs_are_valid():

@@ -53,7 +53,8 @@ def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
     (entry,) = manifest["splits"]["train"]["shards"]
     table = pa.ipc.open_file(tmp_path / "out" / entry["file"]).read_all()
-    found, document = [], []
+    found: list[list[int]] = []
+    document: list[int] = []
     for tokens, continues in zip(table["text"].to_pylist(), table["continues"].to_pylist(), strict=True):
         assert len(tokens) == SEQUENCE_LENGTH - 2 or not continues, (
             "only the last part of a document may leave a row partly empty"
@@ -128,12 +129,10 @@ def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypa
 
 
 def train_gpt2_style(folder) -> tokenizers.Tokenizer:
-    """Train and save a byte-level BPE tokenizer that splits words with GPT-2's expression."""
+    """Train and save a byte-level BPE tokenizer that splits words with the regular expression of GPT-2."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
-    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.train_from_iterator(
         [f"{words(3000, seed=1)}\n    indented  twice\n\n"] * 3,
         tokenizers.trainers.BpeTrainer(
@@ -160,7 +159,8 @@ def test_a_long_text_is_cut_at_word_boundaries_of_the_tokenizer(tmp_path, monkey
         token for (tokens,) in split_rows(tmp_path / "out", views=("text",)) for token in tokens
     ] == tokenizer.encode(text).ids
     parts = text_chunks.chunk_text(text, Tokenizer.load(tmp_path / "out" / "tokenizer").encode_batch)
-    assert "".join(parts) == text and max(map(len, parts)) <= 1000, "a chunk is too long"
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 1000, "a chunk is too long"
 
 
 def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Tests of executors under a real mpirun: shared results, shared errors, and no rank that waits for a dead one."""
+"""Executors under a real mpirun share results and errors, and no rank waits for a dead rank."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_ranks_share_tasks_and_results(tmp_path):
 
 
 @needs_mpi
-def test_a_failing_unit_is_one_line_and_the_others_complete(tmp_path):
+def test_a_failing_unit_is_reported_in_one_line_and_the_other_units_complete(tmp_path):
     done = run_two_ranks(tmp_path, "failing_units")
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [

@@ -16,7 +16,7 @@ FRACTION = 0.05
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
-    """A validation fraction, and a tokenizer because these corpora are not varied enough to train one."""
+    """A validation fraction, and a tokenizer, because these corpora are not diverse enough to train one."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train([f"{row['text']} {row['code']}" for row in make_pairs(300)], 400, folder)
     return {"validation_fraction": FRACTION, "tokenizer": {"path": str(folder)}}
@@ -37,7 +37,7 @@ def texts_of(folder) -> dict[str, list[tuple[str, ...]]]:
     return {split: [tuple(map(decode, row)) for row in split_rows(folder, split)] for split in ("train", "validation")}
 
 
-MANY = [f"SELECT {number}" for number in range(1000)]
+UNIQUE_TARGETS = [f"SELECT {number}" for number in range(1000)]
 TARGETS = {
     "two words": ["Good", "Bad"] * 1000,
     "two other words": ["positive", "negative"] * 1000,
@@ -65,7 +65,7 @@ def test_frequent_targets_are_in_both_splits_and_each_context_in_one(tmp_path, w
 
 
 @pytest.mark.parametrize("frequent", [0.05, 0.2, 0.7])
-def test_a_frequent_target_is_split_by_context_and_rare_ones_by_target(tmp_path, write_jsonl, settings, frequent):
+def test_a_frequent_target_is_split_by_context_and_rare_targets_by_target(tmp_path, write_jsonl, settings, frequent):
     rng = random.Random(1)
     targets = ["not answerable" if rng.random() < frequent else f"answer {rng.randrange(300)}" for _ in range(3000)]
     rows = make_rows(targets)
@@ -90,7 +90,12 @@ def test_a_frequent_target_is_split_by_context_and_rare_ones_by_target(tmp_path,
 
 @pytest.mark.parametrize(
     "targets",
-    [MANY, [*MANY, *MANY, *MANY[:500]], ["a", "b"] * 8, [f"query {number // 20}" for number in range(4000)]],
+    [
+        UNIQUE_TARGETS,
+        UNIQUE_TARGETS * 2 + UNIQUE_TARGETS[:500],
+        ["a", "b"] * 8,
+        [f"query {number // 20}" for number in range(4000)],
+    ],
     ids=["each once", "each two or three times", "few records", "200 targets of 20"],
 )
 def test_many_targets_or_few_records_are_split_by_target(tmp_path, write_jsonl, settings, targets):
@@ -107,7 +112,7 @@ def test_sources_are_split_separately_and_independently_of_pieces_and_processes(
 ):
     sources = [
         json_source(write_jsonl(tmp_path / f"{number}.jsonl", make_rows(targets, seed=number)))
-        for number, targets in enumerate([TARGETS["sorted"], MANY])
+        for number, targets in enumerate([TARGETS["sorted"], UNIQUE_TARGETS])
     ]
     found = []
     for workers, piece in ((1, 1 << 22), (1, 8000), (3, 8000)):
@@ -118,7 +123,11 @@ def test_sources_are_split_separately_and_independently_of_pieces_and_processes(
         assert [line[:20] for line in log if "frequent target" in line] == ["note: data.sources.0"]
         found.append({split: set(rows) for split, rows in texts_of(out).items()})
     assert found[0] == found[1] == found[2]
-    assert {code for _, code in found[0]["validation"]} == {"positive", "negative", *filter(held_out_by_hash, MANY)}
+    assert {code for _, code in found[0]["validation"]} == {
+        "positive",
+        "negative",
+        *filter(held_out_by_hash, UNIQUE_TARGETS),
+    }
     read = [(tmp_path / name / "manifest.json").read_text() for name in ("1-8000", "3-8000")]
     assert json.loads(read[0])["splits"] == json.loads(read[1])["splits"]
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
@@ -31,7 +32,7 @@ sys.addaudithook(pause)
 """
 """Source of a sitecustomize module that pauses a process.
 
-Once enough files match a pattern, the process sleeps before it touches another file.
+Once enough files match a pattern, the process sleeps before its next file operation.
 """
 
 
@@ -60,7 +61,7 @@ def test_mpi_ranks_write_the_same_bytes_and_resume_after_a_kill(
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "data_prep" in child.cmdline()]
     ranks[-1].kill()
     assert process.wait(timeout=TIMEOUT) != 0 and not psutil.wait_procs(ranks, timeout=TIMEOUT)[1], (
-        "ranks outlive a killed one"
+        "ranks have outlived a killed rank"
     )
     assert not (tmp_path / "manifest.json").exists()
     (tmp_path / ".log").unlink()
@@ -92,7 +93,8 @@ def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, 
         (reports, units - 1),
         ("manifest.json", 1),
     ]
-    killed, written = 0, {}
+    killed = 0
+    written_at: dict[Path, int] = {}
     for pattern, count in pause_points:
         arguments, environment = command(corpus, f"data.path={tmp_path}")
         with open(tmp_path / ".log", "w") as log:
@@ -118,14 +120,14 @@ def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, 
         for report in [*partial.glob("scan/*.json"), *partial.glob("shards/*.json")]:
             shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
             for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
-                assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "written again"
+                assert written_at.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "written again"
     assert killed == len(pause_points)
     (tmp_path / ".log").unlink()
     (tmp_path / ".train-00000.arrow.1.tmp").write_bytes(b"left by a killed worker")
     done = run(corpus, f"data.path={tmp_path}", "data.workers=2")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == contents(reference_corpus)
-    shards = {file: mtime for file, mtime in written.items() if file.suffix == ".arrow"}
+    shards = {file: mtime for file, mtime in written_at.items() if file.suffix == ".arrow"}
     assert len(shards) >= units and all(file.stat().st_mtime_ns == mtime for file, mtime in shards.items())
 
 
@@ -151,7 +153,7 @@ def running_preparation(corpus, reference_corpus, command, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that run in the background ignore SIGINT, so restore its default.
+        # Tests that run in the background ignore SIGINT, so its default is restored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: any(tmp_path.glob(".partial/shards/*.json")) or process.poll() is not None)

@@ -1,4 +1,4 @@
-"""Tests of the NL-RX grammar against the published pairs, and of the generator.
+"""The NL-RX grammar, compared with the published pairs, and the generator.
 
 The parser below is an independent implementation of the grammar's table. It finds every tree that could have produced
 a regex, and shares no code with the rules of the module.
@@ -35,14 +35,15 @@ from data_prep.nlrx_grammar import (
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = REPO_ROOT.parent / "shared" / "data" / "nl-rx-synth"
-ROWS = 6000  # generated rows on which each split is checked
+ROWS = 6000
+"""Number of generated rows of each split that are checked."""
 
 
 # The parser returns every tree that could have produced a regex.
 
 
 def closing_brackets(text: str) -> dict[int, int] | None:
-    """Return the position of the closing bracket for each opening one; None if they do not match."""
+    """Return the position of the closing bracket of each opening bracket, or None if the brackets do not match."""
     opened, closing = [], {}
     for position, character in enumerate(text):
         if character == "(":
@@ -56,7 +57,9 @@ def closing_brackets(text: str) -> dict[int, int] | None:
 
 def split_top_level(text: str) -> list[str]:
     """Split ``(a)&(b)&(c)`` into [a, &, b, &, c]: the top-level groups, and the text between and after them."""
-    closing, parts, start = closing_brackets(text), [], 0
+    closing = closing_brackets(text)
+    parts = []
+    start = 0
     while start < len(text):
         if text[start] == "(":
             parts.append(text[start + 1 : closing[start]])
@@ -240,7 +243,7 @@ def test_seeds_and_splits_give_different_rows():
     assert len(set(rows.values())) == len(rows)
 
 
-def test_rows_are_the_same_in_processes_with_other_hash_seeds():
+def test_rows_are_the_same_in_processes_with_different_hash_seeds():
     program = (
         "from data_prep.nlrx_grammar import SPLITS, generate\n"
         "print([generate(11, split, i) for split in SPLITS for i in (0, 1, 2**40, 7)])"
@@ -256,12 +259,12 @@ def test_rows_are_the_same_in_processes_with_other_hash_seeds():
         ).stdout
         for hash_seed in ("0", "1", "4321")
     }
-    here = [generate(11, split, index) for split in SPLITS for index in (0, 1, 2**40, 7)]
-    assert outputs == {f"{here}\n"}
+    expected = [generate(11, split, index) for split in SPLITS for index in (0, 1, 2**40, 7)]
+    assert outputs == {f"{expected}\n"}
 
 
 def test_rows_are_pinned():
-    """Pin the rows: a corpus is identified by its seed alone, so a change would alter every recorded run."""
+    """Pin the rows: only the seed identifies a corpus, so a change would alter every recorded run."""
     assert [generate(0, split, 0) for split in SPLITS] == [
         ("lines with a vowel or not a capital letter, 3 or more times", "(([AEIOUaeiou])|(~([A-Z]))){3,}"),
         ("lines not having the string 'dog' or the string 'truck' at least once", "(~(dog))|((truck)+)"),

@@ -1,4 +1,4 @@
-"""End-to-end tests of the preparation: correct shards, the same for any number of processes, and no lost record."""
+"""End-to-end tests: any number of processes prepares the same correct shards, and no record is lost."""
 
 import hashlib
 import json
@@ -134,7 +134,7 @@ def test_any_number_of_processes_writes_the_same_bytes(corpus, reference_corpus,
     assert contents(tmp_path) == contents(reference_corpus)
 
 
-def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
+def test_a_second_run_does_not_touch_any_file(corpus, reference_corpus, run):
     def times() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in reference_corpus.rglob("*") if path.name != ".lock"}
 
@@ -169,9 +169,8 @@ def test_a_large_unit_is_written_to_several_shards(write_jsonl, pairs, tmp_path,
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 2000)
     manifest = prepare_quietly(data_config(tmp_path / "cut", source, other, **settings))
     files = [entry["file"] for entry in manifest["splits"]["train"]["shards"]]
-    assert files[:3] == ["train-00000.arrow", "train-00000.001.arrow", "train-00000.002.arrow"] and files[
-        -1
-    ].startswith("train-00001.")
+    assert files[:3] == ["train-00000.arrow", "train-00000.001.arrow", "train-00000.002.arrow"]
+    assert files[-1].startswith("train-00001.")
     for split in ("train", "validation"):
         assert split_rows(tmp_path / "cut", split) == split_rows(tmp_path / "whole", split)
         assert all(sum(entry["tokens"].values()) < 3000 for entry in manifest["splits"][split]["shards"])
@@ -218,11 +217,11 @@ def test_a_changed_local_data_set_is_detected_even_without_recorded_file_times(w
 
 def test_an_imported_tokenizer_keeps_its_ids(write_jsonl, pairs, reference_corpus, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
-    for name, given in (
+    for name, path in (
         ("folder", reference_corpus / "tokenizer"),
         ("model", reference_corpus / "tokenizer" / "tokenizer.model"),
     ):
-        prepare_quietly(data_config(tmp_path / name, source, tokenizer={"path": str(given)}, sequence_length=512))
+        prepare_quietly(data_config(tmp_path / name, source, tokenizer={"path": str(path)}, sequence_length=512))
     rows = shard_rows(tmp_path / "folder", {"file": "train-00000.arrow"})
     assert rows == shard_rows(tmp_path / "model", {"file": "train-00000.arrow"})
     decode = Tokenizer.load(reference_corpus / "tokenizer").decode
@@ -281,9 +280,8 @@ def test_targets_of_generated_splits_are_disjoint_in_the_shards(tmp_path):
         rows = [(decode(text), decode(code)) for shard in entry["shards"] for text, code in shard_rows(tmp_path, shard)]
         assert rows == [generate(seed, split, index) for index in range(400)]
         targets[split] = {code for _, code in rows}
-    assert not targets["train"] & targets["validation"] and not targets["test"] & (
-        targets["train"] | targets["validation"]
-    )
+    assert not targets["train"] & targets["validation"]
+    assert not targets["test"] & (targets["train"] | targets["validation"])
 
 
 @pytest.mark.parametrize("records", [1, PIECE_RECORDS, PIECE_RECORDS + 1])
@@ -297,7 +295,7 @@ def test_a_generated_source_has_the_requested_size(records):
 
 
 def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
-    """Put a fake `torch` first on the import path, also of the workers. It writes a marker file when imported."""
+    """Put a fake `torch` first on the import path, also for workers. When imported, it writes a marker file."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import os\nopen(os.environ['MARKER'], 'w').close()\n")
     sources = [json_source(corpus.parent / "0.jsonl"), {"type": "nlrx", "records": 5}]
@@ -309,4 +307,4 @@ def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
     subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=TIMEOUT)
     assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "marker").exists()
     subprocess.run([sys.executable, "-c", "import torch"], env=environment, check=True)
-    assert (tmp_path / "marker").exists(), "the fake torch writes no marker"
+    assert (tmp_path / "marker").exists(), "the fake torch should write the marker"

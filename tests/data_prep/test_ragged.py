@@ -1,4 +1,4 @@
-"""Tests of the array helpers against the loops that they replace."""
+"""The array helpers return the same results as the loops that they replace."""
 
 import numpy as np
 import pytest

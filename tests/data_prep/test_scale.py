@@ -1,4 +1,4 @@
-"""Slow tests: two million records under mpirun, also after twenty kills, give the same bytes. They take 15 minutes."""
+"""Slow tests (15 minutes): a corpus of two million records has the same bytes under mpirun and after twenty kills."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ KILLS = 20
 def large_config(tmp_path_factory) -> Path:
     """Configuration of two million records: word definitions, Python functions, and documents.
 
-    The pairs are repeated in shuffled copies. The target ends in the number of its copy, except in 5% of the pairs.
+    The pairs are repeated in shuffled copies. The target ends in the number of the copy, except in 5% of the pairs.
     """
     if not (SHARED / "wordnet").exists():
         pytest.skip("needs ../shared/data")
@@ -93,7 +93,7 @@ def prepare(config: Path, out: Path, ranks: int) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def reference(large_config) -> tuple[Path, float]:
-    """A corpus prepared by one process, and the seconds that it took."""
+    """A corpus that one process prepared, and the duration in seconds."""
     started = time.monotonic()
     process = prepare(large_config, large_config.parent / "one", 1)
     output, _ = process.communicate()

@@ -1,4 +1,4 @@
-"""Tests of the shard format: other tools and an independent reader read it, and the manifest describes it."""
+"""The shard format: other tools and an independent reader can read shards, and the manifest describes them."""
 
 import shutil
 
@@ -18,9 +18,8 @@ Records = list[tuple[list[int], ...]]
 
 
 def arrays(records: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([token for tokens in records for token in tokens], np.int64), np.array(
-        [len(tokens) for tokens in records], np.int64
-    )
+    lengths = np.array([len(tokens) for tokens in records], np.int64)
+    return np.array([token for tokens in records for token in tokens], np.int64), lengths
 
 
 def write(path, records: Records, continues: list[bool], vocab_size: int = 512) -> dict:
@@ -36,9 +35,9 @@ def splitmix(state: int) -> int:
 
 
 def independent_reader(path) -> list[dict]:
-    """Return the rows of a shard, after a check of each checksum.
+    """Check the checksum of each row of a shard, and return the rows.
 
-    This reader is implemented from docs/data.md alone.
+    This reader is implemented only from docs/data.md.
     """
     rows = pa.ipc.open_file(str(path)).read_all().to_pylist()
     for number, row in enumerate(rows):
@@ -61,7 +60,7 @@ def independent_reader(path) -> list[dict]:
 
 
 def random_records(seed: int, count: int, vocabulary: int) -> tuple[Records, list[bool]]:
-    """Return pairs, records that lack a view, and documents in up to four pieces; and which records continue."""
+    """Return pairs, records that lack a view and documents in up to four pieces, and which records continue."""
     rng = np.random.default_rng(seed)
     records, continues = [], []
     while len(records) < count:
@@ -93,11 +92,11 @@ def test_an_independent_reader_agrees_on_contents_and_checksums(tmp_path, vocabu
     )
     shard = open_shard(tmp_path, entry, ["view0", "view1"])
     assert shard.columns[0].values.dtype == (np.uint16 if vocabulary <= 2**16 else np.uint32)
-    every = np.arange(len(records))
-    contents = read_rows([(shard, every)])
+    all_rows = np.arange(len(records))
+    contents = read_rows([(shard, all_rows)])
     for view in range(2):
         assert contents.view(view).tolist() == [token for record in records for token in record[view]]
-        assert row_lengths([(shard, every)])[:, view].tolist() == [len(record[view]) for record in records]
+        assert row_lengths([(shard, all_rows)])[:, view].tolist() == [len(record[view]) for record in records]
     following = [
         next(view for view in records[number + 1] if view)[0] if continued else -1
         for number, continued in enumerate(continues)
@@ -183,7 +182,8 @@ def test_any_rows_in_any_order_are_read_as_they_were_written(tmp_path_factory, r
         )
         for entry in entries
     ]
-    contents, requested = read_rows(parts), [records[row] for _, rows in parts for row in rows]
+    contents = read_rows(parts)
+    requested = [records[row] for _, rows in parts for row in rows]
     for view in range(3):
         assert contents.view(view).tolist() == [token for record in requested for token in record[view]]
     equal = [[one[view] == other[view] for other in requested] for one in requested for view in range(3)]

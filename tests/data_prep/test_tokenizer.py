@@ -1,4 +1,4 @@
-"""Tests of tokenizers: lossless, equal ids in every library, and four special tokens that no text produces."""
+"""Tokenizers are lossless, give equal ids in every library, and have four special tokens that no text produces."""
 
 import json
 import os
@@ -78,7 +78,8 @@ def corpus() -> list[str]:
 
 
 def random_unicode(characters: int) -> list[str]:
-    rng, texts = random.Random(2), []
+    rng = random.Random(2)
+    texts: list[str] = []
     blocks = [(0, 128), (0, 128), (0, 0x400), (0x300, 0x370), (0x2000, 0x2C00), (0x3000, 0xD800), (0xE000, 0x110000)]
     while sum(map(len, texts)) < characters:
         block = rng.choice([rng.choice(blocks), (0, 0xD800)])
@@ -102,7 +103,7 @@ def real_texts() -> list[str]:
                 for message in json.loads(row)["messages"]
             ]
     documents = (DATA / "text" / "sqlite3-doc.txt").read_text(encoding="utf-8")[:400_000]
-    # Add the whole document as one text: float32 scores of a unigram model would drift over its length.
+    # Add the complete document as one text: float32 scores of a unigram model would drift over its length.
     return texts + documents.split("\n\n") + [documents]
 
 
@@ -117,7 +118,7 @@ def bpe_folder(tmp_path_factory) -> Path:
 
 
 def auto_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Return the default ids of AutoTokenizer; check that add_special_tokens=False yields the same ones."""
+    """Return the default ids of AutoTokenizer; check that add_special_tokens=False yields the same ids."""
     auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
     ours = Tokenizer.load(folder)
     assert (auto.pad_token_id, auto.bos_token_id) == (ours.pad_id, ours.bos_id)
@@ -224,7 +225,7 @@ def test_importing_a_trained_tokenizer_keeps_ids_and_special_tokens(trained, sou
     for field in ("pad_id", "bos_id", "eos_id", "sep_id", "vocab_size"):
         assert getattr(imported, field) == getattr(trained, field)
     assert (imported.folder / "tokenizer.model").exists() == (source != "tokenizer.json"), (
-        "the faster tokenizer.model is kept if it was given"
+        "the faster tokenizer.model should be kept unless the source is tokenizer.json"
     )
 
 
@@ -233,16 +234,14 @@ def test_a_sentencepiece_model_that_contradicts_tokenizer_json_is_not_imported(t
     train(corpus(), 361, tmp_path / "larger", "bpe")
     shutil.copy(tmp_path / "larger" / "tokenizer.model", folder)
     imported = import_tokenizer(folder, tmp_path / "imported")
-    assert (
-        imported.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
-        and not (imported.folder / "tokenizer.model").exists()
-    )
+    assert imported.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
+    assert not (imported.folder / "tokenizer.model").exists()
 
 
 def train_sentencepiece(folder: Path, **options) -> Path:
-    """Train a model with sentencepiece's defaults, as BPE unless `options` set another type; return its path.
+    """Train a model with sentencepiece's defaults, as BPE unless `options` set a different type, and return its path.
 
-    It has no pad or sep token, puts a space in front of the text, and collapses runs of spaces.
+    The model has no pad or sep token, puts a space in front of the text, and collapses runs of spaces.
     """
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),
@@ -412,14 +411,14 @@ def test_an_error_raised_by_the_texts_is_propagated(tmp_path):
         train(texts(), 400, tmp_path / "new")
 
 
-def test_imports_neither_torch_nor_transformers():
+def test_the_tokenizer_module_imports_neither_torch_nor_transformers():
     code = "import sys, data_prep.tokenizer; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def write_model_folder(folder: Path, model: Path, **files: dict) -> Path:
-    """Write a folder with a sentencepiece model and the files of a slow tokenizer; return it."""
+    """Write a folder with a sentencepiece model and the files of a slow tokenizer, and return it."""
     folder.mkdir()
     shutil.copy(model, folder / "tokenizer.model")
     for name, content in files.items():
@@ -448,10 +447,10 @@ DECODER = {
 @pytest.mark.parametrize(
     "options", [{"normalization_rule_name": "identity", "add_dummy_prefix": False}, {}], ids=["plain", "nmt_nfkc"]
 )
-@pytest.mark.parametrize("given", ["", "tokenizer.model"])
-def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, files, options, given):
+@pytest.mark.parametrize("file", ["", "tokenizer.model"])
+def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, files, options, file):
     model = train_sentencepiece(tmp_path, **options)
-    imported = import_tokenizer(write_model_folder(tmp_path / "folder", model, **files) / given, tmp_path / "imported")
+    imported = import_tokenizer(write_model_folder(tmp_path / "folder", model, **files) / file, tmp_path / "imported")
     assert (imported.bos_id, imported.eos_id, imported.pad_id, imported.sep_id, imported.vocab_size) == (
         1,
         361,
@@ -465,7 +464,7 @@ def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, 
     )
     texts = [text for text in corpus() + TRICKY_TEXTS if text]
     assert imported.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), (
-        "the added tokens changed the ids of other text"
+        "the added tokens must not change the ids of other text"
     )
     (ids,) = imported.encode_batch(["<|im_start|>count = name<|im_end|>"])
     assert 360 in ids and 361 not in ids, "text must not produce the end token"

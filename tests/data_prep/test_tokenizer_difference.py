@@ -1,4 +1,4 @@
-"""Tests of the comparison of tokenizers: the first difference is reported, and equal tokenizers have none."""
+"""The comparison of tokenizers reports the first difference, and no difference for equal tokenizers."""
 
 import json
 from pathlib import Path

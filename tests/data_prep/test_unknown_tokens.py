@@ -1,4 +1,4 @@
-"""Tests of text unknown to the tokenizer: it is counted in every text and reported with its location."""
+"""Text that is unknown to the tokenizer is counted in every record and reported with its location."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ from data_prep.tools.stats import stats
 from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows
 
 NUM_TEXTS = 2100
-"""Number of texts; the preparation checks a tokenizer on fewer texts before it encodes."""
+"""Number of rows, more than the preparation uses to check a tokenizer before it encodes."""
 
 
 def save_character_tokenizer(folder: Path) -> Path:
-    """Save a tokenizer of single ASCII characters; return its tokenizer.json."""
+    """Save a tokenizer of single ASCII characters, and return its tokenizer.json."""
     vocab = {token: number for number, token in enumerate(["<unk>", *map(chr, range(32, 127))])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.add_special_tokens(["<unk>"])
@@ -26,7 +26,7 @@ def save_character_tokenizer(folder: Path) -> Path:
 
 
 def save_word_tokenizer(folder: Path) -> Path:
-    """Save a tokenizer of whole words; return its tokenizer.json."""
+    """Save a tokenizer of words, and return its tokenizer.json."""
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel(
             {"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(NUM_TEXTS)}, unk_token="[UNK]"
@@ -38,7 +38,7 @@ def save_word_tokenizer(folder: Path) -> Path:
 
 
 def train_model_without_bytes(folder: Path) -> Path:
-    """Train a sentencepiece model without byte fallback; return its path."""
+    """Train a sentencepiece model without byte fallback, and return its path."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["question answer 0123456789"] * 50),
         model_prefix=str(folder / "ascii"),
@@ -77,10 +77,8 @@ def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
     unknown_id = Tokenizer.load(out / "tokenizer").unknown_id
     in_shards = sum(tokens.count(unknown_id) for row in split_rows(out) for tokens in row)
     locations = [f"{tmp_path / 'a.jsonl'}:{NUM_TEXTS - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{NUM_TEXTS}: '犬'"]
-    assert (
-        manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": locations}
-        and in_shards == 3
-    )
+    assert in_shards == 3
+    assert manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": locations}
     assert manifest["splits"]["validation"]["unknown"] == {"tokens": 0, "records": 0, "first": []}
     line = (
         "3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; "

@@ -1,4 +1,4 @@
-"""Tests of user errors: each is a warning or a one-line error with its location, and no data is lost silently."""
+"""A user error is a warning or a one-line error with its location, and no data is lost silently."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_errors_in_the_data_are_one_line(
     assert error_with_source(absent) == f"cannot read {absent} (data.sources.0.path): No such file or directory"
     assert error_with_source("").startswith("data.sources.0.path is not set")
     assert "holds no file that ends in .json, " in error_with_source(tmp_path)
-    # Use several units: a progress bar would appear, and other workers are busy when one fails.
+    # with several units, a progress bar could appear, and other workers are busy when one fails
     bad = write_jsonl(tmp_path / "bad.jsonl", pairs(9))
     with bad.open("a") as file:
         file.write('{"text": "a", "code"\n')
@@ -151,7 +151,7 @@ def test_an_unwritable_folder_is_one_line(corpus, run_expecting_user_error, tmp_
     assert "cannot write the corpus" in run_expecting_user_error(corpus, f"data.path={tmp_path / 'file'}")
 
     def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # fails like a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # writing more fails, as on a full disk
 
     message = run_expecting_user_error(corpus, f"data.path={tmp_path / 'out'}", preexec_fn=limit_file_size)
     assert message.startswith(f"cannot write the corpus to {tmp_path / 'out'}: ") and "File too large" in message
@@ -188,10 +188,8 @@ def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_sc
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("lossless", None)):
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = (
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-            tokenizers.decoders.ByteLevel(),
-        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
         if normalizer:
             tokenizer.normalizer = normalizer
         tokenizer.train_from_iterator(

@@ -1,4 +1,4 @@
-"""Tests of the word cache: it yields sentencepiece's tokens, and texts are not cut if that would change them."""
+"""The word cache yields the tokens of sentencepiece, and texts are not cut if that would change their tokens."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def load_spec(tokenizer: Tokenizer) -> dict:
     return json.loads((tokenizer.folder / "tokenizer.json").read_text())
 
 
-def test_cached_tokens_equal_those_of_sentencepiece(trained):
+def test_cached_tokens_equal_the_tokens_of_sentencepiece(trained):
     tokenizer, model = trained
     texts = TRICKY_TEXTS + corpus() + CODE + random_unicode(200_000)
     assert is_cacheable(load_spec(tokenizer))

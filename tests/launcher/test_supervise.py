@@ -1,4 +1,4 @@
-"""Automatic restarts, of a stand-in for run.py whose behavior a test chooses, and of the real run.py on two ranks."""
+"""Automatic restarts of a stand-in for run.py, whose behavior each test chooses, and of the real one on two ranks."""
 
 import os
 import re
@@ -32,7 +32,7 @@ from tests.processes import TIMEOUT, kill_all, wait_for
 PYTHON = sys.executable
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 NEVER = 2.0 * TIMEOUT
-"""A time longer than any test waits, in seconds. A process that ends within TIMEOUT ends for another reason."""
+"""Time longer than any test waits, in seconds. A process that ends within TIMEOUT has not waited this long."""
 LIMITS = {"GRACE": NEVER, "EXIT_SECONDS": NEVER, "SAVE_SECONDS": NEVER, "UNKILLABLE": NEVER}
 """Constants of launcher/supervise.py with which no time limit expires, even on a slow machine."""
 SUPERVISE = """
@@ -64,7 +64,7 @@ def note(name, text=""):
 
 def save_and_stop(number, frame):
     for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(signal_number, signal.SIG_DFL)  # like the ranks, so a second signal ends the process
+        signal.signal(signal_number, signal.SIG_DFL)  # as in real ranks, a second signal ends the process
     note(f"signal-{rank}", signal.Signals(number).name)
     time.sleep(saving)
     if rank == 0:
@@ -105,7 +105,7 @@ sys.exit(max(rank.poll() for rank in ranks))
 
 
 class Supervised:
-    """A running supervise.py that starts a stand-in for run.py, on one rank or, under a launcher, on two.
+    """A running supervise.py that starts a stand-in for run.py: one rank, or two ranks under a launcher.
 
     `body` is the code that each start runs. `limits` replaces constants of supervise.py.
     """
@@ -119,7 +119,9 @@ class Supervised:
         launcher: str = LAUNCHER,
         limits: dict[str, float] | None = None,
     ):
-        self.folder, self.run_dir, self.log = folder, folder / "runs" / "run", folder / "log.txt"
+        self.folder = folder
+        self.run_dir = folder / "runs" / "run"
+        self.log = folder / "log.txt"
         config = write_config(folder, tiny_config(folder))
         (folder / "run.py").write_text(f"NEVER = {NEVER}\n{RUN}{body}")
         (folder / "launch.py").write_text(launcher)
@@ -139,7 +141,7 @@ class Supervised:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
 
     def wait_for_note(self, name: str) -> str:
-        """Wait until a start has written the note of that name, and return its text."""
+        """Wait until a start has written the note with this name, and return the text of the note."""
         wait_for((self.folder / name).exists)
         return (self.folder / name).read_text()
 
@@ -194,7 +196,7 @@ else:
     assert "launch 1 ended after" in run.output() and "SIGKILL, status.json: running at step 10" in run.output()
 
 
-def test_two_crashes_without_a_checkpoint_between_them_end_the_restarts(supervised):
+def test_two_crashes_without_a_new_checkpoint_end_the_restarts(supervised):
     run = supervised("""
 if start == 1:
     save(10)
@@ -241,7 +243,7 @@ def test_the_status_of_an_earlier_start_is_ignored_unless_the_run_is_finished(su
     assert finished.end() == 0 and finished.starts() == 1
 
 
-def test_ranks_that_another_process_stopped_are_restarted_at_once(supervised):
+def test_ranks_that_another_process_stopped_are_restarted_immediately(supervised):
     run = supervised("""
 handle_signals()
 if start == 2:
@@ -272,7 +274,7 @@ def test_a_signal_is_sent_to_all_ranks_directly(supervised):
         assert {os.getsid(int(run.wait_for_note(f"ready-{rank}"))) for rank in range(2)} == {
             psutil.Process(run.process.pid).children()[0].pid
         }
-        run.process.send_signal(number)  # like Ctrl-C in a terminal, only to this process
+        run.process.send_signal(number)  # the signal reaches only supervise.py
         run.process.send_signal(number)  # a repeated signal
     for number, run in runs.items():
         assert run.end() == 75 and run.starts() == 1
@@ -281,11 +283,11 @@ def test_a_signal_is_sent_to_all_ranks_directly(supervised):
         assert f"ending with exit code 75 after {number.name}" in run.output()
 
 
-def test_child_processes_of_a_rank_get_no_signal_and_are_killed_after_it(supervised):
+def test_child_processes_of_a_rank_get_no_signal_and_are_killed_after_the_rank_has_ended(supervised):
     run = supervised("""
 handle_signals()
 saving, parent = 1, os.getpid()
-if os.fork() == 0:  # its command line equals the rank's
+if os.fork() == 0:  # the child has the same command line as the rank
     def handle(*_):
         if os.getppid() == parent:
             note("signaled-too-early")
@@ -316,8 +318,10 @@ def test_ranks_can_save_after_their_launcher_has_died(supervised):
 
 def test_the_default_limits_leave_ranks_enough_time_to_save(supervised):
     """A signal that is repeated immediately, as launchers do, does not count as a second signal."""
-    real = {name: getattr(supervise, name) for name in LIMITS}
-    run = supervised("handle_signals()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits=real)
+    default_limits = {name: getattr(supervise, name) for name in LIMITS}
+    run = supervised(
+        "handle_signals()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits=default_limits
+    )
     run.wait_for_note("ready-0"), run.wait_for_note("ready-1")
     launcher = psutil.Process(run.process.pid).children()[0]
     run.process.terminate()
@@ -338,7 +342,7 @@ def test_a_second_signal_kills_all_processes_immediately(supervised):
     run = supervised(
         """
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: note(f"signal-{rank}", signal.Signals(number).name))  # and continues
+    signal.signal(number, lambda number, frame: note(f"signal-{rank}", signal.Signals(number).name))  # does not stop
 note(f"ready-{rank}")
 time.sleep(NEVER)
 """,
@@ -348,13 +352,13 @@ time.sleep(NEVER)
     run.wait_for_note("ready-0"), run.wait_for_note("ready-1")
     run.process.terminate()
     assert run.wait_for_note("signal-0") == run.wait_for_note("signal-1") == "SIGTERM"
-    time.sleep(1)  # GRACE, which began before the ranks got the signal
+    time.sleep(1)  # GRACE has expired after this: it began before the ranks got the signal
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 128 + signal.SIGINT and run.starts() == 1
 
 
-def test_a_signal_during_the_pause_ends_it(supervised):
+def test_a_signal_ends_the_pause_before_a_restart(supervised):
     run = supervised("sys.exit(1)", "--crashes", "9", limits={"FIRST_PAUSE": NEVER})
     wait_for(lambda: f"starting again in {NEVER:.0f} s" in run.output())
     run.process.terminate()
@@ -396,7 +400,7 @@ def test_a_background_evaluation_outlives_its_rank_and_the_supervisor(supervised
 from pretrain.training import evaluation_requests
 (folder / "nice").write_text(f"#!/bin/sh\\necho $$ > {folder}/evaluating\\nexec sleep {NEVER}\\n")
 (folder / "nice").chmod(0o755)
-# Replaces the evaluation itself, which is started as `setsid --fork nice python ...`.
+# This `nice` replaces the evaluation, which is started as `setsid --fork nice python ...`.
 os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
 evaluation_requests.start_evaluations(run_dir, "cpu")
 while not (folder / "evaluating").exists() or not (folder / "evaluating").read_text():
@@ -439,7 +443,7 @@ def test_a_missing_launcher_is_reported_in_one_line_with_exit_code_2(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "runs"),
+    ("line", "is_rank"),
     [
         ("python3.11 -u launcher/run.py --local_rank=0 a.yaml", True),
         ("/usr/bin/python -W ignore -X dev launcher/run.py a.yaml", True),
@@ -451,8 +455,8 @@ def test_a_missing_launcher_is_reported_in_one_line_with_exit_code_2(tmp_path):
         ("", False),
     ],
 )
-def test_a_rank_is_recognized_by_its_command_line(line, runs):
-    assert is_rank_command(line.split()) == runs
+def test_a_rank_is_recognized_by_its_command_line(line, is_rank):
+    assert is_rank_command(line.split()) == is_rank
 
 
 @pytest.mark.slow
@@ -478,15 +482,10 @@ def test_two_real_ranks_finish_after_a_kill_and_a_stop(tmp_path):
     running.process.terminate()
     assert running.end() == 75 and not supervised_processes(tmp_path)
     status = read_status(tmp_path / "runs" / "run")
-    assert (
-        status["status"] == "resumable"
-        and status["reason"] == "stopped by SIGTERM"
-        and list_steps(checkpoints)[-1] == status["step"]
-    )
+    assert (status["status"], status["reason"]) == ("resumable", "stopped by SIGTERM")
+    assert list_steps(checkpoints)[-1] == status["step"]
 
     running = BackgroundCommand([*supervised, *deepspeed_command(2, "launcher/run.py", path)], tmp_path / "second.log")
     assert running.end() == 0 and not supervised_processes(tmp_path)
-    assert (
-        f"resuming from step {status['step']}" in running.log.read_text()
-        and read_status(tmp_path / "runs" / "run")["status"] == "finished"
-    )
+    assert f"resuming from step {status['step']}" in running.log.read_text()
+    assert read_status(tmp_path / "runs" / "run")["status"] == "finished"

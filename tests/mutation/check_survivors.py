@@ -46,8 +46,8 @@ class Accepted:
     reason: str
 
     def accepts(self, mutant: Mutant) -> bool:
-        same_place = (self.file, self.function, self.before) == (mutant.file, mutant.function, mutant.before)
-        return same_place and (self.after is None or mutant.after in self.after)
+        same_lines = (self.file, self.function, self.before) == (mutant.file, mutant.function, mutant.before)
+        return same_lines and (self.after is None or mutant.after in self.after)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def read_accepted() -> tuple[list[Rule], list[Accepted]]:
 
 
 def results() -> Iterator[tuple[Path, str, str]]:
-    """Yield the file, mutmut's name and the result of each mutant."""
+    """Yield the file, the name in mutmut and the result of each mutant."""
     for path in sorted(walk_mutatable_files()):
         data = SourceFileMutationData(path=path)
         data.load()
@@ -98,7 +98,7 @@ def describe(name: str, path: Path) -> Mutant:
 def main() -> int:
     rules, entries = read_accepted()
     columns = {name: Counter() for name in ("mutants", "killed", "accepted", "unlisted")}
-    used: dict[Accepted, set[str]] = {entry: set() for entry in entries}
+    accepted_versions: dict[Accepted, set[str]] = {entry: set() for entry in entries}
     for path, name, status in results():
         columns["mutants"][str(path)] += 1
         if status in KILLED:
@@ -108,7 +108,7 @@ def main() -> int:
         mutant = describe(name, path)
         entry = next((entry for entry in entries if entry.accepts(mutant)), None)
         if entry:
-            used[entry].add(mutant.after)
+            accepted_versions[entry].add(mutant.after)
         if status in KILLED:
             continue
         if entry or any(rule.accepts(mutant) for rule in rules):
@@ -123,11 +123,11 @@ def main() -> int:
         (entry, after)
         for entry in entries
         for after in entry.after or ["*"]
-        if after not in used[entry] and (entry.after or not used[entry])
+        if after not in accepted_versions[entry] and (entry.after or not accepted_versions[entry])
     ]
     for entry, after in stale:
         print(
-            f"{entry.file}: {entry.function}: in {ACCEPTED.name} but killed, or not a mutant: remove it\n"
+            f"{entry.file}: {entry.function}: in {ACCEPTED.name}, but killed or not a mutant. Remove the entry.\n"
             f"  - {entry.before}\n  + {after}"
         )
     print(f"{'':40}" + "".join(f"{name:>10}" for name in columns))

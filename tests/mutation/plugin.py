@@ -17,7 +17,7 @@ _hits: dict[pytest.FixtureDef, set[str]] = {}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Raise UsageError for tests that pytest cannot find by their ids.
 
-    mutmut would count that error as a killed mutant.
+    mutmut would count the resulting error as a killed mutant.
     """
     for item in items:
         if "\\" in item.nodeid:

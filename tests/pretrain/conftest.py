@@ -25,7 +25,7 @@ SHAPES = ROOT / "configs" / "models"
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """Return the folder of a prepared corpus: 400 training and 40 validation records of the embedded grammar."""
+    """Return the folder of a prepared corpus: 400 training and 40 validation records of the NL-RX grammar."""
     folder = tmp_path_factory.mktemp("prepared")
     prepare(
         DataConfig(
@@ -60,7 +60,7 @@ def specials(tokenizer) -> SpecialTokenIds:
 
 
 def view_arrays(records: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return a view in the format of write_shard: the tokens of all records in one array, and the record lengths."""
+    """Return the records of a view in the format of write_shard: all tokens in one array, and the record lengths."""
     tokens = [token for record in records for token in record]
     return np.array(tokens, np.int64), np.array([len(record) for record in records], np.int64)
 
@@ -82,8 +82,7 @@ def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]
     """Return a function that writes records as a corpus in shards of `shard_records` records, and opens the corpus.
 
     A record is a tuple of token lists, one for each view. The list of a missing view is empty. `continues` marks the
-    pieces whose document continues in the next record. `sources` has the number of records and the weight of each
-    source.
+    records whose document continues in the next record. `sources` lists (number of records, weight) for each source.
     """
 
     def write(
@@ -128,9 +127,9 @@ def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer) -> Callable[..., LanguageModel]:
-    """Return a function that builds a small model of a family with k predictor tokens.
+    """Return a function that builds a small model of a given family, with a given number of predictor tokens.
 
-    Its random weights are enlarged, because the effect of attention is too small to see with the usual tiny weights.
+    The random weights are scaled up: with the usual tiny weights, attention would have no measurable effect.
     """
 
     def make(

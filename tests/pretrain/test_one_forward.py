@@ -1,4 +1,4 @@
-"""The packed forward pass equals separate unpadded ones in losses and gradients, and wrong masks break the equality."""
+"""The packed forward pass has the losses and gradients of separate unpadded ones; wrong masks break the equality."""
 
 import random
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.row_plans import plan
 
 TOLERANCE = 1e-5
 MUTANT_IN_LOSSES, MUTANT_IN_GRADIENTS = 1e-3, 0.5
-"""Smallest error that a mistake in positions or mask must cause, far above the tolerance."""
+"""Smallest errors that a mistake in positions or the mask must cause, far above the tolerance."""
 ROW = 96
 WEIGHT = 0.7
 TEMPERATURE = 0.2
@@ -150,7 +150,7 @@ def test_three_views_and_prepended_predictor_tokens(kind, k, placement, directio
     records = [
         (*record, other[0][:4]) for record, other in zip(random_records(seed=12), random_records(seed=13), strict=True)
     ]
-    records[2], records[4] = (records[2][0], [], records[2][2]), ([], [], records[4][2])  # one missing view, and two
+    records[2], records[4] = (records[2][0], [], records[2][2]), ([], [], records[4][2])  # one and two missing views
     check_equality(
         make_model(k), records, kind, "info_nce", write_corpus, specials, pairing=Pairing(k, placement, direction)
     )
@@ -190,7 +190,7 @@ def check_equality(
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-def test_dropped_records_are_excluded_from_the_pair_term(kind, distance, make_model, corpus, specials):
+def test_dropped_records_are_excluded_from_the_jepa_term(kind, distance, make_model, corpus, specials):
     model = make_model(2)
     layout = make_layout(kind, specials, pairing=Pairing(2))
     loader = Loader(corpus, layout, 128, seed=3, dropout=0.5)
@@ -205,7 +205,7 @@ def test_dropped_records_are_excluded_from_the_pair_term(kind, distance, make_mo
 
 @pytest.mark.parametrize("lm_views", ["all", "last"])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-def test_next_token_is_the_language_model_term_alone(kind, lm_views, make_model, write_corpus, specials):
+def test_next_token_is_only_the_language_model_term(kind, lm_views, make_model, write_corpus, specials):
     records = random_records(seed=5)
     model = make_model(0)
     layout = make_layout(kind, specials, lm_views=lm_views)
@@ -238,7 +238,7 @@ class RowSegment(NamedTuple):
 
 
 def segments(packed: Packed, batch: Batch, index: int) -> Iterator[RowSegment]:
-    """Yield the segment of this index in the layout, for every record."""
+    """Yield the segment that has this index in the layout, for every record."""
     lengths = packed.rows.segment_lengths
     ends = packed.rows.start + lengths[:, : index + 1].sum(axis=1)
     record_ends = packed.rows.start + lengths.sum(axis=1)
@@ -250,7 +250,7 @@ def positions_run_through_the_row(packed: Packed, batch: Batch) -> None:
     """Number the positions through the row instead of restarting at each record.
 
     The losses change only in the joint layout, because predictor tokens move away from their context there. RoPE is
-    relative, and a shift of a complete encoding has no effect. tests/pretrain/data/test_batch.py checks the positions
+    relative, so a shift of a complete encoding has no effect. tests/pretrain/data/test_batch.py checks the positions
     themselves.
     """
     batch.positions[:] = torch.arange(ROW)
@@ -272,7 +272,7 @@ def the_lone_target_sees_the_context(packed: Packed, batch: Batch) -> None:
 
 
 def predictor_tokens_see_the_target(packed: Packed, batch: Batch) -> None:
-    """Let predictor tokens see the target, which the joint layout puts between them and the context."""
+    """Show the target to the predictor tokens; the joint layout puts it between them and the context."""
     for segment in segments(packed, batch, 1):
         segment.visible_until[:] = segment.end + packed.layout.predictor_tokens
 
@@ -304,19 +304,19 @@ MUTANTS = [
 def test_a_wrong_position_or_mask_breaks_the_equality(kind, mutant, distance, make_model, write_corpus, specials):
     records = random_records(seed=7)
     model = make_model(1)
-    right = packed(
+    correct = packed(
         write_corpus(records), specials, make_layout(kind, specials, pairing=Pairing(1)), np.ones(len(records), bool)
     )
-    wrong = right._replace(
+    wrong = correct._replace(
         batch=replace(
-            right.batch, positions=right.batch.positions.clone(), visible_until=right.batch.visible_until.clone()
+            correct.batch, positions=correct.batch.positions.clone(), visible_until=correct.batch.visible_until.clone()
         )
     )
     mutant(wrong, wrong.batch)
     objective = jepa(distance)
     expected = separate_forwards(model, records, specials, layout=kind, distance=distance)
-    assert error(one_forward(model, right, objective), expected) < TOLERANCE
+    assert error(one_forward(model, correct, objective), expected) < TOLERANCE
     result = one_forward(model, wrong, objective)
     assert error(result, expected) > MUTANT_IN_GRADIENTS
     loss_error = max(abs(value / expected.losses[name] - 1) for name, value in result.losses.items())
-    assert loss_error > MUTANT_IN_LOSSES, "the mistake changes the gradients but not the losses"
+    assert loss_error > MUTANT_IN_LOSSES, "the mistake should change the losses too, not only the gradients"

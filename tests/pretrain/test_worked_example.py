@@ -1,4 +1,4 @@
-"""The worked example of docs/objectives.md: an objective of two new files, which trains."""
+"""The worked example of docs/objectives.md: a model trains with the objective that its two files add."""
 
 import json
 import re
@@ -8,11 +8,13 @@ from tests.commands import ROOT, run_command, tiny_config, write_config
 
 
 def test_the_objective_of_the_documentation_trains(tmp_path):
-    config_source, source = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+    config_source, objective_source = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL
+    )
     for package in ("data_prep", "pretrain", "launcher"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pretrain" / "objectives" / "configs" / "huber_jepa.py").write_text(config_source)
-    (tmp_path / "pretrain" / "objectives" / "huber_jepa.py").write_text(source)
+    (tmp_path / "pretrain" / "objectives" / "huber_jepa.py").write_text(objective_source)
     objective = {"name": "huber_jepa", "weight": 0.5, "delta": 0.3, "regularizers": [{"name": "vicreg", "weight": 0.1}]}
     config = write_config(
         tmp_path, tiny_config(tmp_path, objective=objective, train__steps=3, monitor__tensorboard=False)

@@ -1,4 +1,4 @@
-"""Tests of decontamination against a reference that uses sets of substrings."""
+"""Decontamination has the same results as a reference that uses sets of substrings."""
 
 import json
 import random
@@ -35,7 +35,7 @@ WORDS = [
 def find_by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -> list[bool]:
     """Apply the two rules of contamination with sets of substrings.
 
-    This is valid for alphabetic scripts, in which a letter counts as one, and for contexts without common phrases.
+    This is valid for alphabetic scripts, whose letters count as one each, and for contexts without common phrases.
     """
     tests = {normalized_letters(context) for context in contexts} - {""}
     substrings = {

@@ -1,4 +1,4 @@
-"""Tests of exact duplicates against a dictionary of the whole corpus."""
+"""Exact duplicates equal the ones that a dictionary of the complete corpus finds."""
 
 import hashlib
 import itertools
@@ -37,7 +37,8 @@ CORPORA = st.lists(
 
 def find_by_dictionary(corpus: Corpus) -> list[list[int]]:
     """Return the ordinals to drop for each unit, from one pass over all records in order of preference."""
-    seen, drops = {}, [[] for _ in corpus]
+    seen = {}
+    drops = [[] for _ in corpus]
     records = [(rank, unit, ordinal, views) for unit, rows in enumerate(corpus) for views, ordinal, rank in rows]
     for _, unit, ordinal, views in sorted(records, key=lambda record: record[:3]):
         if seen.setdefault(views, (unit, ordinal)) != (unit, ordinal):
@@ -82,7 +83,7 @@ def test_a_larger_corpus_with_the_parts_in_any_order(tmp_path):
     assert find_on_disk(corpus, tmp_path, 1) == expected
 
 
-def test_precedence_is_by_split_then_unit_then_record(tmp_path):
+def test_the_record_to_keep_is_chosen_by_split_then_unit_then_position(tmp_path):
     train, validation, test = (SPLIT_PRIORITY.index(split) for split in ("train", "validation", "test"))
     one = ("q", "a")
     assert find_on_disk([[(one, 0, train)], [(one, 5, test)], [(one, 2, validation)]], tmp_path, 2) == [[0], [], [2]]

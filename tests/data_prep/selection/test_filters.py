@@ -1,4 +1,4 @@
-"""Tests of filters: each reason, their precedence, and errors in the configuration."""
+"""Tests of filters: each reason, the precedence of the reasons, and errors in the configuration."""
 
 import signal
 import threading
@@ -83,12 +83,12 @@ def test_a_runaway_expression_is_reported_with_the_record(tmp_path, write_jsonl,
     ) as raised:
         prepare(config, say=lambda line: None)
     assert "\n" not in str(raised.value)
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "the timer must be off afterwards"
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "the timer must be off after the error"
 
 
 def test_the_time_limit_applies_to_each_record_separately(monkeypatch):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.05)
-    config = FiltersConfig(forbidden=r"(a+)+b")  # takes a few milliseconds on each record
+    config = FiltersConfig(forbidden=r"(a+)+b")  # takes a few milliseconds per record
     with search_time_limit(config):
         assert [filter_reason(("a" * 12, ""), config) for _ in range(200)] == [""] * 200
 

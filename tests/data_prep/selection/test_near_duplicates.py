@@ -1,4 +1,4 @@
-"""Tests of near-duplicates against all pairs, by Jaccard similarity and by sketches."""
+"""Near-duplicates, compared with the Jaccard similarity and the sketches of all pairs."""
 
 import json
 import random
@@ -58,15 +58,16 @@ def similarity(one: list[set], other: list[set]) -> float:
 
 
 def check_against_all_pairs(found: list[int], records: list[Record]) -> int:
-    """Check that records well above the threshold are found and that those well below are not.
+    """Check that records well above the threshold are found, and records well below it are not.
 
     Return the number of records above the threshold.
     """
     sets = [[shingles(view) for view in record] for record in records]
     holders: dict[tuple[str, ...], list[int]] = {}
-    found, above, missed = set(found), 0, 0
+    found = set(found)
+    above = missed = 0
     for index, shingle_sets in enumerate(sets):
-        # Only these earlier records are compared, because all others have a similarity near 0.
+        # Only these earlier records are compared, because all other records have a similarity near 0.
         candidates = {earlier for shingle in shingle_sets[0] if shingle[3] for earlier in holders.get(shingle, [])}
         closest = max((similarity(shingle_sets, sets[earlier]) for earlier in candidates), default=0.0)
         for shingle in shingle_sets[0]:
@@ -154,7 +155,7 @@ LONG = " ".join(f"word{number}" for number in range(100))
         (("lines with a dog", "dog"), ("lines with a cat", "dog"), False),
         ((LONG, "~(.*)"), (LONG, "(.*)"), False),
         ((LONG, LONG.replace("word50", "other")), (LONG.replace("word50", "other"), LONG), True),
-        # These texts have ten repeated shingles, and different ones at the start.
+        # These texts have the same ten repeated shingles, and different shingles at the beginning.
         (("猫" + "一二三四五六七八九十" * 9, "x"), ("犬" + "一二三四五六七八九十" * 9, "x"), False),
         (("".join(map(chr, range(0x4E00, 0x4E64))), "x"), ("".join(map(chr, range(0x4E01, 0x4E64))), "x"), True),
     ],
@@ -240,7 +241,8 @@ def test_only_exact_copies_among_templated_records_are_dropped(tmp_path, name):
             tuple(" ".join(message["content"].lower().split()) for message in json.loads(line)["messages"][1:])
             for line in lines
         ]
-    seen, copies = set(), []
+    seen = set()
+    copies = []
     for index, record in enumerate(records):
         if record in seen:
             copies.append(index)

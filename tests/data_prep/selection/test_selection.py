@@ -1,4 +1,4 @@
-"""Tests of the selection of records: duplicates, records of the tests, and filters."""
+"""Tests of the selection of records: duplicates, contamination with test rows, and filters."""
 
 import json
 import random
@@ -36,9 +36,9 @@ def with_duplicates(write_jsonl, pairs, tmp_path) -> list[list[dict]]:
 def test_the_first_of_equal_records_is_kept(with_duplicates, tmp_path, workers):
     sources = [json_source(tmp_path / f"{number}.jsonl") for number in range(3)]
     manifest = prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512, workers=workers))
-    every = [pair(row) for file_rows in with_duplicates for row in file_rows]
-    assert texts_of(tmp_path / "out") == list(dict.fromkeys(every))
-    assert manifest["dropped"]["duplicate"]["count"] == len(every) - len(set(every))
+    all_pairs = [pair(row) for file_rows in with_duplicates for row in file_rows]
+    assert texts_of(tmp_path / "out") == list(dict.fromkeys(all_pairs))
+    assert manifest["dropped"]["duplicate"]["count"] == len(all_pairs) - len(set(all_pairs))
     seen = set()
     locations = []
     for number, file_rows in enumerate(with_duplicates):
@@ -49,7 +49,7 @@ def test_the_first_of_equal_records_is_kept(with_duplicates, tmp_path, workers):
     assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == locations[:5]
 
 
-def test_records_of_test_sources_win_over_training_duplicates(with_duplicates, tmp_path):
+def test_records_of_test_sources_are_kept_and_their_training_duplicates_dropped(with_duplicates, tmp_path):
     sources = [
         json_source(tmp_path / f"{number}.jsonl", split=split)
         for number, split in enumerate(("train", "validation", "test"))
@@ -159,17 +159,14 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
         config, "data.decontaminate=false"
     )
     (tmp_path / "test.jsonl").write_text('{"text": ["a"]}\n')
-    assert (
-        "during the preparation" not in (message := run_expecting_user_error(config))
-        and f"content of {tmp_path / 'test.jsonl'}" in message
-    )
+    message = run_expecting_user_error(config)
+    assert "during the preparation" not in message and f"content of {tmp_path / 'test.jsonl'}" in message
     assert run_expecting_user_error(config, f"data.path={tmp_path / 'new'}").startswith(
         f"{tmp_path / 'test.jsonl'}:1: 'text' holds"
     )
     (tmp_path / "test.jsonl").unlink()
-    assert str(tmp_path / "test.jsonl") in run_expecting_user_error(
-        config
-    ) and "evaluation.tasks" in run_expecting_user_error(config)
+    message = run_expecting_user_error(config)
+    assert str(tmp_path / "test.jsonl") in message and "evaluation.tasks" in message
 
 
 def test_task_files_use_the_column_mapping_of_the_corpus(tmp_path):
@@ -188,8 +185,8 @@ def test_task_files_use_the_column_mapping_of_the_corpus(tmp_path):
         TaskTest(task="nl_rx", key="evaluation.tasks.2.test", source=source),
     ]
     assert evaluation_tests(config, None) == evaluation_tests(config, {}) == []
-    given = [{"name": "gsm8k", "test": {"type": kind, "path": "c.jsonl"}} for kind in ("json", "hub")]
-    assert [test.source.type for test in evaluation_tests(config, {"tasks": given})] == ["json", "hub"]
+    gsm8k = [{"name": "gsm8k", "test": {"type": kind, "path": "c.jsonl"}} for kind in ("json", "hub")]
+    assert [test.source.type for test in evaluation_tests(config, {"tasks": gsm8k})] == ["json", "hub"]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +241,7 @@ def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, w
     config = data_config(tmp_path / "out", *sources, sequence_length=512, deduplicate="none")
     evaluation = {"tasks": [{"name": "nl_rx", "test": str(write_jsonl(tmp_path / "test.jsonl", test))}]}
     manifest = prepare(config, evaluation_tests(config, evaluation), say=log.append)
-    # Each mapping finds the row with a test question, and none finds the row with only a test answer.
+    # Each mapping finds the row with a test question, and no mapping finds the row with only a test answer.
     found = [location.partition(": ")[0] for location in manifest["dropped"]["contaminated"]["first"]]
     assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}

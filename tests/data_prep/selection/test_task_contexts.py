@@ -1,4 +1,4 @@
-"""Tests that test rows of every task are kept out of training, whatever the format of the training rows."""
+"""The test rows of every task are kept out of training for every format of the training rows."""
 
 import json
 
@@ -14,7 +14,7 @@ NUMBER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 
 
 def question(number: int) -> str:
-    """Return a question that is too short to be recognised by a shared part of its text."""
+    """Return a question that is too short to be recognised from a part of its text."""
     return f"why is {NUMBER[number]} odd?"
 
 
@@ -148,7 +148,7 @@ def test_mapped_test_rows_of_folders_globs_and_local_data_sets_are_kept_out(mapp
         )
 
 
-def test_a_new_test_file_or_another_mapping_is_detected(write_jsonl, tmp_path, run_expecting_user_error):
+def test_a_new_test_file_or_a_different_mapping_is_detected(write_jsonl, tmp_path, run_expecting_user_error):
     tests = tmp_path / "tests"
     tests.mkdir()
     write_jsonl(tests / "a.jsonl", [{"text": "first question", "code": "1", "other": "x"}])

@@ -1,6 +1,6 @@
-"""Preparations from the server of tests/data_prep/sources/hub_server.py.
+"""Prepare corpora from the server of tests/data_prep/sources/hub_server.py.
 
-They run in a separate process that sets the address of the server before it imports `datasets`.
+This runs in a separate process that sets the address of the server before it imports `datasets`.
 """
 
 import json
@@ -37,7 +37,7 @@ def make_files(word: str) -> dict[str, bytes]:
 
 
 def prepare_and_summarize(folder: Path, revision: str | None, stop_at: str = "nothing") -> dict:
-    """Prepare a corpus; return its commits, the words of those commits in its rows, and the log lines."""
+    """Prepare a corpus, and return its commits, the words of those commits in its rows, and the log lines."""
     log: list[str] = []
 
     def say(line: str) -> None:

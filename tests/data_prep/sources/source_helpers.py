@@ -1,4 +1,4 @@
-"""Helpers that read sources like the pipeline does, and write files compressed by suffix."""
+"""Helpers that read sources as the pipeline does, and write files with the compression that the suffix names."""
 
 import gzip
 from pathlib import Path
@@ -13,12 +13,15 @@ from data_prep.sources.record import Reader
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 VIEWS = ("text", "code")
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"the real data are not at {SHARED}")
+needs_shared = pytest.mark.skipif(
+    not SHARED.exists(), reason=f"the shared data sets are missing; expected them in {SHARED}"
+)
 
 
 def open_reader(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
-    """Open a source with these settings, validated like a configuration."""
-    source |= {"path": str(source["path"])} if "path" in source else {}
+    """Validate the settings as part of a configuration, and open the source."""
+    if "path" in source:
+        source["path"] = str(source["path"])
     config = validate(
         DataConfig, {"path": "x", "views": names, "sources": [source], "tokenizer": {"vocab_size": 300}}, "data"
     )
@@ -26,13 +29,13 @@ def open_reader(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
 
 
 def read_with_locations(reader: Reader) -> list[tuple]:
-    """Return (views or (reason, problem), location) of every record."""
+    """Return a pair for each record: its views, or (reason, problem) if it has none; and its location."""
     found, counts = [], {}
     for piece in reader.pieces():
         for record in reader.read(piece):
-            assert (
-                record.position >= 1 and (record.views is None) == bool(record.problem) and "\n" not in record.problem
-            )
+            assert record.position >= 1, record
+            assert (record.views is None) == bool(record.problem), record
+            assert "\n" not in record.problem, record
             location = reader.place(piece, record.position, counts.get(piece.path, 0))
             found.append((record.views if record.views is not None else (record.reason, record.problem), location))
         counts[piece.path] = counts.get(piece.path, 0) + reader.count(piece)
@@ -47,7 +50,7 @@ def read_views(reader: Reader) -> list[tuple[str, ...]]:
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Write a file, compressed according to its suffix; return its path."""
+    """Write a file with the compression that its suffix names, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(compress_for_suffix(content, path.suffix))
     return path

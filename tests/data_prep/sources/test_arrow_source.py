@@ -1,4 +1,4 @@
-"""Tests of Arrow files and save_to_disk folders: every row once, only listed files, and errors that name the file."""
+"""Arrow files and save_to_disk folders: every row of the listed files is read once, and errors name the file."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ EXPECTED = [(text or "", code) for text, code in zip(ROWS["text"], ROWS["code"],
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A DatasetDict of two splits on disk; train has three files, and a cache file next to them."""
+    """A DatasetDict of two splits on disk. The train split has three files, and a cache file next to them."""
     folder = tmp_path_factory.mktemp("saved")
     datasets.disable_progress_bars()
     train, test = datasets.Dataset.from_dict(ROWS), datasets.Dataset.from_dict({"text": ["q"], "code": ["a"]})
@@ -38,9 +38,8 @@ def test_listed_files_of_a_saved_data_set_are_its_pieces(saved):
     source = reader(saved / "train")
     assert len(source.pieces()) == 3 and read_views(source) == EXPECTED
     locations = [location for _, location in read_with_locations(source)]
-    assert locations[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1" and locations[-1].endswith(
-        "data-00002-of-00003.arrow:833"
-    )
+    assert locations[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1"
+    assert locations[-1].endswith("data-00002-of-00003.arrow:833")
     assert read_with_locations(reader(saved / "train", {"code": "number"}))[3][0] == ("", "3")
 
 

@@ -1,4 +1,4 @@
-"""Tests of CSV and TSV: every row as the csv module reads it from the whole file, and malformed rows."""
+"""CSV and TSV files: every row becomes a record for any block size, and malformed rows are reported."""
 
 import csv
 import io
@@ -40,10 +40,10 @@ TRICKY_FIELDS = [
 
 
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t"), (".csv.gz", ","), (".tsv.zst", "\t")])
-@pytest.mark.parametrize("block", [1, 50, files.BLOCK_BYTES])
-def test_every_row_is_a_record_with_its_line_number(tmp_path, monkeypatch, suffix, delimiter, block):
-    monkeypatch.setattr(files, "BLOCK_BYTES", block)
-    monkeypatch.setattr(files, "SMALL_BLOCK", block)
+@pytest.mark.parametrize("block_bytes", [1, 50, files.BLOCK_BYTES])
+def test_every_row_is_a_record_with_its_line_number(tmp_path, monkeypatch, suffix, delimiter, block_bytes):
+    monkeypatch.setattr(files, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(files, "SMALL_BLOCK", block_bytes)
     rng = random.Random(1)
     rows = [[rng.choice(TRICKY_FIELDS) for _ in range(3)] for _ in range(60)]
     path = write(tmp_path / f"a{suffix}", b"\xef\xbb\xbf" + to_csv([["code", "n", "text"], *rows], delimiter))
@@ -54,18 +54,15 @@ def test_every_row_is_a_record_with_its_line_number(tmp_path, monkeypatch, suffi
     assert read_with_locations(reader(path)) == expected
 
 
-def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
+def test_columns_are_mapped_to_views_as_in_json_lines(tmp_path):
     path = write(tmp_path / "a.csv", b"name,summary,sql\nx,y,z\n,b,c\n")
     assert read_views(reader(path, {"text": "{name}: {summary}", "code": "sql"})) == [("x: y", "z"), ("", "c")]
     write(tmp_path / "set" / "b.csv", b"text,code\na,b\n")
     write(tmp_path / "set" / "a.tsv", b"code\ttext\nd\tc\n")
     write(tmp_path / "set" / "c.CSV", b"text,code\nx,y\n")
     source = reader(tmp_path / "set")
-    assert (
-        read_views(source) == [("c", "d"), ("a", "b")]
-        and "skipping 1 file by name: " in source.note
-        and "c.CSV" in source.note
-    )
+    assert read_views(source) == [("c", "d"), ("a", "b")]
+    assert "skipping 1 file by name: " in source.note and "c.CSV" in source.note
 
 
 @pytest.mark.parametrize(
@@ -78,7 +75,7 @@ def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
         (b"a\rb,c", "not CSV (new-line character seen in unquoted field"),
     ],
 )
-def test_a_malformed_row_affects_no_other(tmp_path, row, problem):
+def test_a_malformed_row_does_not_affect_the_next_row(tmp_path, row, problem):
     path = write(tmp_path / "a.csv", b'text,code\n"a\na",b\n' + row + b"\n\nc,d\n")
     first, ((reason, message), location), last = read_with_locations(reader(path))
     assert (first, last) == ((("a\na", "b"), f"{path}:2"), (("c", "d"), f"{path}:6"))
@@ -88,12 +85,8 @@ def test_a_malformed_row_affects_no_other(tmp_path, row, problem):
 def test_an_unclosed_quote_is_reported_where_it_opens(tmp_path):
     path = write(tmp_path / "a.csv", b'text,code\na,b\nc,"d\ne,f\n')
     (good, _), ((reason, message), location) = read_with_locations(reader(path))
-    assert (
-        good == ("a", "b")
-        and reason == "malformed"
-        and message == "not CSV (unexpected end of data)"
-        and location == f"{path}:3"
-    )
+    assert good == ("a", "b") and location == f"{path}:3"
+    assert reason == "malformed" and message == "not CSV (unexpected end of data)"
 
 
 @pytest.mark.parametrize(
@@ -120,22 +113,15 @@ def test_a_truncated_compressed_file_loses_no_earlier_row(tmp_path):
     path = write(tmp_path / "a.csv.gz", to_csv([["text", "code"], *(["a", str(number)] for number in range(5000))]))
     path.write_bytes(path.read_bytes()[:-100])
     *good, ((reason, message), _) = read_with_locations(reader(path))
-    assert (
-        reason == "damaged"
-        and "truncated" in message
-        and [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
-    )
+    assert reason == "damaged" and "truncated" in message
+    assert [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
 
 
 def test_csv_and_json_lines_give_the_same_corpus(tmp_path, write_jsonl, pairs):
     rows = pairs(60)
     write(tmp_path / "a.csv", to_csv([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
     write_jsonl(tmp_path / "a.jsonl", rows)
-    for kind in ("csv", "json"):
-        prepare_quietly(
-            data_config(
-                tmp_path / kind, {"type": kind, "path": str(tmp_path / f"a.{kind}{'l' * (kind == 'json')}")}, workers=1
-            )
-        )
+    for kind, file in (("csv", "a.csv"), ("json", "a.jsonl")):
+        prepare_quietly(data_config(tmp_path / kind, {"type": kind, "path": str(tmp_path / file)}, workers=1))
     assert split_rows(tmp_path / "csv") == split_rows(tmp_path / "json")
     assert json.loads((tmp_path / "csv" / "manifest.json").read_text())["sources"][0]["records"] == 60

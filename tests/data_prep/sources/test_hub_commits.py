@@ -1,4 +1,4 @@
-"""Tests of hub revisions: they are resolved to commits, which the manifest records and a resumed run keeps."""
+"""Hub revisions are resolved to commits, which the manifest records and a resumed preparation keeps."""
 
 import json
 import subprocess
@@ -42,8 +42,5 @@ def test_an_interrupted_preparation_resumes_with_its_commit(results):
 
 def test_a_missing_revision_is_one_line(results):
     message = results["nowhere"]["error"]
-    assert (
-        message.startswith("cannot open the data set owner/name (data.sources.0.path), split train: ")
-        and "nowhere" in message
-        and "\n" not in message
-    )
+    assert message.startswith("cannot open the data set owner/name (data.sources.0.path), split train: ")
+    assert "nowhere" in message and "\n" not in message

@@ -20,7 +20,7 @@ ROWS = [{"text": f"t{row}", "code": None if row == 2 else f"c,\n{row}", "n": row
 
 
 def make_shards(folder, kind: str):
-    """Write three shards of five rows; return their folder."""
+    """Write three shards of five rows each, and return their folder."""
     folder.mkdir()
     for shard in range(3):
         rows = [row | {"text": f"{shard}-{row['text']}"} for row in ROWS]
@@ -45,7 +45,7 @@ def test_local_files_are_read_by_the_reader_of_their_format(tmp_path, kind):
     assert len(source.pieces()) == 3 and all(piece.size > 0 for piece in source.pieces()) and source.note == ""
     expected = [(f"{shard}-t{row}", "" if row == 2 else f"c,\n{row}") for shard in range(3) for row in range(5)]
     assert read_views(source) == expected
-    line = 4 if kind == "csv" else 2  # the header, and a line break in the previous row
+    line = 4 if kind == "csv" else 2  # after the header and the line break in the previous row
     assert read_with_locations(source)[6] == (expected[6], f"{tmp_path / 'set' / '1'}.{kind}:{line}")
 
 
@@ -87,7 +87,7 @@ def test_files_outside_all_splits_are_reported(tmp_path):
     assert source.note in log
 
 
-def test_a_readme_and_a_data_folder_are_read_like_on_the_hub(tmp_path, monkeypatch):
+def test_a_readme_and_a_data_folder_are_read_as_on_the_hub(tmp_path, monkeypatch):
     for name in ("data/a-train.jsonl", "data/b-train.jsonl", "data/test.jsonl", "more/train.jsonl"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).write_text(json.dumps({"text": name, "code": "x"}) + "\n")
@@ -113,7 +113,7 @@ def test_a_readme_may_set_the_separator_and_other_settings_of_the_library(tmp_pa
     assert read_views(reader(folder, config="quoted")) == [("a", "b")]
 
 
-def test_a_file_of_another_format_is_streamed(tmp_path):
+def test_a_file_of_a_different_format_is_streamed(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     location = f"hub:{tmp_path}:train:shard 0"
     assert read_with_locations(reader(tmp_path, names=("text",))) == [
@@ -143,7 +143,7 @@ def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
             reader(tmp_path / folder, **more)
 
 
-def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
+def test_columns_are_mapped_to_views_as_in_json_lines(tmp_path):
     path = make_shards(tmp_path / "set", "parquet")
     assert read_views(reader(path, views={"code": "{text}/{code}"}))[:3] == [
         ("", "0-t0/c,\n0"),
@@ -193,7 +193,7 @@ def test_a_folder_that_is_not_a_data_set_is_reported(tmp_path):
         reader(tmp_path / "absent")
 
 
-def test_a_corrupt_file_is_named_and_affects_no_other(tmp_path):
+def test_a_corrupt_file_is_named_and_does_not_affect_the_other_files(tmp_path):
     folder = make_shards(tmp_path / "set", "jsonl")
     (folder / "2.jsonl").write_bytes(b'{"text": "a", "code": "b"}\n{"text": \n')
     *good, last = read_with_locations(reader(folder))

@@ -1,4 +1,4 @@
-"""Tests of .json files with one array: every element once for any block size, and what damage leaves readable."""
+"""A .json file with one array: every element is read once for any block size, and damage loses no earlier element."""
 
 import json
 
@@ -30,10 +30,10 @@ def reader(path, names=VIEWS):
     [{}, {"indent": 2}, {"separators": (",", ":"), "ensure_ascii": False}, {"indent": 0, "ensure_ascii": False}],
 )
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("block", [1, 3, 100, files.BLOCK_BYTES])
-def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout, suffix, block):
-    monkeypatch.setattr(files, "BLOCK_BYTES", block)
-    monkeypatch.setattr(files, "SMALL_BLOCK", block)
+@pytest.mark.parametrize("block_bytes", [1, 3, 100, files.BLOCK_BYTES])
+def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout, suffix, block_bytes):
+    monkeypatch.setattr(files, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(files, "SMALL_BLOCK", block_bytes)
     path = write(tmp_path / f"a.json{suffix}", b"\xef\xbb\xbf \r\n" + json.dumps(ROWS, **layout).encode() + b"\n\n")
     expected = [(views, f"{path}, element {number}") for number, views in enumerate(EXPECTED, start=1)]
     expected[7] = (("malformed", "'code' holds a value of type list, not text"), f"{path}, element 8")
@@ -74,9 +74,8 @@ def test_corruption_loses_no_earlier_element(tmp_path, rest, problem):
     path = write(tmp_path / "a.json", b'[{"text": "a", "code": "b"},\n{"text": "a", "code": "b"}' + rest)
     *good, ((reason, message), location) = read_with_locations(reader(path))
     assert [views for views, _ in good] == [("a", "b")] * 2
-    assert (
-        reason == "damaged" and problem in message and message.endswith("the rest of the array is lost: fix the file")
-    )
+    assert reason == "damaged" and problem in message
+    assert message.endswith("the rest of the array is lost: fix the file")
     assert location == f"{path}, element 3"
 
 
@@ -101,5 +100,7 @@ def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path):
     assert read_views(
         reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))
     ) == [("a", "b"), ("c", "d")]
-    (found, location), _ = read_with_locations(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
-    assert found == ("malformed", "a JSON list, not an object") and location.endswith("b.jsonl:1")
+    (problem, location), _ = read_with_locations(
+        reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}'))
+    )
+    assert problem == ("malformed", "a JSON list, not an object") and location.endswith("b.jsonl:1")

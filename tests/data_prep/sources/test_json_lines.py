@@ -1,4 +1,4 @@
-"""Tests of JSON lines: every line once wherever files are cut, and the reasons why a line is malformed."""
+"""JSON lines: every line is read once wherever a file is cut, and each malformed line has a reason."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def read_one(tmp_path: Path, line: bytes | dict, views=None, names=VIEWS) -> Rec
 
 
 def read_naively(path: Path, content: bytes) -> list[tuple]:
-    """Return the records of a file, read as a whole."""
+    """Return the records of a file and their locations; this reads the complete content at once."""
     expected = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
@@ -110,7 +110,7 @@ def test_pieces_cover_large_files_without_overlap(tmp_path):
     sizes = {"a.jsonl": (12 << 20) + 5, "b.json": 0, "c.ndjson": 1 << 20, "d.jsonl": 17}
     for name, size in sizes.items():
         with (tmp_path / name).open("wb") as file:
-            file.truncate(size)  # sparse: only its size is read
+            file.truncate(size)  # sparse: the test reads only its size
     pieces = reader(tmp_path).pieces()
     assert [Path(piece.path).name for piece in pieces] == ["a.jsonl"] * 4 + ["c.ndjson", "d.jsonl"]
     assert all(piece.size == piece.stop - piece.start > 0 for piece in pieces)
@@ -185,7 +185,7 @@ def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
         ),
     ],
 )
-def test_a_malformed_line_gives_the_reason(tmp_path, line, problem):
+def test_a_malformed_line_is_reported_with_the_reason(tmp_path, line, problem):
     record = read_one(tmp_path, line)
     assert record.views is None and record.reason == "malformed" and record.position == 1
     assert problem in record.problem and "\n" not in record.problem and len(record.problem) < 200
@@ -234,7 +234,7 @@ def test_messages_with_a_second_turn_are_malformed(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_an_endless_line_takes_bounded_memory_and_affects_no_other(tmp_path, suffix):
+def test_an_endless_line_takes_bounded_memory_and_does_not_affect_other_lines(tmp_path, suffix):
     longest = GOOD[:-1].replace(b"a", b"a" * (files.MAX_LINE_BYTES - len(GOOD) + 2))
     assert len(longest) == files.MAX_LINE_BYTES
     path = write(
@@ -243,7 +243,7 @@ def test_an_endless_line_takes_bounded_memory_and_affects_no_other(tmp_path, suf
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = read_with_locations(reader(path))
-    # In KiB: lines of 16 MiB fit in this limit, and a line of 200 MiB would not.
+    # The limit of 150 MiB is enough for lines of 16 MiB, but not for a line of 200 MiB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10
     assert [location for _, location in found] == [f"{path}:{line}" for line in range(1, 6)]
     long = ("malformed", "a line of more than 16 MiB")
@@ -286,17 +286,17 @@ def test_a_corrupt_compressed_file_is_reported_and_loses_no_earlier_line(tmp_pat
     *good, (problem, location) = read_with_locations(reader(path))
     assert all(
         views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003))
-        and at == f"{path}:{number}"
-        for number, (views, at) in enumerate(good, start=1)
+        and location_of_line == f"{path}:{number}"
+        for number, (views, location_of_line) in enumerate(good, start=1)
     )
     assert problem[0] == "damaged" and "the compressed file is" in problem[1] and "replace it" in problem[1]
     assert location == f"{path}:{len(good) + 1}"
 
 
-@pytest.mark.parametrize("where", [0.3, 0.6, 0.9999])
-def test_a_flipped_byte_of_a_gz_file_is_detected(tmp_path, where):
+@pytest.mark.parametrize("position", [0.3, 0.6, 0.9999])
+def test_a_flipped_byte_of_a_gz_file_is_detected(tmp_path, position):
     data = bytearray(compress_for_suffix(make_lines(50_000), ".gz"))
-    data[int(where * len(data))] ^= 0x10
+    data[int(position * len(data))] ^= 0x10
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(data)
     assert any(
@@ -352,7 +352,7 @@ def test_a_file_name_that_is_not_utf8_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_file_that_is_deleted_or_truncated_meanwhile_is_an_error(tmp_path, suffix):
+def test_a_file_that_is_deleted_or_truncated_after_opening_is_an_error(tmp_path, suffix):
     path = write(tmp_path / f"a.jsonl{suffix}", GOOD * 100)
     source = reader(path)
     (piece,) = source.pieces()
@@ -368,7 +368,8 @@ def test_a_file_that_is_deleted_or_truncated_meanwhile_is_an_error(tmp_path, suf
 @needs_shared
 @pytest.mark.parametrize("name", ["nl-rx-synth/train.jsonl", "gsm8k/test.jsonl", "geography/train.jsonl"])
 def test_real_files_cut_into_small_pieces_match_json_loads(name, set_piece_size):
-    path, expected = SHARED / name, []
+    path = SHARED / name
+    expected = []
     for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
         row = json.loads(line)
         texts = {message["role"]: message["content"] for message in row.get("messages", ())}

@@ -1,4 +1,4 @@
-"""Tests of Parquet: every row once as pandas reads it, only the needed columns, and errors that name the file."""
+"""Parquet: every row is read once, as pandas reads it; only the needed columns are read; errors name the file."""
 
 import json
 
@@ -98,12 +98,12 @@ def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path):
             reader(path, views)
     with pytest.raises(UserError, match=r"has no column 'question', only text"):
         reader(path, names=("question", "code"))
-    write(tmp_path / "b.parquet", {"text": ["other"]})  # one file of several
+    write(tmp_path / "b.parquet", {"text": ["other"]})  # one of several files lacks a column
     with pytest.raises(UserError, match=r"b\.parquet has no column 'code', only text"):
         reader(tmp_path)
 
 
-def test_a_value_that_is_not_text_is_malformed_and_affects_no_other(tmp_path):
+def test_a_value_that_is_not_text_is_malformed_and_does_not_affect_other_rows(tmp_path):
     path = write(tmp_path / "a.parquet")
     assert read_with_locations(reader(path, {"code": "number"}))[41] == (("", "41"), f"{path}:42")
     assert read_with_locations(reader(path, {"code": "tags"}))[1] == (
@@ -160,16 +160,14 @@ def test_a_bad_byte_in_a_nested_column_affects_only_its_record(tmp_path, kind, v
     assert sum(views[0] == "malformed" for views, _ in found) == 1
 
 
-def test_a_time_that_python_cannot_represent_is_malformed_and_affects_no_other(tmp_path):
+def test_a_time_that_python_cannot_represent_is_malformed_and_does_not_affect_other_rows(tmp_path):
     path = write(
         tmp_path / "a.parquet", pa.table({"text": pa.array([0, 2**62], pa.timestamp("ms")), "code": ["a", "b"]})
     )
     (first, _), (second, location) = read_with_locations(reader(path))
     assert first == ("malformed", "'text' holds a value of type datetime, not text")
-    assert (
-        second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read")
-        and location == f"{path}:2"
-    )
+    assert second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read")
+    assert location == f"{path}:2"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +215,7 @@ def test_a_page_checksum_detects_a_flipped_bit(tmp_path):
         read_views(reader(path))
 
 
-def test_a_file_that_is_deleted_meanwhile_is_an_error(tmp_path):
+def test_a_file_that_is_deleted_after_opening_is_an_error(tmp_path):
     path = write(tmp_path / "a.parquet")
     source = reader(path)
     path.unlink()

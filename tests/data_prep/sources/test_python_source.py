@@ -1,4 +1,4 @@
-"""Tests of docstring pairs of Python files: pairs match the parsed code, and unparsable files are counted."""
+"""Docstring pairs of Python files: the pairs match the parsed code, and unparsable files are counted."""
 
 import ast
 import inspect
@@ -124,7 +124,9 @@ def test_groups_are_the_top_level_packages_in_order(tmp_path):
         write(tmp_path / "tree" / name, function)
     write(tmp_path / "elsewhere" / "y.py", function)
     (tmp_path / "tree" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "tree" / "aa").symlink_to(tmp_path / "tree" / "z")  # its target is read once, under its own name
+    (tmp_path / "tree" / "aa").symlink_to(
+        tmp_path / "tree" / "z"
+    )  # the target of the link is read once, under its real name
     source = reader(tmp_path / "tree")
     assert [
         (Path(piece.path).relative_to(tmp_path / "tree").as_posix(), record.group, record.position)
@@ -163,7 +165,7 @@ def test_groups_are_the_top_level_packages_in_order(tmp_path):
         (b"x = " + b"9" * 5000, 1, "SyntaxError: Exceeds the limit"),
     ],
 )
-def test_an_unparsable_file_is_counted_and_affects_no_other(tmp_path, content, line, problem):
+def test_an_unparsable_file_is_counted_and_does_not_affect_other_files(tmp_path, content, line, problem):
     write(tmp_path / "pkg" / "a.py", content)
     write(tmp_path / "pkg" / "b.py", b'def f():\n    "Doc."\n    return 1\n')
     source = reader(tmp_path)
@@ -175,13 +177,11 @@ def test_an_unparsable_file_is_counted_and_affects_no_other(tmp_path, content, l
     assert read_with_locations(source)[1] == (("Doc.", "def f():\n    return 1"), f"{tmp_path}/pkg/b.py:1")
 
 
-def test_a_docstring_with_half_a_surrogate_pair_is_unparsable(tmp_path):
+def test_a_docstring_with_a_lone_surrogate_is_unparsable(tmp_path):
     write(tmp_path / "a.py", b'def f():\n    "\\ud83d"\n    return 1\ndef g():\n    "Doc."\n    return 1\n')
     (problem, location), good = read_with_locations(reader(tmp_path))
-    assert (
-        problem == ("unparsable", "'docstring' holds a lone surrogate, which is not valid text")
-        and location == f"{tmp_path}/a.py:1"
-    )
+    assert problem == ("unparsable", "'docstring' holds a lone surrogate, which is not valid text")
+    assert location == f"{tmp_path}/a.py:1"
     assert good[0][0] == "Doc."
 
 
@@ -222,10 +222,8 @@ def test_pairs_of_the_standard_library_keep_their_meaning():
             ]
             functions.sort(key=lambda node: node.lineno)
             for function, record in zip(functions, source.read(piece), strict=True):
-                assert (
-                    record.views[0] == inspect.cleandoc(ast.get_docstring(function, clean=False))
-                    and record.position == function.lineno
-                )
+                assert record.views[0] == inspect.cleandoc(ast.get_docstring(function, clean=False))
+                assert record.position == function.lineno
                 (parsed,) = ast.parse(record.views[1]).body
                 function.body = function.body[1:]
                 assert ast.dump(WhitespaceRemover().visit(parsed)) == ast.dump(WhitespaceRemover().visit(function)), (

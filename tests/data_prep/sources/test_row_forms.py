@@ -64,17 +64,9 @@ FORMS = {
     "empty messages beside a conversation": ({"messages": [], "conversations": [USER, ASSISTANT]}, PAIR),
     "no messages": ({"messages": None, "text": "ask", "code": "reply"}, PAIR),
 }
-"""A row of each form, and its views or the reported problem."""
-ONLY_JSON = {
-    "empty messages beside a conversation",
-    "a large number",
-    "messages of texts",
-    "a list",
-    "an object",
-    "an image",
-    "messages of parts",
-}
-"""Forms for which Parquet has no type, or a different type for each value."""
+"""Form -> a row, and the views that are read from it or the problem that is reported."""
+ONLY_JSON = {"a large number", "empty messages beside a conversation"}
+"""Forms that Parquet cannot store or reads differently."""
 
 
 def source_of(path, kind: str, **settings):
@@ -82,6 +74,7 @@ def source_of(path, kind: str, **settings):
 
 
 def outcome(source) -> tuple | str:
+    """Return the views of the only record of a source, or the problem that is reported for it."""
     reader = open_source(source, ("text", "code"), "data.sources.0")
     (record,) = (record for piece in reader.pieces() for record in reader.read(piece))
     return record.problem if record.views is None else record.views
@@ -104,6 +97,7 @@ def test_a_row_of_parquet(form, tmp_path):
 def test_a_test_row(form, write_jsonl, tmp_path):
     row, expected = FORMS[form]
     source = JsonSource(type="json", path=str(write_jsonl(tmp_path / "a.jsonl", [row])))
+    # a test row must have all views, so an empty one is an error
     if isinstance(expected, tuple) and all(expected):
         assert [found.views for found in read_rows(source, ("text", "code"), "task.test")] == [expected]
         return

@@ -74,18 +74,18 @@ def test_a_template_without_a_column_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, problem",
+    "template, problem",
     [
         ("{half}", "'half' holds a lone surrogate, which is not valid text"),
         ("tags", "'tags' holds a value of type list, not text"),
         ("messages", "'messages' holds a value of type list, not text"),
     ],
 )
-def test_a_value_that_is_not_text_is_reported_with_its_column(tmp_path, given, problem):
-    assert read(tmp_path, ROW, {"text": "name", "code": given}) == [Record(None, 1, problem)]
+def test_a_value_that_is_not_text_is_reported_with_its_column(tmp_path, template, problem):
+    assert read(tmp_path, ROW, {"text": "name", "code": template}) == [Record(None, 1, problem)]
 
 
-def test_a_mapping_may_omit_views_but_not_name_unknown_ones(tmp_path):
+def test_a_mapping_may_omit_views_but_must_not_name_unknown_views(tmp_path):
     assert reader(tmp_path, ROW, {"code": "name"}).provided_views == (False, True)
     assert reader(tmp_path, ROW, None).provided_views == (True, True)
     with pytest.raises(
@@ -137,9 +137,9 @@ def test_a_missing_or_null_list_gives_an_empty_record(tmp_path):
 def test_the_grammar_fills_the_configured_views():
     pairs = open_reader(type="nlrx", records=3)
     assert open_reader(("one", "two", "three"), type="nlrx", records=3).provided_views == (True, False, True)
-    both = open_reader(("x",), type="nlrx", records=3, views={"x": "{code} # {text}"})
-    (piece,) = both.pieces()
-    assert [record.views[0] for record in both.read(piece)] == [
+    template = open_reader(("x",), type="nlrx", records=3, views={"x": "{code} # {text}"})
+    (piece,) = template.pieces()
+    assert [record.views[0] for record in template.read(piece)] == [
         f"{code} # {text}" for (text, code), *_ in pairs.read(piece)
     ]
     with pytest.raises(UserError, match="the grammar has no column 'regex', only text, code"):

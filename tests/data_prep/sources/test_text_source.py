@@ -1,4 +1,4 @@
-"""Tests of plain documents: they equal a split of the whole file wherever it is cut, and invalid ones are reported."""
+"""Plain documents are the same wherever a file is cut, and invalid documents are reported."""
 
 import random
 import re
@@ -24,16 +24,19 @@ def reader(path, separator=None, names=("text", "code"), **more):
 
 
 def split_naively(content: bytes, separator: str) -> list[tuple[int, str]]:
-    """Return the first line number and the text of each document, from the lines of the whole file."""
+    """Return the first line number and the text of each document, from the lines of the complete file."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    documents, document_lines, start = [], [], 1
+    documents: list[tuple[int, str]] = []
+    document_lines: list[bytes] = []
+    start = 1
     for number, line in enumerate([*lines, None], start=1):
-        ends = (
-            line is None or line.removesuffix(b"\r") == separator.encode()
-            if separator
-            else line is None or not line.strip()
-        )
-        if not ends:
+        if line is None:
+            is_end = True
+        elif separator:
+            is_end = line.removesuffix(b"\r") == separator.encode()
+        else:
+            is_end = not line.strip()
+        if not is_end:
             document_lines.append(line + b"\n" * (number < len(lines)))
             continue
         document = re.sub(rb"\r?\n\Z", b"", b"".join(document_lines)).decode()
@@ -170,18 +173,22 @@ def test_a_document_is_the_last_view_unless_it_is_mapped(tmp_path):
         ("hello".encode("utf-16"), None, {1: "not UTF-8 (invalid start byte at byte 0 of the document)"}),
     ],
 )
-def test_a_document_that_is_not_utf8_is_malformed_and_affects_no_other(tmp_path, content, separator, expected):
+def test_a_document_that_is_not_utf8_is_malformed_and_does_not_affect_other_documents(
+    tmp_path, content, separator, expected
+):
     path = write(tmp_path / "a.txt", content)
-    shown = {
+    found = {
         int(location.removeprefix(f"{path}:")): views[1]
         for views, location in read_with_locations(reader(path, separator))
     }
-    assert shown == expected
+    assert found == expected
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("separator", [None, END])
-def test_a_document_that_is_too_long_is_malformed_and_affects_no_other(tmp_path, suffix, separator, monkeypatch):
+def test_a_document_that_is_too_long_is_malformed_and_does_not_affect_other_documents(
+    tmp_path, suffix, separator, monkeypatch
+):
     monkeypatch.setattr(text, "LONGEST_DOCUMENT", 3 << 20)
     long = ("malformed", "a document of more than 3 MiB; split it with `separator`")
     for size in (3 << 20, (3 << 20) + 1, 9 << 20):

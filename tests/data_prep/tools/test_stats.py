@@ -1,4 +1,4 @@
-"""Tests of the statistics of a prepared corpus against pandas on the same shards."""
+"""The statistics of a prepared corpus equal the ones that pandas computes from the same shards."""
 
 import itertools
 import re
@@ -28,7 +28,7 @@ def test_quantiles_match_pandas():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Corpus with two shards of one source and one shard of another with weight 2; some records lack a view."""
+    """Corpus with two shards of one source and one shard of a second, with weight 2. Some records lack a view."""
     folder = tmp_path_factory.mktemp("corpus")
     tokenizer = train(["SELECT name FROM dogs"] * 5, 330, folder / "tokenizer")
     shards = [pairs(400, seed) for seed in range(3)]
@@ -84,7 +84,9 @@ def test_the_table_of_views(folder, lengths):
 @pytest.mark.parametrize("view", VIEWS)
 def test_histograms(folder, lengths, view):
     text = next(text for text in stats(folder, "train") if text.startswith(f"train, {view}: "))
-    column, bounds, counts = lengths[view].dropna(), [], []
+    column = lengths[view].dropna()
+    bounds: list[list[int]] = []
+    counts: list[int] = []
     for line in text.splitlines()[1:]:
         bounds.append([int(bound.replace(",", "")) for bound in line.split()[0].split("–")])
         counts.append(int(line.split()[1].replace(",", "")))

@@ -1,4 +1,4 @@
-"""Tests of `verify` on corrupt corpora: each fault is reported in one line with exit code 2, never a traceback."""
+"""`verify` reports each fault of a corrupt corpus in one line with exit code 2, never with a traceback."""
 
 import json
 import re
@@ -61,10 +61,10 @@ def write(
             }
             | {"positions_needed": max(entry["positions_needed"] for entry in entries), "shards": entries}
         )
-    every = [entry for split in splits.values() for entry in split["shards"]]
-    weights = weights or [1.0] * (1 + max(entry["source"] for entry in every))
+    all_entries = [entry for split in splits.values() for entry in split["shards"]]
+    weights = weights or [1.0] * (1 + max(entry["source"] for entry in all_entries))
     tokens = [
-        sum(sum(entry["tokens"].values()) for entry in every if entry["source"] == number)
+        sum(sum(entry["tokens"].values()) for entry in all_entries if entry["source"] == number)
         for number in range(len(weights))
     ]
     write_json(
@@ -126,7 +126,7 @@ def folder(valid_corpus, tmp_path) -> Path:
 def run_verify(monkeypatch, capsys) -> Callable[..., tuple[int, list[str], str]]:
     """Function that runs `verify` and returns the exit code, the output lines, and standard error.
 
-    With `processes`, it runs the command like a user, with several processes.
+    With `processes`, it runs the command as a user does, with several processes.
     """
 
     def run_verify(folder: Path, processes: bool = False) -> tuple[int, list[str], str]:
@@ -153,7 +153,7 @@ def entries(manifest: dict, split: str = "train") -> list[dict]:
 
 
 def update_digest(folder: Path, file: str = FIRST) -> None:
-    """Update the manifest's size and SHA-256 of a changed shard, so only the contents reveal the damage."""
+    """Write the size and SHA-256 of a changed shard to the manifest, so only the contents reveal the damage."""
 
     def change(manifest: dict) -> None:
         for split in manifest["splits"].values():
@@ -167,13 +167,13 @@ def update_digest(folder: Path, file: str = FIRST) -> None:
 def flip(folder: Path, column: str, buffer: int, byte: int, bit: int = 0, file: str = FIRST) -> None:
     """Flip a bit in a buffer of a column.
 
-    The buffers of a list column are validity, offsets, validity of the tokens, and tokens; of a flat column validity
-    and values.
+    A list column has the buffers validity, offsets, validity of the tokens, and tokens. A flat column has validity and
+    values.
     """
     data = pa.py_buffer(bytearray((folder / file).read_bytes()))
-    at = pa.ipc.open_file(data).get_batch(0).column(column).buffers()[buffer].address - data.address + byte
+    position = pa.ipc.open_file(data).get_batch(0).column(column).buffers()[buffer].address - data.address + byte
     content = bytearray(data.to_pybytes())
-    content[at] ^= 1 << bit
+    content[position] ^= 1 << bit
     (folder / file).write_bytes(content)
 
 
@@ -230,11 +230,11 @@ def replace_tokenizer(folder: Path) -> None:
 def with_updated_digest(damage: Callable[[Path], None]) -> Callable[[Path], None]:
     """Return a function that applies the damage and updates the digest in the manifest."""
 
-    def both(folder: Path) -> None:
+    def damage_and_update(folder: Path) -> None:
         damage(folder)
         update_digest(folder)
 
-    return both
+    return damage_and_update
 
 
 def set_value(*path, value) -> Callable[[Path], None]:
@@ -261,7 +261,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: (f / FIRST).unlink(), f"{FIRST}: it is missing"),
     "empty": (lambda f: (f / FIRST).write_bytes(b""), f"{FIRST}: it has 0 bytes instead of"),
     "truncated": (lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:-100]), "its Arrow structure is corrupt"),
-    "a folder in its place": (lambda f: ((f / FIRST).unlink(), (f / FIRST).mkdir()), f"{FIRST}: it"),
+    "a folder instead of the shard": (lambda f: ((f / FIRST).unlink(), (f / FIRST).mkdir()), f"{FIRST}: it"),
     "bit of a token": (
         lambda f: flip(f, "text", 3, 4),
         "SHA-256 does not match the manifest; row 0, counted from 0: its checksum",
@@ -299,11 +299,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         with_updated_digest(lambda f: (f / FIRST).write_bytes(b"ARROW1\0\0" + bytes(range(256)) * 20)),
         "its Arrow structure is corrupt",
     ),
-    "another shard of the corpus": (
+    "a different shard of the corpus": (
         with_updated_digest(lambda f: shutil.copy(f / "train-00001.arrow", f / FIRST)),
         "it has records 30 instead of 40",
     ),
-    "tokens of another record": (
+    "tokens of a different record": (
         with_updated_digest(lambda f: replace_tokens(f, 3, [11, 12, 13])),
         "row 3, counted from 0: its checksum",
     ),
@@ -316,7 +316,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         with_updated_digest(lambda f: replace_tokens(f, 9, None, "code")),
         "row 9, counted from 0: no view has a token",
     ),
-    "records in another order": (
+    "records in a different order": (
         with_updated_digest(lambda f: rewrite_columns(f, lambda b: b | {"text": lists(b["text"].to_pylist()[::-1])})),
         "(and",
     ),
@@ -328,7 +328,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         with_updated_digest(lambda f: rewrite_columns(f, lambda b: b | {"text": b["code"], "code": b["text"]})),
         "(and 39 others): its checksum",
     ),
-    "another token type": (
+    "a different token type": (
         with_updated_digest(
             lambda f: rewrite_columns(f, lambda b: b | {"text": lists(b["text"].to_pylist(), pa.uint32())})
         ),
@@ -393,7 +393,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a negative count": (set_value(*SHARD, "records", value=-1), "is corrupt: splits.train.shards.0.records"),
     "not JSON": (lambda f: (f / MANIFEST).write_text('{"format": 3,'), "cannot read"),
     "a list as manifest": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST),
-    "another format": (set_value("format", value=2), "has format 2"),
+    "a different format": (set_value("format", value=2), "has format 2"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "there is no prepared corpus"),
     "tokenizer replaced": (replace_tokenizer, "tokenizer: it is not the tokenizer of the shards"),
     "tokenizer lost": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer: "),
@@ -439,7 +439,7 @@ def test_all_damaged_shards_are_reported(folder, run_verify):
 def test_every_flipped_byte_is_detected(tokenizer, tmp_path, run_verify):
     """Verify one copy of a shard per byte, with that byte flipped.
 
-    SHA-256 detects every flip. The checksums of the records also detect those in bytes that carry data.
+    SHA-256 detects every flip. The checksums of the records also detect the flips in bytes that carry data.
     """
     shutil.copytree(tokenizer.folder, tmp_path / "tokenizer")
     records = pairs(24, 5)

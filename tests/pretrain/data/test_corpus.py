@@ -168,7 +168,7 @@ def test_the_number_of_mapped_shards_is_limited(write_corpus, monkeypatch):
             }
         )
 
-    assert mapped_shards() == 0, "opening a corpus reads no shard"
+    assert mapped_shards() == 0, "opening a corpus must not map a shard"
     for first in range(0, 40, 5):
         assert corpus.tokens(np.arange(first, first + 5), 0).tolist() == list(range(first + 5, first + 10))
         assert mapped_shards() <= 3
@@ -192,7 +192,7 @@ def test_a_missing_shard_is_reported(corpus_copy):
     assert_refused(corpus_copy, shard, "missing")
 
 
-def test_the_tokenizer_of_another_corpus_is_reported(corpus_copy):
+def test_the_tokenizer_of_a_different_corpus_is_reported(corpus_copy):
     shutil.rmtree(corpus_copy / "tokenizer")
     train(["another text, and one more of them"] * 20, 300, corpus_copy / "tokenizer")
     assert_refused(corpus_copy, corpus_copy / "tokenizer", "prepare the corpus again")
@@ -217,7 +217,7 @@ def test_examples_of_unknown_tokens_do_not_change_the_corpus_identity(prepared):
     assert corpus_identity(changed) != corpus_identity(manifest)
 
 
-def test_a_corpus_with_another_tokenizer_is_not_that_of_the_run(prepared, tmp_path):
+def test_a_corpus_with_a_different_tokenizer_is_not_the_corpus_of_the_run(prepared, tmp_path):
     manifest = read_manifest(prepared)
     assert was_trained_on(tmp_path, manifest), "the run recorded no corpus"
     for part, other in (("tokenizer", {"sha256": "0"}), ("corpus", {})):

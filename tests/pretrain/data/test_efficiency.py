@@ -1,4 +1,4 @@
-"""Statistics of packed rows: equal to statistics of planned rows, from a sample that covers the corpus."""
+"""Statistics of packed rows equal the statistics of planned rows, and their sample covers the corpus."""
 
 import re
 

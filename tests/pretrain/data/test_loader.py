@@ -1,4 +1,4 @@
-"""The loader: each record once per epoch, resuming from three integers, the same rows on any number of ranks."""
+"""The loader yields each record once per epoch and the same rows on any number of ranks; three integers resume it."""
 
 import json
 import zlib
@@ -289,7 +289,7 @@ def test_the_random_bits_of_a_record_differ_between_passes(write_corpus, layout)
 def test_interruptions_on_any_number_of_ranks_lose_and_repeat_nothing(
     write_corpus, layout, specials, sources, seed, parts, dropout, longest, epochs
 ):
-    """Run a few steps at a time on some number of ranks, then to the end.
+    """Run a few steps at a time on some number of ranks, and then run to the end.
 
     Each part uses a fresh loader with the state as a checkpoint stores it.
     """

@@ -1,4 +1,4 @@
-"""The order of records: each once per pass, sources by weight, a function of seed and epoch, cheap at any size."""
+"""The order has each record once per pass, sources by weight, depends on seed and epoch only, and is cheap."""
 
 import time
 import tracemalloc
@@ -60,10 +60,10 @@ def test_a_window_is_shuffled_and_reads_few_blocks():
     for window in range(order.windows(0)):
         records, _ = order.window(0, window)
         assert len(records) == WINDOW and len(np.unique(records // BLOCK)) <= 2 * blocks
-        assert len(np.flatnonzero(np.diff(np.sort(records)) > 1)) <= blocks, "whole blocks are read"
+        assert len(np.flatnonzero(np.diff(np.sort(records)) > 1)) <= blocks, "complete blocks should be read"
         assert abs(np.corrcoef(records, np.arange(WINDOW))[0, 1]) < 0.02
     first_blocks = np.unique(order.window(0, 0)[0] // BLOCK)
-    assert np.diff(first_blocks).max() > 2, "a window is a sample of the corpus, not its beginning"
+    assert np.diff(first_blocks).max() > 2, "a window should be a sample of the corpus, not its beginning"
 
 
 def test_the_remainder_after_the_full_blocks_differs_between_passes():
@@ -149,7 +149,9 @@ def test_each_window_holds_every_source_in_proportion():
             expected = [size * weight / order.windows(epoch) for size, weight in zip(sizes, weights, strict=True)]
             assert np.abs(source_counts - expected).max() <= 1
             third = np.searchsorted(firsts, records[: len(records) // 3], side="right") - 1
-            assert np.abs(np.bincount(third) - source_counts / 3).max() < 500, "the sources are mixed within the window"
+            assert np.abs(np.bincount(third) - source_counts / 3).max() < 500, (
+                "the sources should be mixed within the window"
+            )
 
 
 def test_repetitions_within_an_epoch_belong_to_different_passes():
@@ -189,7 +191,7 @@ def test_each_record_occurs_once_per_pass_for_any_number_of_blocks(blocks):
 
 
 @pytest.mark.parametrize("blocks", [5, 17, 65])
-def test_the_last_block_moves(blocks):
+def test_the_last_block_changes_its_position(blocks):
     """The block counts are powers of four plus one. With one bit too few, the last block would never move."""
     positions = {
         int(np.flatnonzero(_permute(np.arange(blocks), blocks, np.full(blocks, key, np.uint64)) == blocks - 1)[0])

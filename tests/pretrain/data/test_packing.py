@@ -1,4 +1,4 @@
-"""Packing: no lost record, no row over length, best-fit decreasing, and full rows on the corpora of the project."""
+"""Packing is best-fit decreasing, loses no record, exceeds no row, and fills rows on the corpora of the project."""
 
 import itertools
 import json

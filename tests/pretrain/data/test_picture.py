@@ -125,7 +125,7 @@ def test_visibility_matrix(case):
         for query, key in itertools.product(range(len(expected)), repeat=2)
         if expected[query][0] == expected[key][0]
     ]
-    assert set(same) <= set(found.matrix), "a pair of segments of one record is not shown"
+    assert set(same) <= set(found.matrix), "each pair of segments of a record should be shown"
     assert found.matrix == {(query, key): sign(expected[query][1], expected[key][1]) for query, key in found.matrix}
 
 

@@ -1,4 +1,4 @@
-"""Prefetching: the steps and states of the loader, unchanged errors, and a thread that ends."""
+"""Prefetching yields the steps, states and errors of the loader unchanged, and its thread ends."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def assert_same(one: Batch, other: Batch) -> None:
         assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
 
 
-def test_steps_and_states_equal_those_of_the_loader(loader, specials, corpus):
+def test_steps_and_states_equal_the_ones_of_the_loader(loader, specials, corpus):
     plain = Loader(corpus, loader.layout, 128, seed=5, dropout=0.3, epochs=2)
     with Prefetch(loader, 8, batches_of(loader, specials), CPU) as steps:
         while not plain.exhausted:
@@ -62,7 +62,7 @@ def test_a_stopped_run_resumes_with_the_first_step_not_taken(loader, specials, c
     with Prefetch(loader, 8, batches_of(loader, specials), CPU) as steps:
         taken = [steps.next() for _ in range(3)]
         following = steps.next()
-    assert loader.state() != taken[-1].state, "the thread is ahead"
+    assert loader.state() != taken[-1].state, "the thread should be ahead"
     resumed = Loader(corpus, loader.layout, 128, seed=5, dropout=0.3, epochs=2)
     resumed.load_state(taken[-1].state)
     with Prefetch(resumed, 8, batches_of(resumed, specials), CPU) as steps:
@@ -81,7 +81,7 @@ def test_the_number_of_prefetched_steps_is_limited(loader, specials):
     with Prefetch(loader, 8, counted, CPU) as steps:
         for taken in (0, 1, 2):
             wait_for(lambda taken=taken: len(made) >= taken + PREFETCH_STEPS)
-            time.sleep(0.05)  # enough time to make another step
+            time.sleep(0.05)  # enough time to make one more step
             assert len(made) == taken + PREFETCH_STEPS
             steps.next()
 

@@ -1,4 +1,4 @@
-"""Spans: within one document, of the configured form, drawn uniformly and independently of the packing."""
+"""Spans stay within a document, have the configured form, and are drawn uniformly, independent of the packing."""
 
 from collections import Counter
 

@@ -64,7 +64,7 @@ def test_inspect(prepared, corpus, run_cli):
     assert row.startswith("A row of 256 positions, joint layout, k = 2") and "\n   0  " in row and " 5  text" in row
 
 
-def test_inspect_another_split_in_the_other_layout(prepared, run_cli):
+def test_inspect_the_validation_split_in_the_independent_layout(prepared, run_cli):
     code, out, _ = run_cli("inspect", prepared, "--split", "validation", "--layout", "independent")
     assert code == 0 and out.count("\nrecord ") == 2 and "A row of 128 positions, independent layout, k = 1" in out
     assert out.splitlines()[0].startswith("record 0: ")

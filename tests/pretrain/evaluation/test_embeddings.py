@@ -1,4 +1,4 @@
-"""Exported embeddings match the embeddings of the objective; retrieval and geometry are right on known embeddings."""
+"""Exported embeddings match the ones of the objective; retrieval and geometry are correct for known embeddings."""
 
 import json
 import math
@@ -61,7 +61,7 @@ CASES = [("llama", objective) for objective in OBJECTIVES] + [
     CASES,
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_embeddings_match_those_of_the_objective_and_of_the_readme(
+def test_embeddings_match_the_objective_and_the_readme(
     family, objective, prepared, corpus, specials, make_model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(embed_module, "TOKENS", 100)  # small enough for several batches
@@ -222,7 +222,7 @@ def test_retrieval_scores_of_known_embeddings():
     assert found["recall_at_1"] == 0 and found["mrr"] < 0.02
     nine = torch.eye(10)
     assert retrieval.score(pairs(torch.cat([nine[:9], nine[:1]]), nine))["recall_at_1"] == 9 / 10, (
-        "the rate is exact, not rounded to fp32"
+        "the rate should be exact, not rounded to fp32"
     )
     same = torch.ones(3000, 16)
     assert retrieval.score(pairs(same, same))["recall_at_10"] == 0  # collapsed embeddings retrieve nothing

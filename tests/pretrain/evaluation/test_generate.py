@@ -1,4 +1,4 @@
-"""Batched generation returns the same answer for each context as generation one context at a time."""
+"""Batched generation returns the same answers as generation with one context at a time."""
 
 import json
 import shutil
@@ -47,13 +47,13 @@ def test_a_long_context_does_not_shorten_other_answers(export):
 
 def test_an_answer_contains_no_padding_or_special_ids(export):
     assert Tokenizer.load(export).vocab_size < AutoModelForCausalLM.from_pretrained(export).config.vocab_size
-    generate_answers(export, CONTEXTS, 40)  # an id of the padded vocabulary has no text, and decoding it would fail
+    generate_answers(export, CONTEXTS, 40)  # an id of the padded vocabulary has no text, so decoding would fail
 
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("with_model", [True, False])
 def test_an_answer_contains_no_special_token_that_decoding_would_hide(export, tmp_path, with_model, special):
-    """Use a model whose likeliest tokens by far are in tokenizer.json but not in tokenizer.model."""
+    """Use a model whose most likely tokens are in tokenizer.json but not in tokenizer.model."""
     shutil.copytree(export, tmp_path / "export")
     if not with_model:
         (tmp_path / "export" / "tokenizer.model").unlink()
@@ -76,7 +76,7 @@ def test_an_answer_contains_no_special_token_that_decoding_would_hide(export, tm
         assert found == expected
     else:
         assert any("<|note" in answer.text for answer in found), (
-            "without tokenizer.model, tokens that are not special are text and are shown"
+            "without tokenizer.model, tokens that are not special should be shown as text"
         )
 
 

@@ -1,4 +1,4 @@
-"""The evaluation job on a real run: in the background, by command, with finetuning, and from the export alone."""
+"""The evaluation job on a real run: in the background, as a command, with finetuning, and only from the export."""
 
 import json
 import sqlite3
@@ -84,7 +84,7 @@ def test_every_requested_checkpoint_is_evaluated_once(background):
     assert [(result["task"], result["step"]) for result in background] == [("loss", 10), ("loss", 20)]
 
 
-def test_the_export_alone_has_the_losses_of_the_validation(run_dir, background):
+def test_evaluating_only_the_export_gives_the_losses_of_the_validation(run_dir, background):
     validation = {line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "validation/loss/lm" in line}
     for result in background:
         assert result["rows"] == 60 and result["directions"].keys() == result["metrics"].keys()
@@ -93,7 +93,7 @@ def test_the_export_alone_has_the_losses_of_the_validation(run_dir, background):
             assert value == pytest.approx(validation[result["step"]][tag], rel=1e-4), tag
 
 
-def test_the_export_loads_with_transformers_alone(run_dir, background):
+def test_the_export_loads_with_transformers_without_the_project(run_dir, background):
     folder = run_dir / "export" / "step-00000020"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -115,7 +115,7 @@ def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
     longest = max(map(len, tokenizer.encode_batch([row["target"] for row in answers])))
     cut_lengths = [len(ids) for ids in tokenizer.encode_batch([row["answer"] for row in answers if not row["stopped"]])]
     assert 1.5 * longest < min(cut_lengths) <= max(cut_lengths) < 3 * longest, (
-        "about twice the longest target: a text that is encoded again may have another number of tokens"
+        "about twice the longest target: a text that is encoded again may have a different number of tokens"
     )
     finetuning = read_lines(run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "metrics.jsonl")
     assert [line["step"] for line in finetuning] == [1, 2, 3] and "loss/jepa" not in finetuning[0]
@@ -152,7 +152,7 @@ def test_no_tensorboard_file_is_written_if_the_run_disables_it(run_dir, backgrou
     results.write_text("".join(earlier))  # restore the file for the other tests
 
 
-def test_other_settings_finetune_again_and_rows_of_the_training_file_are_not_unseen(run_dir, by_hand):
+def test_different_settings_finetune_again_and_rows_of_the_training_file_are_not_unseen(run_dir, by_hand):
     overlapping = run_dir / "overlapping.jsonl"
     overlapping.write_text(
         (run_dir / "train.jsonl").read_text() + "".join((run_dir / "test.jsonl").read_text().splitlines(True)[:10])
@@ -234,10 +234,10 @@ def test_every_kind_of_task_runs_on_the_export_and_writes_its_result(run_dir, by
     assert len(read_lines(run_dir / "evaluation" / "answers" / "gsm8k-step-00000020.jsonl")) == 6
     assert "recall_at_1" in done.stdout and "effective_rank_context" in done.stdout
     tables = done.stdout[done.stdout.rindex("\ntraining ") :]
-    assert max(map(len, tables.splitlines()[:-2])) <= 150, "the final tables fit the screen"
+    assert max(map(len, tables.splitlines()[:-2])) <= 150, "the final tables should fit the screen"
 
 
-def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, background, tmp_path):
+def test_the_views_of_a_file_are_embedded_with_only_the_export(run_dir, background, tmp_path):
     pairs = write_pairs(tmp_path / "mine.jsonl", "test", 5)
     export = run_dir / "export" / "step-00000020"
     done = run_command(["python", "launcher/evaluate.py", str(export), "--embed", str(pairs)])

@@ -1,4 +1,4 @@
-"""Batched log-likelihoods equal the log-likelihoods of each answer alone, for every model family."""
+"""Batched log-likelihoods equal the ones of each answer in its own pass, for every model family."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def export(request, tmp_path_factory):
 
 def test_likelihoods_equal_those_of_a_single_unpadded_row(export, monkeypatch):
     monkeypatch.setattr(likelihood, "TOKENS", 150)  # small enough for several batches
-    options = [[PAIRS[place][1], "", PAIRS[place - 1][1] * 2] for place in range(len(PAIRS))]
+    options = [[target, "", other * 2] for (_, target), (_, other) in zip(PAIRS, PAIRS[-1:] + PAIRS[:-1], strict=True)]
     found = log_likelihoods(export, [(context, texts) for (context, _), texts in zip(PAIRS, options, strict=True)])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval(), Tokenizer.load(export)
     for (context, _), texts, values in zip(PAIRS, options, found, strict=True):
@@ -42,7 +42,7 @@ def test_likelihoods_equal_those_of_a_single_unpadded_row(export, monkeypatch):
             with torch.no_grad():
                 log_probabilities = model(torch.tensor([prompt + answer])).logits[0].log_softmax(dim=-1)
             expected = sum(
-                log_probabilities[len(prompt) - 1 + place, token].item() for place, token in enumerate(answer)
+                log_probabilities[len(prompt) - 1 + index, token].item() for index, token in enumerate(answer)
             )
             assert value == pytest.approx(expected, rel=1e-4)
 

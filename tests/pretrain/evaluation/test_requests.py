@@ -68,7 +68,7 @@ def test_a_request_of_the_run_stays_pending_until_all_its_tasks_are_done(config)
     assert requested_evaluations(run_dir) == [20]  # gsm8k is not done. The run itself does not evaluate step 25.
     finish(config, tasks[1], 20, ["evaluation.every=20"])
     unpin_checkpoint(run_dir, config, tasks, 20, ["evaluation.every=20"])
-    assert requested_evaluations(run_dir) == [20]  # with overrides it is another result
+    assert requested_evaluations(run_dir) == [20]  # the result with overrides is a different one
     finish(config, tasks[1], 20)
     unpin_checkpoint(run_dir, config, tasks[1:], 20, [])
     assert requested_evaluations(run_dir) == []

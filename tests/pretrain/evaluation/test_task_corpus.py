@@ -1,4 +1,4 @@
-"""The corpus of a task keeps all rows of its file unchanged."""
+"""Tests of a task's rows: the corpus that keeps them all, their formats, and targets that training has seen."""
 
 import json
 import shutil
@@ -48,11 +48,9 @@ def test_rows_are_read_from_columns_messages_custom_formats_and_local_data_sets(
         frozenset({"question", "answers"}), lambda row: (row["question"], row["answers"][0]), "question"
     )
     source = JsonSource(type="json", path=str(tmp_path / "data"))
-    found = read_rows(source, views, "task.test", row_format=row_format)
-    assert [row.views for row in found] == [("a", "b"), ("c", "d"), ("e", "f")] and found[2].columns["answers"] == [
-        "f",
-        "g",
-    ]
+    test_rows = read_rows(source, views, "task.test", row_format=row_format)
+    assert [row.views for row in test_rows] == [("a", "b"), ("c", "d"), ("e", "f")]
+    assert test_rows[2].columns["answers"] == ["f", "g"]
     with pytest.raises(
         UserError, match=r"test.jsonl:3: no text for the view text and code; the row has question, answers"
     ):
@@ -72,10 +70,5 @@ def test_rows_are_read_from_columns_messages_custom_formats_and_local_data_sets(
 def test_targets_that_occur_in_the_training_corpus_are_found(prepared, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(task_run, "READ_AT_A_TIME", 37)
     trained = [corpus.tokenizer.decode(corpus.tokens_by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
-    assert task_run.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [
-        True,
-        False,
-        True,
-        True,
-        False,
-    ]
+    targets = [trained[0], "[0-9]never", *trained[1:], ""]
+    assert task_run.in_corpus(str(prepared), targets) == [True, False, True, True, False]

@@ -55,7 +55,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def watched(folder):
-    """Train the run, evaluate its checkpoints by a watcher that is killed twice, and return the run folder.
+    """Train the run, evaluate its checkpoints with a watcher that is killed twice, and return the run folder.
 
     The first kill comes during an evaluation, the second right after a result.
     """
@@ -94,10 +94,10 @@ def test_two_processes_give_the_same_answers_as_one(folder, watched):
 
 
 def test_a_checkpoint_that_is_seen_after_its_pin_survives_retention(tmp_path, monkeypatch):
-    """Pin a checkpoint and then look whether it exists, at all moments of a retention.
+    """Pin a checkpoint, and then check whether it exists, at all moments of a retention.
 
     The moments are before each call that reads or changes the folder, and after the end. A checkpoint that is seen may
-    disappear for a moment, but comes back. One that is not seen may be gone for good.
+    disappear for a moment, but comes back. A checkpoint that is not seen may be lost.
     """
 
     def act_before(act, call):
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_is_seen_after_its_pin_survives_retention(tmp_path, mo
     assert outcomes == {(True, True), (False, True), (False, False)}
 
 
-def test_the_last_checkpoint_of_a_finished_run_is_evaluated_whatever_every_is(folder, tmp_path):
+def test_the_last_checkpoint_of_a_finished_run_is_evaluated_for_any_interval(folder, tmp_path):
     config = load_config(folder / "run.yaml", ["evaluation.every=10"])
     watcher = CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), [])
     for step in (10, 15, 20, 25):
@@ -163,7 +163,7 @@ def test_a_failed_evaluation_is_retried_once_and_a_rewind_resets_it(folder, tmp_
     watcher.evaluate_pinned(30)  # the second try, which comes after a pause
     assert watcher.pinned() == [10, 20] and watcher.failed_steps == {30} and not (pins / step_name(30)).exists()
 
-    assert rewind(tmp_path, 22, 12.0) == 20  # step 30 will have another checkpoint, step 20 keeps its own
+    assert rewind(tmp_path, 22, 12.0) == 20  # step 30 will get a new checkpoint, and step 20 keeps its checkpoint
     watcher.pin_new_checkpoints()
     assert watcher.ready() == [10] and not watcher.failed_steps
     assert rewind(tmp_path, 18, 12.0) == 10

@@ -143,7 +143,7 @@ def test_auto_selects_a_kernel_that_device_and_family_support(family, on_cpu):
         ("openelm", {"head_dim": 8}),
     ],
 )
-def test_heads_too_narrow_for_flex_attention_get_another_kernel(family, changes):
+def test_heads_too_narrow_for_flex_attention_get_a_different_kernel(family, changes):
     config = config_of(family, **changes)
     assert resolve_attention("auto", CUDA, config) == resolve_attention("auto", CPU, config)
     with pytest.raises(UserError, match=r"flex_attention needs heads at least 16 wide, not (8|12)"):

@@ -69,7 +69,7 @@ def packed() -> Packed:
 
 
 def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
-    """Return the states of the plain model on each sequence alone, causally masked: (2, ROW, D), 0 in padding."""
+    """Return the states of separate causal passes of the plain model over the sequences: (2, ROW, D), 0 in padding."""
     scale = GEMMA_SCALE if model.causal_lm.config.model_type == "gemma2" else 1.0
     predictors, word_embeddings = scale * model.predictor.weight, model.causal_lm.get_input_embeddings()
     states = torch.zeros(2, ROW, model.hidden_size)
@@ -108,7 +108,7 @@ def test_packed_rows_equal_separate_unpadded_forwards(family, kernel, packed, ma
     model = with_kernel(make_model(K, family=family), kernel)
     states = model(packed).view(2, ROW, -1)
     assert error(states, separate_states(model, packed)) < TOLERANCE
-    assert states.isfinite().all(), "padding must see itself"
+    assert states.isfinite().all(), "padding positions must see themselves"
 
 
 def masks(model, packed, positions=None):

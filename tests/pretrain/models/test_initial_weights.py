@@ -93,7 +93,7 @@ def test_each_weight_has_the_standard_deviation_of_its_family(folder, tokenizer,
 
 
 def test_rotary_frequencies_are_not_rounded_in_bf16(folder, tokenizer):
-    """Rounded frequencies would turn distant positions by whole radians, and an export would not have the rounding."""
+    """Rounded frequencies would turn distant positions by whole radians, and an export would not be rounded."""
     state = load_initial(folder, "gemma2-bf16-r1")
     assert {value.dtype for name, value in state.items() if name.endswith("weight")} == {torch.bfloat16}
     _, _, buffers = create_plain(tokenizer, "gemma2")

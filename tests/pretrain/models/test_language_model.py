@@ -70,7 +70,7 @@ def test_a_folder_without_a_model_is_reported(tmp_path):
 
 
 def test_init_from_an_unknown_family_is_refused(tmp_path):
-    """The layers of another family might need other masks."""
+    """The layers of an unknown family might need different masks."""
     AutoConfig.for_model("mistral").save_pretrained(tmp_path)
     with pytest.raises(
         UserError,
@@ -106,7 +106,7 @@ def test_predictor_tokens_have_their_own_embeddings(batch, make_model):
 
 
 def test_every_parameter_has_a_gradient_even_without_predictor_tokens_in_the_rows(batch, corpus, specials, make_model):
-    """ZeRO-3 waits for every module in each pass."""
+    """Check this because ZeRO-3 waits for every module in each pass."""
     layout = make_layout("joint", specials)
     rows = plan(corpus, np.arange(5), layout, 128, np.zeros(5, bool))
     plain = assemble(rows, corpus, layout, specials, 128, 0)

@@ -1,4 +1,4 @@
-"""OpenELM against the paper (arXiv 2404.14619), the published configurations, and a forward pass in plain loops."""
+"""OpenELM, compared with the paper (arXiv 2404.14619), the published configurations and a forward pass in loops."""
 
 import math
 import subprocess
@@ -304,7 +304,7 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_initialization_equals_that_of_corenet():
+def test_initialization_equals_corenet():
     width, layers = 256, 3
     model = OpenELMForCausalLM(OpenELMConfig(hidden_size=width, num_hidden_layers=layers, vocab_size=512))
     for name, parameter in model.named_parameters():

@@ -180,7 +180,7 @@ def test_sigreg_is_the_trapezoidal_rule_at_seventeen_points(count):
 
 
 def test_sigreg_equals_the_epps_pulley_integral_along_its_directions():
-    """Integrate numerically on a fine grid. The directions depend on the seed alone."""
+    """Integrate numerically on a fine grid. The directions depend only on the seed."""
     embeddings, valid = torch.randn(40, 5) * 0.6 + 0.3, torch.arange(40) < 33
     directions = torch.randn(5, 8, generator=torch.Generator().manual_seed(9))
     directions /= directions.norm(dim=0)

@@ -68,7 +68,7 @@ def test_cosines_of_pairs_and_of_negatives():
     with_equal = embedding_monitors(
         pool(torch.eye(3), torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0]]), key=[1, 1, 2])
     )
-    assert with_equal["shuffled_cosine"] == 0, "equal targets are not negatives"
+    assert with_equal["shuffled_cosine"] == 0, "equal targets must not be negatives"
 
 
 def test_a_rate_is_the_count_over_the_pairs():

@@ -1,4 +1,4 @@
-"""A real study of tiny runs: two arms, two seeds, trained and evaluated."""
+"""A real study of tiny runs with two arms and two seeds, which are trained and evaluated."""
 
 import itertools
 import sys

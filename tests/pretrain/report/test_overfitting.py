@@ -7,6 +7,19 @@ from pretrain.run_folder import read_metrics
 from tests.pretrain.report.report_helpers import assert_self_contained, parse_table, render_report
 
 
+def write_json_lines(path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def set_validation_losses(folder, losses: dict[int, float]) -> None:
+    """Set the validation loss at some steps in the metrics of a run."""
+    lines = [
+        line | ({"validation/loss/lm": losses[line["step"]]} if line["step"] in losses else {})
+        for line in read_metrics(folder)
+    ]
+    write_json_lines(folder / "metrics.jsonl", lines)
+
+
 def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
     plain = {1: 0.70, 2: 0.69, 3: 0.71}
     study = study_with_values(
@@ -17,28 +30,21 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
         "arm1": {"loss": 0.6, "exact": 0.71},
         "arm2": {"loss": 0.5, "exact": 0.8},
     }
-    # Validation loss of each seed.
+    # validation loss of each seed at the last step
     at_end = {"arm0": (0.91, 0.92, 0.93), "arm1": (0.63, 0.66, 0.71), "arm2": (0.90, 0.89, 0.88)}
     for folder in study.glob("arm*"):
         arm, seed = folder.name.split("-")
-        losses = {3: at_best[arm]["loss"], 6: at_end[arm][int(seed) - 1]}
-        lines = [
-            line | ({"validation/loss/lm": losses[line["step"]]} if line["step"] in losses else {})
-            for line in read_metrics(folder)
-        ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        set_validation_losses(folder, {3: at_best[arm]["loss"], 6: at_end[arm][int(seed) - 1]})
         results = folder / "evaluation" / "results.jsonl"
         last = json.loads(results.read_text())
         before = last | {"step": 3, "metrics": {"exact": at_best[arm]["exact"]}}
-        results.write_text("".join(json.dumps(line) + "\n" for line in (before, last)))
+        write_json_lines(results, [before, last])
     text, page = render_report(study)
     past = parse_table(text.partition("## Past the best validation loss")[2])
-    assert past["plain"]["lowest validation loss"].startswith("0.5000") and past["plain"]["rise to the end"].startswith(
-        "0.4200"
-    )
-    assert past["plain"]["trained times past it"] == "2.0" and past["plain"]["its change to the end"].startswith(
-        "−0.1000"
-    )
+    assert past["plain"]["lowest validation loss"].startswith("0.5000")
+    assert past["plain"]["rise to the end"].startswith("0.4200")
+    assert past["plain"]["trained times past it"] == "2.0"
+    assert past["plain"]["its change to the end"].startswith("−0.1000")
     sentences = text.partition("## Past the best validation loss")[2]
     assert (
         "steady does better than plain in validation/loss/lm past the best validation loss: change of +0.0667 "
@@ -54,8 +60,8 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
     assert_self_contained(page)
 
 
-def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(study_with_values):
-    """The lowest loss is at step 3, and the report needs evaluations on both sides of it and of the last step."""
+def test_the_metric_at_the_lowest_validation_loss_is_interpolated_or_missing(study_with_values):
+    """The lowest loss is at step 3. The report needs evaluations before and after it, and one at the last step."""
     evaluated = {
         "arm0-1": {2: 0.2, 4: 0.4, 6: 0.7},
         "arm0-2": {4: 0.4, 6: 0.7},
@@ -64,30 +70,17 @@ def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(
     }
     study = study_with_values({"plain": {1: 0.7, 2: 0.7}, "other": {1: 0.7, 2: 0.7}})
     for folder in study.glob("arm*"):
-        for name, changes in (
-            ("metrics.jsonl", {3: 0.5, 6: 0.9}),
-            ("evaluation/results.jsonl", evaluated[folder.name]),
-        ):
-            lines = read_json_lines(folder / name)
-            if name == "metrics.jsonl":
-                lines = [
-                    line | ({"validation/loss/lm": changes[line["step"]]} if line["step"] in changes else {})
-                    for line in lines
-                ]
-            else:
-                lines = [lines[0] | {"step": step, "metrics": {"exact": value}} for step, value in changes.items()]
-            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        set_validation_losses(folder, {3: 0.5, 6: 0.9})
+        results = folder / "evaluation" / "results.jsonl"
+        result = read_json_lines(results)[0]
+        values = evaluated[folder.name]
+        write_json_lines(results, [result | {"step": step, "metrics": {"exact": values[step]}} for step in values])
     text, page = render_report(study)
     text = text.partition("## Past the best validation loss")[2].replace("\\", "")
-    assert (
-        parse_table(text)["plain"]["metric there, interpolated"] == "0.3000"
-        and parse_table(text)["plain"]["its change to the end"] == "0.4000"
-    )
-    assert (
-        parse_table(text)["other"]["metric there, interpolated"]
-        == parse_table(text)["other"]["its change to the end"]
-        == "–"
-    )
+    table = parse_table(text)
+    assert table["plain"]["metric there, interpolated"] == "0.3000"
+    assert table["plain"]["its change to the end"] == "0.4000"
+    assert table["other"]["metric there, interpolated"] == table["other"]["its change to the end"] == "–"
     for arm, seed in (("plain", 2), ("other", 1)):
         reason = "the metric needs evaluated checkpoints on both sides"
         sentence = f"{arm}: seed {seed} is excluded from nl_rx/exact here: {reason}"

@@ -107,7 +107,7 @@ def test_a_collapsing_arm_does_not_help(study_with_values):
     assert parse_table(text)["collapsed"]["verdict"] == "hurts"
 
 
-def test_collapse_is_judged_for_every_objective_with_a_pair_term(study_with_values):
+def test_collapse_is_judged_for_every_objective_with_pairs(study_with_values):
     study = study_with_values({"plain": {1: 0.7}, "pairs": {1: 0.7}, "new": {1: 0.7}})
     collapsed = {"paired_cosine": 0.999, "shuffled_cosine": 0.99, "retrieval_at_1": 0.01, "effective_rank": 1.2}
     for folder in study.glob("arm*"):
@@ -154,7 +154,7 @@ def test_embeddings_of_the_export_are_shown_if_the_corpus_is_missing(study_with_
     assert rows["other"]["FLOPs a token"] == "× 1.50"
 
 
-def test_flops_and_pictures_are_not_computed_from_another_corpus(study, tmp_path):
+def test_flops_and_pictures_are_not_computed_from_a_different_corpus(study, tmp_path):
     run_dir = tmp_path / "llm_jepa-seed1"
     shutil.copytree(study / "runs" / "llm_jepa-seed1", run_dir)
     run = read_run(run_dir)
@@ -254,7 +254,7 @@ def test_a_study_without_runs_has_a_report(study_with_values):
     assert "no verdict" in text and "0 of 1" in text and "No run has logged anything yet" in page
 
 
-def test_results_with_other_settings_are_not_counted(study_with_values):
+def test_results_with_different_settings_are_not_counted(study_with_values):
     study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.7}, "other": {1: 0.7, 2: 0.71, 3: 0.9}})
     change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(rows=ROWS + 1))
     text, _ = render_report(study, page=False)
@@ -286,7 +286,7 @@ def test_scores_of_different_versions_are_reported_and_never_averaged(study_with
                 )
             )
     assert parse_table(render_report(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), (
-        "all runs have both versions, and the newest counts"
+        "all runs have both versions, so only the newest should count"
     )
 
 

@@ -1,4 +1,4 @@
-"""The significance test over seeds, against formulas, brute force and simulation."""
+"""Tests of the significance test over seeds: comparison with formulas, brute force and simulation."""
 
 import itertools
 import math
@@ -19,16 +19,16 @@ from pretrain.report.statistics import (
 BASELINE = {1: 0.70, 2: 0.69, 3: 0.71, 4: 0.70, 5: 0.68}
 
 
-def shifted(by):
-    return {seed: value + shift for (seed, value), shift in zip(BASELINE.items(), by, strict=True)}
+def shifted(shifts):
+    return {seed: value + shift for (seed, value), shift in zip(BASELINE.items(), shifts, strict=True)}
 
 
-def test_one_arm_equals_students_paired_test():
+def test_a_single_arm_gives_the_result_of_students_paired_t_test():
     arm = shifted([0.03, 0.05, 0.01, 0.02, 0.04])
     found = compare({"arm": arm}, BASELINE, higher_is_better=True)["arm"]
-    scipy = stats.ttest_rel(list(arm.values()), list(BASELINE.values()))
-    bounds = scipy.confidence_interval(0.95)
-    assert (found.p, found.corrected_p) == (pytest.approx(scipy.pvalue), pytest.approx(scipy.pvalue))
+    expected = stats.ttest_rel(list(arm.values()), list(BASELINE.values()))
+    bounds = expected.confidence_interval(0.95)
+    assert (found.p, found.corrected_p) == (pytest.approx(expected.pvalue), pytest.approx(expected.pvalue))
     assert (found.low, found.high) == (pytest.approx(bounds.low), pytest.approx(bounds.high))
     sd = math.sqrt(sum((shift - 0.03) ** 2 for shift in (0.03, 0.05, 0.01, 0.02, 0.04)) / 4)
     assert found.mean == pytest.approx(0.03) and found.sd == pytest.approx(sd)
@@ -52,7 +52,7 @@ def test_pairing_finds_a_difference_that_the_spread_of_values_hides():
     assert stats.ttest_ind(list(arm.values()), list(baseline.values())).pvalue > 0.9
 
 
-def test_ties_and_too_few_seeds_give_no_verdict():
+def test_ties_noise_and_too_few_seeds_do_not_count_as_a_difference():
     found = compare(
         {
             "same": dict(BASELINE),
@@ -78,15 +78,16 @@ def test_ties_and_too_few_seeds_give_no_verdict():
 
 def test_rounding_in_fp32_is_not_a_spread():
     counts = {1: (900, 910), 2: (820, 830), 3: (850, 860)}
-    baseline, arm = ({seed: float(np.float32(pair[place] / 1000)) for seed, pair in counts.items()} for place in (0, 1))
+    baseline = {seed: float(np.float32(count / 1000)) for seed, (count, _) in counts.items()}
+    arm = {seed: float(np.float32(count / 1000)) for seed, (_, count) in counts.items()}
     assert len({arm[seed] - baseline[seed] for seed in counts}) > 1
     found = compare({"arm": arm}, baseline, True)["arm"]
     assert found.verdict == "no verdict" and "the same in every seed" in found.reason
-    nearly = {seed: value * (1 + 2e-7 * seed) for seed, value in baseline.items()}
-    assert "same values in every seed" in compare({"arm": nearly}, baseline, True)["arm"].reason
-    tiny = {seed: value / 1e9 for seed, value in shifted([0.03, 0.05, 0.01, 0.02, 0.04]).items()}
+    nearly_equal_arm = {seed: value * (1 + 2e-7 * seed) for seed, value in baseline.items()}
+    assert "same values in every seed" in compare({"arm": nearly_equal_arm}, baseline, True)["arm"].reason
+    tiny_arm = {seed: value / 1e9 for seed, value in shifted([0.03, 0.05, 0.01, 0.02, 0.04]).items()}
     baseline = {seed: value / 1e9 for seed, value in BASELINE.items()}
-    found = compare({"arm": tiny, "diverged": dict.fromkeys(tiny, 1e9)}, baseline, True)
+    found = compare({"arm": tiny_arm, "diverged": dict.fromkeys(tiny_arm, 1e9)}, baseline, True)
     assert found["arm"].verdict == "helps", "the tolerance must not depend on other arms"
 
 
@@ -97,7 +98,7 @@ def test_differences_are_relative_to_the_size_of_the_metric():
     assert compare({"arm": change}, zero, True, sizes={"arm": 0.9})["arm"].p is None
 
 
-def test_an_arm_without_finite_values_changes_nothing_for_the_others():
+def test_an_arm_with_a_value_that_is_not_finite_does_not_affect_the_other_arms():
     arms = {"good": shifted([0.03, 0.05, 0.01, 0.02, 0.04]), "noise": shifted([0.01, -0.01, 0.02, -0.02, 0.001])}
     without = compare(arms, BASELINE, True)
     for broken in (math.nan, math.inf):
@@ -125,11 +126,12 @@ def test_holm_agrees_with_the_step_down_procedure_and_the_intervals():
     for arms in (1, 2, 3, 7):
         for _ in range(200):
             differences = {str(arm): random.normal(random.choice([0, 0.5, 2]), 1, 5) for arm in range(arms)}
-            p_values = {name: p_value(one) for name, one in differences.items()}
+            p_values = {name: p_value(values) for name, values in differences.items()}
             rejected = step_down(p_values)
             for name, (corrected, alpha) in holm_correction(p_values).items():
                 low, high = confidence_interval(differences[name], alpha)
-                assert (corrected < ALPHA) == (name in rejected) == (not low <= 0 <= high), (p_values, name)
+                excludes_zero = low > 0 or high < 0
+                assert (corrected < ALPHA) == (name in rejected) == excludes_zero, (p_values, name)
                 assert corrected >= p_values[name] and alpha <= ALPHA
 
 
@@ -158,10 +160,9 @@ def test_without_an_effect_at_most_one_study_in_twenty_finds_one():
             false_positives += any(
                 found.verdict != "no difference found" for found in compare(values, baseline, True).values()
             )
-        assert false_positives / studies < 0.07 and (arms > 1 or false_positives / studies > 0.03), (
-            arms,
-            false_positives,
-        )
+        assert false_positives / studies < 0.07, (arms, false_positives)
+        if arms == 1:  # Holm's correction is conservative for several arms
+            assert false_positives / studies > 0.03, false_positives
 
 
 def test_the_detectable_difference_of_several_arms_uses_the_corrected_level():
@@ -196,4 +197,4 @@ def test_a_difference_of_a_thousandth_of_the_metric_is_not_a_tie():
     arm = {seed: value + 0.0009 + 1e-5 * seed for seed, value in baseline.items()}
     assert compare({"a": arm}, baseline, True)["a"].verdict == "helps"
     same = {seed: value * (1 + 1e-8 * seed) for seed, value in baseline.items()}
-    assert compare({"a": same}, baseline, True)["a"].reason
+    assert "same values in every seed" in compare({"a": same}, baseline, True)["a"].reason

@@ -1,4 +1,4 @@
-"""Studies of tiny runs, and copies of runs with other results."""
+"""Studies of tiny runs, and copies of runs with different results."""
 
 import json
 import shutil

@@ -14,7 +14,7 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with base.yaml and its prepared corpus, which is not searched for rows of the evaluation."""
+    """Return a folder with base.yaml and its prepared corpus, which is not decontaminated."""
     folder = tmp_path_factory.mktemp("study")
     pairs = (generate(0, "test", index) for index in range(20))
     (folder / "pairs.jsonl").write_text(

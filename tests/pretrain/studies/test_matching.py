@@ -24,7 +24,7 @@ def match(study):
 
 
 def tokens_of_steps(config, whole_run=False):
-    """Return the corpus tokens of each step that the loader yields in the first epoch or in the whole run."""
+    """Return the corpus tokens of each step that the loader yields in the first epoch or in the complete run."""
     corpus = Corpus(config.data.path, "train")
     loader = make_loader(config, corpus, config.make_layout(SpecialTokenIds(0, 2, 3, 4, 500), corpus.views))
     steps = []
@@ -51,7 +51,7 @@ def test_a_batch_that_cannot_be_matched_is_reported(make_study):
     assert "WARNING: a step has" in matching.arms["plain"].notes[0]
 
 
-def test_token_budgets_equal_that_of_the_base(make_study):
+def test_token_budgets_equal_the_budget_of_the_base(make_study):
     matching = match(make_study(arms=ARMS))
     assert matching.base_tokens == pytest.approx((STEPS - 0.5) * matching.base_step_tokens, abs=1)
     runs = make_runs(make_study(arms=ARMS, seeds=[5, 6]), matching, {})
@@ -124,7 +124,7 @@ def test_epochs_of_the_base_are_converted_to_tokens(make_study, folder):
     assert matching.base_tokens == sum(tokens_of_steps(matching.base, whole_run=True))
 
 
-def test_arms_with_other_records_get_their_own_corpus(make_study, folder):
+def test_arms_with_different_records_get_separate_corpora(make_study, folder):
     arms = {
         "plain": {},
         "short": {"data.filters.min_characters": 40},

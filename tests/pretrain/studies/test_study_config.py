@@ -29,7 +29,7 @@ def test_the_grid_of_the_paper_is_complete():
     assert found == {(weight, k) for weight in (0.5, 1, 2, 4) for k in range(5)}
 
 
-def test_a_preset_applies_to_another_base(folder, monkeypatch):
+def test_a_preset_applies_to_a_different_base(folder, monkeypatch):
     monkeypatch.chdir(folder)
     overrides = ["base=base.yaml", "name=mine", "seeds=[1, 2]", "metric={task: loss, name: lm}"]
     study = load_study(ROOT / "configs" / "studies" / "does_it_help.yaml", overrides)

@@ -173,7 +173,7 @@ def test_ctrl_c_saves_and_a_restart_completes_the_study_although_one_arm_fails(s
 
 @pytest.mark.slow
 def test_matched_by_seconds_on_two_ranks(write_study, folder):
-    """Steps of the wide arm take longer. It gets fewer tokens and about the same number of seconds."""
+    """The steps of the wide arm take longer, so it gets fewer tokens in about the same number of seconds."""
     arms = {
         "plain": {"objective.name": "next_token"},
         "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024},
@@ -193,7 +193,7 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
         # A run ends with the step that reaches its budget.
         assert 0 <= line["tokens"] - budget[arm] < 1.5 * line["tokens"] / line["step"]
 
-    # Budgets of existing runs do not change with other settings or another version of the project.
+    # Budgets of existing runs do not change with different settings or a different version of the project.
     record["calibration"]["wide"]["started_as"] = "other settings"
     (study / "study.json").write_text(json.dumps(record))
     assert "measuring the speed" not in run_command([*STUDY, str(path)]).stdout

@@ -111,7 +111,7 @@ def test_labels_in_columns_named_like_the_views_are_converted_as_in_public_rows(
 
 
 @pytest.mark.parametrize("question", [" ", "half \ud83d pair"])
-def test_text_of_public_rows_is_checked_like_that_of_other_rows(tmp_path, question):
+def test_text_of_public_rows_is_checked_as_in_other_rows(tmp_path, question):
     with pytest.raises(
         UserError, match=r"test.jsonl:1: .*in the format of the public data set, with the columns answer, question"
     ):

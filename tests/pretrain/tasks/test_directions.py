@@ -1,4 +1,4 @@
-"""Every metric of the project declares its direction. test_job.py checks the results of each task against the table."""
+"""Every metric of the project declares its direction. test_job.py checks the metrics of task results."""
 
 from typing import get_args
 
@@ -8,7 +8,7 @@ from pretrain.tasks import task_configs
 from pretrain.tasks.directions import VALIDATION, direction, metric_directions
 
 
-def test_the_table_has_each_task_and_each_loss_term():
+def test_every_task_and_every_loss_term_declares_directions():
     assert (
         all(metric_directions(task) for task in task_configs().keys() - {"lm_eval"})
         and metric_directions("nothing") == metric_directions("a.b") == {}

@@ -42,7 +42,7 @@ def test_each_rate_follows_its_definition():
 
 
 def targets_of(kind):
-    """Return targets of the embedded grammar or of the public NL-RX-SYNTH."""
+    """Return targets of the NL-RX grammar or of the public NL-RX-SYNTH."""
     if kind == "grammar":
         return [generate(0, "test", index)[1] for index in range(150)]
     return [row.target for row in real_rows("nl-rx-synth/test.jsonl", rows=1000)]
@@ -71,7 +71,7 @@ def test_exploding_regexes_are_undecided_and_skipped_after_a_few(monkeypatch):
     exploding = [f"(.*a.{{20}})|(.*a{number}.{{20}})" for number in range(100)]
     exploding += ["~((" * 200 + "a" + "))" * 200, "(((a{9}){9}){9}){9}", "(" * 100_000]
     metrics, _ = score([".*a.{20}"] * len(exploding), gold_answers(exploding), [True] * len(exploding))
-    assert len(compared) == 1, "comparisons must stop early, because each takes some seconds"
+    assert len(compared) == 1, "the comparisons must stop early, because each one takes some seconds"
     assert (metrics["exact"], metrics["equal"]) == (0, 0) and metrics["undecided"] > 0.9
-    # It is also undecided whether this target is proper.
+    # Whether this target is proper is undecided too.
     assert score(["(((a{9}){9}){9}){9}"], gold_answers([""]), None)[1] == {"proper": 0}

@@ -1,4 +1,4 @@
-"""The checker of regex equality, against brute force over all short lines, and on real pairs of NL-RX-SYNTH."""
+"""The checker of regex equality, compared with brute force over all short lines, and on pairs of NL-RX-SYNTH."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ class Brute:
 
 
 def write(tree) -> str:
-    """Return the expression of a tree, with brackets around operands only."""
+    """Return the expression of a tree, with brackets only around operands."""
     match tree:
         case ("set", members):
             return members if len(members) == 1 else f"[{members}]"
@@ -148,7 +148,7 @@ def machines(monkeypatch):
     return made
 
 
-def test_precedence_is_that_of_nl_rx():
+def test_operators_have_the_precedence_of_nl_rx():
     assert compare(r"\b(a)&(b)\b", r"(\ba)&(b\b)").equal
     assert compare("~(a)b", "(~(a))b").equal and compare("~(a)*", "(~(a))*").equal
     assert compare("ab|c&d*", "(ab)|((c)&(d*))").equal

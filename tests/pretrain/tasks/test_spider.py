@@ -26,7 +26,7 @@ TEN_ROWS = [(number, f"name {number % 3}", number / 7) for number in range(10)]
 
 @pytest.fixture(autouse=True)
 def long_wall_clock_limit(monkeypatch):
-    """Raise the wall-clock limit. Queries must end by their own processor time, not because the machine is busy."""
+    """Raise the wall-clock limit, so queries end after their processor time and not because the machine is busy."""
     monkeypatch.setattr(execution, "PATIENCE", TIMEOUT)
 
 
@@ -117,7 +117,7 @@ UNION = "SELECT id, score FROM player WHERE id < 3 UNION SELECT id, score FROM p
         (f"{BY_SCORE} LIMIT 3 OFFSET 2", "SELECT name FROM player WHERE id IN (2, 4, 5)", True),
         (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (1, 4, 5)", True),
         (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (3, 4, 5) ORDER BY id DESC", False),
-        # If the limit is not a plain number, only the rows of the target are right.
+        # If the limit is not a plain number, only the rows of the target are correct.
         (f"{BY_SCORE} LIMIT 1 + 1", "SELECT name FROM player WHERE id IN (2, 6)", False),
         (f"{BY_SCORE} -- LIMIT 1\n ;", "SELECT name FROM player ORDER BY score DESC, id DESC", True),
         (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY score, name DESC", True),
@@ -233,7 +233,7 @@ ATTACKS = {
         "SELECT 1; DROP TABLE t",
         "PRAGMA hard_heap_limit = 0",
     ],
-    "another file": [
+    "a different file": [
         "ATTACH 'other.sqlite' AS o",
         "SELECT load_extension('x.so')",
         "SELECT readfile('/etc/passwd')",
@@ -336,7 +336,7 @@ def test_generated_databases_answer_their_queries(tmp_path):
 
 
 def fraction_with_equal_results(targets, answers, databases):
-    """Return the fraction of answers with the result of their target, by sqlite3 directly, for harmless queries."""
+    """Return the fraction of answers with the result of their target, computed with sqlite3, for harmless queries."""
     equal = 0
     for target, answer, database in zip(targets, answers, databases, strict=True):
         connection = sqlite3.connect(database)
@@ -375,7 +375,7 @@ def test_gold_empty_and_shuffled_answers_on_a_small_set(tmp_path):
 
 def test_gold_empty_and_shuffled_answers_on_geography():
     targets = [row.target for row in real_rows("geography/test.jsonl")]
-    # Two targets name a table of another database.
+    # Two targets name a table of a different database.
     check_scores(targets, [DATA / "geography" / "geography.sqlite"] * len(targets), failing=2)
 
 

@@ -52,7 +52,7 @@ def test_invalid_options_are_errors(tmp_path, values, message):
             load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [values]})))
 
 
-def test_an_option_of_another_task_is_reported(tmp_path):
+def test_an_option_of_a_different_task_is_reported(tmp_path):
     values = {"name": "loss", "test": "x", "databases": "y"}
     with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.databases has no effect with loss; remove it"):
         load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [values]})))
@@ -81,7 +81,7 @@ FINETUNINGS = {
     ),
     "two budgets": ({"finetune": {"epochs": 2, "steps": 5}}, "finetune: the budget must be exactly one of"),
     "no budget": ({"finetune": {"epochs": None}}, "finetune: the budget must be exactly one of"),
-    "a key of another schedule": (
+    "a key of a different schedule": (
         {"finetune": {"decay_fraction": 0.5}},
         "finetune: decay_fraction has an effect with schedule=warmup_stable_decay only",
     ),
@@ -202,19 +202,19 @@ REQUIREMENTS = {
 
 def refusal(capsys) -> str:
     """Run the command and return its only error line."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main.main()
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     return line
 
 
 @pytest.mark.parametrize("start", [[], ["--dry-run"]])
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
-def test_a_task_with_a_missing_requirement_is_refused_at_the_start(
+def test_a_task_with_a_missing_requirement_is_refused_at_startup(
     folder, tmp_path, monkeypatch, capsys, requirement, start
 ):
-    """None in sys.modules makes an installed package unavailable."""
+    """Set None in sys.modules, which makes an installed package unavailable."""
     task, expected = json.loads(json.dumps(REQUIREMENTS[requirement]).replace("FOLDER", str(folder)))
     task = {key: value for key, value in ({"test": str(folder / "rows.jsonl")} | task).items() if value is not None}
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": [task]}))
@@ -258,7 +258,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("start", [[], ["--dry-run"]])
 @pytest.mark.parametrize("rows", UNREADABLE)
-def test_unreadable_rows_are_refused_at_the_start(folder, tmp_path, monkeypatch, capsys, rows, start):
+def test_unreadable_rows_are_refused_at_startup(folder, tmp_path, monkeypatch, capsys, rows, start):
     task, expected = json.loads(json.dumps(UNREADABLE[rows]).replace("FOLDER", str(folder)))
     task = {"name": "gsm8k", "test": str(folder / "rows.jsonl")} | task
     path = write_config(
@@ -268,7 +268,7 @@ def test_unreadable_rows_are_refused_at_the_start(folder, tmp_path, monkeypatch,
     assert refusal(capsys).startswith(f"error: {expected}")
 
 
-def test_rows_in_every_format_are_accepted_at_the_start(folder, tmp_path, monkeypatch, capsys):
+def test_rows_in_every_format_are_accepted_at_startup(folder, tmp_path, monkeypatch, capsys):
     """Accept a mapping, a folder, a local folder as hub source, a glob, and the columns of a public data set."""
     public = tmp_path / "public"
     public.mkdir()
@@ -293,7 +293,7 @@ def test_rows_in_every_format_are_accepted_at_the_start(folder, tmp_path, monkey
     ] == [[("how many?", "#### 1")]] * len(tests)
 
 
-def test_adapters_without_peft_are_refused_at_the_start(folder, tmp_path, monkeypatch, capsys):
+def test_adapters_without_peft_are_refused_at_startup(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     model = {"init_from": str(folder), "lora": {"rank": 2, "alpha": 4}}
     monkeypatch.setattr(
@@ -305,13 +305,13 @@ def test_adapters_without_peft_are_refused_at_the_start(folder, tmp_path, monkey
             "--dry-run",
         ],
     )
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main.main()
-    assert ended.value.code == 2 and "error: model.lora needs the package peft" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "error: model.lora needs the package peft" in capsys.readouterr().err
 
 
 def test_the_pairs_of_a_task_may_be_files_of_a_folder(folder, tmp_path):
-    """Tasks of the embedded grammar and the task loss read their files as a corpus. The other tasks read rows."""
+    """Tasks of the NL-RX grammar and the task loss read their files as a corpus. The other tasks read rows."""
     config: RunConfig = load_config(write_config(folder, tiny_config(folder)))
     run_dir, rows = tmp_path / "run", tmp_path / "rows"
     (run_dir / "evaluation").mkdir(parents=True)

@@ -34,7 +34,7 @@ def test_gold_empty_and_shuffled_answers():
     }
 
 
-def test_similarities_are_those_of_sacrebleu_as_fractions():
+def test_similarities_equal_sacrebleu_as_fractions():
     pytest.importorskip("sacrebleu")
     assert text.similarities(TARGETS, gold_answers(TARGETS), []) == {}
     perfect = text.similarities(TARGETS[:3], gold_answers(TARGETS[:3]), ["chrf", "bleu"])
@@ -46,7 +46,7 @@ def test_similarities_are_those_of_sacrebleu_as_fractions():
     assert bleu == pytest.approx((6 / 6 * 4 / 5 * 2 / 4 * 1 / 3) ** (1 / 4) * 2.718281828 ** (1 - 7 / 6))
 
 
-def test_a_missing_package_is_reported_at_the_start(tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_at_startup(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     write_rows(tmp_path / "test.jsonl", [{"text": "a", "code": "b"}])
     task = {"name": "text", "test": str(tmp_path / "test.jsonl"), "similarity": ["bleu"]}

@@ -21,7 +21,7 @@ def equal(one, other) -> bool:
 
 
 def assert_same_checkpoints(one: Path, other: Path) -> None:
-    """Assert equal weights, optimizer states, random states and progress of every rank; elapsed time may differ."""
+    """Assert that weights, optimizer, random states and progress are equal on every rank; elapsed time may differ."""
     files = sorted(path.name for path in one.glob("*.pt"))
     assert files == sorted(path.name for path in other.glob("*.pt")) and files
     for file in files:

@@ -1,4 +1,4 @@
-"""Train and print events in their order: `copy_order.py CONFIG`.
+"""Train, and print events in order: `copy_order.py CONFIG`.
 
 The events are the calls that copy a checkpoint, the waits for these copies, and the optimizer steps.
 """

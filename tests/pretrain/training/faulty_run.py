@@ -5,7 +5,7 @@ spike:S       the loss of step S is multiplied by 100, in every process that com
 hold:S,...    the run waits at the beginning of each of these steps (see pause_points.py)
 validation:S  the run waits in the validation of step S for a signal
 save:S        the run waits during the save of step S
-convert:0     the conversion of a checkpoint never ends
+convert:0     the conversion of a checkpoint hangs
 robin:0       checkpoints of round robin gradients are converted, which DeepSpeed then loads wrongly
 grace:0       the run assumes that launchers kill its ranks without a grace period
 crash:0       the run raises an error before the trainer exists

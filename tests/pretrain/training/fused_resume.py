@@ -1,6 +1,6 @@
 """Resume a run with fused AdamW, as on GPUs: `fused_resume.py CONFIG`.
 
-Print the settings of its parameter groups after the load as JSON.
+After loading, print the settings of its parameter groups as JSON.
 """
 
 import json

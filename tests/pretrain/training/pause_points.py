@@ -1,4 +1,4 @@
-"""Runs that wait at a chosen point, to let a test act at that point on a machine of any speed.
+"""Runs that wait at a chosen point, so a test can act at that point on a machine of any speed.
 
 A waiting rank continues when it gets a signal to stop, or when the test has created `release_file(config, step)`.
 """
@@ -11,13 +11,13 @@ from pretrain.training.stop import StopRequest
 
 
 def release_file(config: Path, step: int) -> Path:
-    """Return the file that makes the run of a configuration continue with a step once it exists."""
+    """Return the file that lets the run of a configuration continue with a step as soon as the file exists."""
     return config.with_suffix(f".go-{step}")
 
 
 def hold_steps(config: Path, steps: list[int]) -> None:
-    """Wait at the beginning of each of these steps; step 0 stands for the time before the model is built."""
-    StopRequest.GRACE = 3600.0  # the launcher may repeat a signal late
+    """Wait at the beginning of each of these steps; step 0 means before the model is built."""
+    StopRequest.GRACE = 3600.0  # a launcher may forward a signal late
     count, set_up = loop.Trainer._count, setup.set_up
 
     def held_count(self, rows):

@@ -1,4 +1,4 @@
-"""Measured memory of model states: `peak_tensor_bytes.py CONFIG ...`.
+"""Measure the memory of model states: `peak_tensor_bytes.py CONFIG ...`.
 
 Train each configuration, and print a JSON line of bytes on rank 0. `held` is the peak of all tensors before a forward
 pass, including the gradients of the previous micro batch. `in_step` is the peak at the optimizer step.
@@ -17,11 +17,11 @@ from pretrain.training.setup import set_up
 
 def tensors() -> list[torch.Tensor]:
     """Return every tensor that exists, including gradients and the partitions of ZeRO-3."""
-    found = []
+    values = []
     for value in gc.get_objects():
         if isinstance(value, torch.Tensor):
-            found += [value, getattr(value, "ds_tensor", None), value.grad if value.is_leaf else None]
-    return [tensor for tensor in found if tensor is not None]
+            values += [value, getattr(value, "ds_tensor", None), value.grad if value.is_leaf else None]
+    return [tensor for tensor in values if tensor is not None]
 
 
 def storages(members: list[torch.Tensor]) -> dict[int, int]:
@@ -30,16 +30,16 @@ def storages(members: list[torch.Tensor]) -> dict[int, int]:
 
 
 class PeakWatch:
-    """Peak bytes of the tensors created since the watch began, by moment."""
+    """Peak bytes of the tensors that were created after the watch, for each moment."""
 
     def __init__(self) -> None:
         self.earlier = tensors()  # kept alive: otherwise new tensors could reuse their addresses
-        self.known = storages(self.earlier)
+        self.earlier_storages = storages(self.earlier)
         self.peak = {"held": 0, "in_step": 0}
 
     def measure(self, moment: str) -> None:
         gc.collect()
-        new = {address: size for address, size in storages(tensors()).items() if address not in self.known}
+        new = {address: size for address, size in storages(tensors()).items() if address not in self.earlier_storages}
         self.peak[moment] = max(self.peak[moment], sum(new.values()))
 
 

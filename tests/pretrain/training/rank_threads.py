@@ -38,7 +38,7 @@ def run_on_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
     def run(rank: int) -> Any:
         try:
             return action(RankThread(rank, size, torch.device("cpu"), values=values, thread_barrier=thread_barrier))
-        except UserError as error:  # all ranks raise it together
+        except UserError as error:  # all ranks raise the same error
             return error
         except Exception:
             thread_barrier.abort()

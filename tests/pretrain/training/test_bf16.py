@@ -25,7 +25,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def folder(prepared, tmp_path_factory):
-    """Train three runs per family and return their folder.
+    """Train three runs per family, and return their folder.
 
     The first runs in bf16 on two ranks, the second in fp32. The third resumes from the middle of the first on one rank.
     """
@@ -83,7 +83,7 @@ def losses(folder, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_losses_are_close_to_those_in_fp32_and_on_another_number_of_ranks(folder, family):
+def test_the_losses_are_close_to_the_losses_in_fp32_and_on_a_different_number_of_ranks(folder, family):
     two = losses(folder, f"{family}-two")
     assert len(two) == STEPS and two[-1] < two[0]
     np.testing.assert_allclose(two, losses(folder, f"{family}-fp32"), rtol=1e-2)

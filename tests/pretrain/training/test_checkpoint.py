@@ -107,7 +107,7 @@ def test_publishing_waits_for_the_files_of_other_nodes(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"1234", b"123456"])
-def test_publishing_fails_if_a_file_of_another_node_never_appears(tmp_path, monkeypatch, content):
+def test_publishing_fails_if_a_file_of_a_peer_node_never_appears(tmp_path, monkeypatch, content):
     monkeypatch.setattr(checkpoint, "VISIBILITY_TIMEOUT", 0.3)  # the real timeout of 30 s would slow the test down
     temporary = tmp_path / ".step.tmp"
     temporary.mkdir()
@@ -205,11 +205,11 @@ DAMAGES = {
         lambda path: rewrite_manifest(path, lambda manifest: manifest.pop("seal")),
         "manifest.json cannot be read",
     ),
-    "another step": (
+    "a different step": (
         lambda path: rewrite_manifest(path, lambda manifest: manifest.update(step=8)),
         "the content of manifest.json has changed",
     ),
-    "another state": (
+    "a different state": (
         lambda path: rewrite_manifest(path, lambda manifest: manifest["state"]["progress"].update(step=4)),
         "the content of manifest.json has changed",
     ),
@@ -337,7 +337,7 @@ def test_each_file_is_read_by_one_rank(tmp_path, monkeypatch):
 
 
 def test_all_ranks_check_the_checkpoints_that_the_main_rank_lists(tmp_path):
-    # the file system of another node may show files late
+    # files may appear late in the file system of a peer node
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     (tmp_path / "other").mkdir()
@@ -350,7 +350,7 @@ def test_all_ranks_check_the_checkpoints_that_the_main_rank_lists(tmp_path):
 def test_it_is_an_error_if_all_checkpoints_are_damaged(tmp_path, ranks):
     for step in (1, 2):
         (write_checkpoint(tmp_path, step) / "shard-0.pt").unlink()
-    for _ in range(2):  # the second start finds what the first one set aside
+    for _ in range(2):  # the second call finds the checkpoints that the first one set aside
         for error in run_on_ranks(ranks, lambda world: find_newest(tmp_path, world, print)):
             assert isinstance(error, UserError) and str(error).startswith(f"every checkpoint in {tmp_path} is corrupt")
     assert list_steps(tmp_path) == []
@@ -398,7 +398,7 @@ def test_a_latest_file_that_cannot_be_repaired_is_not_an_error(tmp_path):
     assert find_newest(tmp_path, ALONE, lambda line: None).path.name == step_name(1)
 
 
-# another number of ranks
+# a different number of ranks
 
 
 def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch):
@@ -434,14 +434,14 @@ def fake_conversion(monkeypatch, record: Path, returncode: int, stderr: str = ""
 
 
 @pytest.mark.parametrize(("before", "ranks"), [(1, 2), (4, 2), (2, 1)])
-def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatch, before, ranks):
+def test_the_main_rank_converts_for_a_different_number_of_ranks(tmp_path, monkeypatch, before, ranks):
     fake_conversion(monkeypatch, tmp_path / "converted", 0)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=before), before, STATE)
     target = found.load_path_for(ranks)
     assert target.parent == tmp_path and target.name.startswith(".step-") and target.name.endswith(".tmp"), (
         "prune() must be able to find it after a kill"
     )
-    target.mkdir()  # left over from a killed start
+    target.mkdir()  # left over from a killed process
     messages: list[list[str]] = [[] for _ in range(ranks)]
     assert (
         run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, messages[world.rank].append))
@@ -472,7 +472,7 @@ def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch
 
 
 class StopOnceStarted:
-    """A request to stop that arrives once a file exists."""
+    """A request to stop that arrives as soon as a file exists."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -573,7 +573,7 @@ def test_loading_restores_the_engine_and_the_random_numbers(saved):
     assert draw_numbers() == numbers
 
 
-def test_loading_for_another_number_of_ranks_keeps_the_settings_and_the_step_counts(saved):
+def test_loading_for_a_different_number_of_ranks_keeps_the_settings_and_the_step_counts(saved):
     found, _ = saved
     plain = Engine()
     load(plain, found, ALONE)
@@ -592,7 +592,7 @@ def test_loading_for_another_number_of_ranks_keeps_the_settings_and_the_step_cou
     assert check(found.path) is None
 
 
-def test_frozen_weights_are_loaded_for_another_number_of_ranks(tmp_path, monkeypatch):
+def test_frozen_weights_are_loaded_for_a_different_number_of_ranks(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path, 1, ranks=2)
     torch.save(random_state(), path / random_state_file_name(0))
     engine = Engine()
@@ -686,7 +686,7 @@ def test_frozen_weights_come_from_the_state_of_the_module(tmp_path, monkeypatch)
 
 
 class Version:
-    """An object that only complete unpickling restores, like those in the files of DeepSpeed."""
+    """An object that only full unpickling restores, like some objects in the files of DeepSpeed."""
 
 
 def test_a_damaged_or_missing_checkpoint_is_not_consolidated(tmp_path):

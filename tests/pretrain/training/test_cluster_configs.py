@@ -19,7 +19,7 @@ COLUMNS = (
     ("anchor", "positive"),
     ("text", "text"),
 )
-"""Columns of each source that become the context view and the target view."""
+"""Columns of each source for the context view and the target view."""
 SMALL = [
     "model.shape.hidden_size=64",
     "model.shape.intermediate_size=128",
@@ -43,7 +43,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def local_data_sets(tmp_path_factory) -> list[str]:
-    """Write local data sets with the columns of those on the hub, and return overrides that use them instead."""
+    """Write local data sets with the columns of the ones on the hub, and return overrides that select them."""
     folder = tmp_path_factory.mktemp("stand-ins")
     overrides = [f"data.path={folder / 'corpus'}", f"output_dir={folder / 'runs'}"]
     for number, (context, target) in enumerate(COLUMNS):

@@ -17,7 +17,7 @@ from pretrain.training.setup import make_loader
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 
 STEP = 4
-"""The step that reads the damaged record."""
+"""Step that reads the damaged record."""
 
 
 def flip_a_token(shard, view: str, record: int) -> None:
@@ -74,7 +74,7 @@ def test_all_ranks_end_and_one_error_line_names_the_row(damaged):
 def test_the_steps_before_are_kept_and_the_run_resumes_once_the_shard_is_fixed(damaged):
     run, status = damaged["run"], read_status(damaged["run"])
     assert status["status"] == "failed" and "is corrupt" in status["reason"] and status["step"] == STEP - 1
-    assert status["again"] is False  # another start would fail in the same way
+    assert status["again"] is False  # a restart would fail in the same way
     assert list_steps(run / "checkpoints") == [STEP - 1]
     damaged["shard"].write_bytes(damaged["original"])
     assert f"resuming from step {STEP - 1}" in run_command(damaged["command"]).stdout

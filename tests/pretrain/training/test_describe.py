@@ -1,4 +1,4 @@
-"""The records that a run keeps of itself to be reproducible."""
+"""A run records everything that is needed to reproduce it."""
 
 import hashlib
 import importlib.metadata
@@ -57,7 +57,7 @@ def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):
 def test_only_a_start_that_trains_is_recorded(tmp_path):
     path, run = write_config(tmp_path, tiny_config(tmp_path)), tmp_path / "runs" / "run"
     prepare_corpus(path)
-    # this batch size is refused when the engine is built
+    # building the engine refuses this batch size
     run_command(["python", "launcher/run.py", path, "train.micro_batch_rows=3"], check=False)
     assert not (run / "environment.json").exists() and not (run / "config.yaml").exists()
     run_command(ranks_command(2, "launcher/run.py", path))

@@ -1,4 +1,4 @@
-"""A run resumes with another number of ranks: same records, same order, same losses, same optimizer state."""
+"""A run resumes on a different number of ranks with the same records, order, losses and optimizer state."""
 
 import json
 import signal
@@ -33,9 +33,9 @@ def metrics(folder: Path, name: str) -> list[dict]:
 
 @pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)], ids=lambda stage: f"ZeRO {stage}")
 def story(tmp_path_factory, request) -> dict:
-    """Train a run on two ranks, and one whose starts have different numbers of ranks.
+    """Train a run on two ranks, and a run whose starts have different numbers of ranks.
 
-    All have the same number of rows per micro step. Return the folder, and the last step and the log of each start.
+    All starts have the same number of rows per micro step. Return the folder, and the last step and log of each start.
     """
     folder = tmp_path_factory.mktemp("elastic")
     values = tiny_config(

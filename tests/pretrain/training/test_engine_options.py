@@ -1,4 +1,4 @@
-"""Runs with any accepted combination of DeepSpeed options resume, change the number of ranks, export and evaluate."""
+"""With any accepted DeepSpeed options, a run resumes, changes its number of ranks, is exported and evaluated."""
 
 import json
 import shutil
@@ -33,9 +33,9 @@ CELLS = {  # stage, precision, options of zero_optimization, other keys of deeps
     "3-bf16-sums-offload-lora": (3, "bf16", {"offload_optimizer": CPU}, FP32_SUMS, True),
 }
 FAST = ("1-bf16-sums-lora",)
-"""Cells that are not marked slow. This one has the optimizer, frozen weights and accumulation that most others lack."""
+"""Cells that are not marked slow. Few other cells have the optimizer, frozen weights and accumulation of this one."""
 CANNOT_CHANGE_RANKS = {"1-bf16-sums-robin", "2-fp32-robin", "2-bf16-robin-lora", "2-fp32-robin-offload"}
-"""Cells whose checkpoints cannot be converted: a start with another number of ranks is refused."""
+"""Cells whose checkpoints cannot be converted: a start on a different number of ranks is refused."""
 
 
 @pytest.fixture(scope="module")

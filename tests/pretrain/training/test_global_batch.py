@@ -44,7 +44,9 @@ def folder(tmp_path_factory):
 
     for name, objective in (SUMS | POOLED).items():
         for ranks, micro in ((1, 8), (1, 4), (2, 4), (2, 2)):
-            length = 192 if "predictor_placement" in objective else 128  # a copy of both views needs longer rows
+            length = (
+                192 if "predictor_placement" in objective else 128
+            )  # prepended predictor tokens need copies of both views
             add(
                 f"{name}-r{ranks}-m{micro}", ranks=ranks, micro=micro, objective=objective, data__sequence_length=length
             )
@@ -107,11 +109,11 @@ def test_a_pooled_term_depends_on_the_rows_of_a_micro_step_but_not_on_their_rank
 
 
 def test_a_contrastive_term_sees_the_negatives_of_all_ranks(folder):
-    wide, narrow = (metrics(folder, f"info_nce-{name}")[0]["loss/jepa"] for name in ("r2-m4", "r2-m2"))
-    assert wide > narrow  # twice as many negatives give a larger loss with the same weights
+    large_pool, small_pool = (metrics(folder, f"info_nce-{name}")[0]["loss/jepa"] for name in ("r2-m4", "r2-m2"))
+    assert large_pool > small_pool  # twice as many negatives give a larger loss with the same weights
 
 
-def test_the_first_loss_is_that_of_a_uniform_guess_on_any_number_of_ranks(folder):
+def test_the_first_loss_equals_a_uniform_guess_on_any_number_of_ranks(folder):
     one, two = (metrics(folder, f"cosine-r{ranks}-m4")[0]["loss/lm"] for ranks in (1, 2))
     assert one == pytest.approx(two, rel=1e-5)
     # The logits of a normalised hidden state have the variance D * std^2, here 32 * 0.2^2. Half of it adds to the loss.
@@ -125,7 +127,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all_ranks_and_is_counted(folder):
     assert all(math.isfinite(line["loss/total"]) for line in lines if line["step"] != 3)
 
 
-def test_a_collapse_of_the_published_term_is_reported_by_a_warning(folder):
+def test_a_collapse_with_the_published_jepa_term_is_reported_as_a_warning(folder):
     last = metrics(folder, "collapse")[-1]
     assert last["validation/embedding/paired_cosine"] - last["validation/embedding/shuffled_cosine"] < 0.1
     assert "WARNING: the embeddings have collapsed" in (folder / "one-rank.log").read_text()

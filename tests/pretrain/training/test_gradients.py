@@ -36,9 +36,9 @@ RUNS = {  # ranks, rows of a micro batch (8 rows per step), changes
     "dropout": (2, 2, {"model__shape__attention_dropout": 0.2}),
 }
 NEVER = 10**6
-"""An interval that no run reaches.
+"""Interval that no run reaches.
 
-With 0, ZeRO stage 3 would gather complete layers and sum the gradient norm in another order (see test_layers.py).
+With 0, ZeRO stage 3 would gather complete layers and sum the gradient norm in a different order (see test_layers.py).
 """
 IN_FP32 = ["r1-m8", "r1-m4", "r2-m4", "r2-m2", "stage1", "stage2", "recomputed"]
 

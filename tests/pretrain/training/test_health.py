@@ -103,14 +103,13 @@ def test_a_term_with_weight_zero_is_recorded_but_never_a_spike():
         assert rule.judge({"lm": 2.0, "jepa": 0.5}, counts, weights) == (0.0, "lm")
     score, term = rule.judge({"lm": 2.0, "jepa": 50.0}, counts, weights)
     assert (score, term) == (0.0, "lm") and len(rule.losses["jepa"]) == MIN_HISTORY + 1
-    score, term = rule.judge(
-        {"jepa": 50.0}, counts, weights | {"jepa": 0.1}
-    )  # like a scheduled weight that starts to grow
+    # a scheduled weight starts to grow
+    score, term = rule.judge({"jepa": 50.0}, counts, weights | {"jepa": 0.1})
     assert score > 10 and term == "jepa"
     assert rule.judge({}, counts, weights) == (0.0, "")
 
 
-def test_steps_without_pairs_have_no_pair_loss_and_steps_with_few_pairs_are_not_spikes(folder):
+def test_steps_without_pairs_have_no_jepa_loss_and_steps_with_few_pairs_are_not_spikes(folder):
     (folder / "documents.jsonl").write_text(
         json.dumps({"code": ".*dog.*"}) + "\n" + json.dumps({"code": ".*cat.*"}) + "\n"
     )
@@ -137,7 +136,7 @@ def test_steps_without_pairs_have_no_pair_loss_and_steps_with_few_pairs_are_not_
     assert ["jepa" in line for line in printed] == ["loss/jepa" in line for line in lines]
     assert lines[-1]["optimizer/skipped_steps"] == 0 and "spike" not in done.stdout
     assert "validation/loss/lm" in lines[-1] and "validation/loss/jepa" not in lines[-1], (
-        "no validation record is a pair"
+        "the test needs a validation split without pairs"
     )
     assert "validation at step 60: lm " in done.stdout
 
@@ -146,7 +145,7 @@ def test_steps_without_pairs_have_no_pair_loss_and_steps_with_few_pairs_are_not_
 def spiked(folder) -> dict[str, Path]:
     """Train a run without a spike and runs with a spike in step 30, one per setting of train.on_spike.
 
-    All have one rank. Return their folders by name.
+    All runs have one rank. Return their folders by name.
     """
     runs = {}
     cases = (
@@ -314,14 +313,14 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
     assert re.search(rf"error: rank 1 on {os.uname().nodename} at step \d+ has sent no heartbeat for \d+ s", log)
     own_log = (folder / "runs" / "hung" / "logs" / "rank-00001.log").read_text()
     assert "has sent no heartbeat for 25 s" in own_log, (
-        "its heartbeat killer ends it soon after its peers, before hang_seconds are over"
+        "the heartbeat killer should end the rank soon after its peers, before hang_seconds are over"
     )
     status = read_status(folder / "runs" / "hung")
     assert status["status"] == "resumable" and "rank 1" in status["reason"]
 
 
 def test_a_dead_rank_is_noticed_without_a_failing_collective(folder):
-    """Detect the dead rank by its heartbeats alone, because under NCCL no collective fails when a rank dies.
+    """Detect the dead rank only by its heartbeats, because under NCCL no collective fails when a rank dies.
 
     A rank that has finished, or that pauses for a while, does not count as dead.
     """
@@ -490,9 +489,8 @@ def test_a_conversion_that_is_interrupted_leaves_the_run_resumable_and_no_files(
             assert "Traceback" not in running.log.read_text()
         wait_for(lambda converter=converter: not converter.is_running())
     assert list(checkpoints.glob(".step-*"))
-    run_command(
-        ranks_command(2, FAULTY_RUN, "none", path)
-    )  # needs no conversion and removes the files that the kill left
+    # this start does not convert the checkpoint, and removes the files that are left over from the kill
+    run_command(ranks_command(2, FAULTY_RUN, "none", path))
     assert not list(checkpoints.glob(".step-*")) and list_steps(checkpoints) == [2, 4]
 
 

@@ -39,7 +39,7 @@ def test_a_copy_does_not_change_when_the_original_does():
         torch.equal(one, other) and one.dtype == other.dtype
         for one, other in zip(tensors_of(copied), tensors_of(state(1)), strict=True)
     )
-    assert copied["again"] is copied["weights"], "a tensor that is referenced twice is copied once"
+    assert copied["again"] is copied["weights"], "a tensor that is referenced twice should be copied once"
 
 
 def test_the_next_save_reuses_the_same_memory():
@@ -56,7 +56,7 @@ def test_the_next_save_reuses_the_same_memory():
     assert addresses[0] == addresses[1] and len(set(addresses[0])) == 6
 
 
-def test_tensors_of_another_shape_get_new_memory():
+def test_tensors_of_a_different_shape_get_new_memory():
     copies = HostCopies(torch.device("cpu"))
     for width in (5, 9, 5):
         copies.begin()

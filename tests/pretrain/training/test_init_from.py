@@ -36,7 +36,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Prepare a corpus and a model for it, in the folder `start`, and return their folder."""
+    """Prepare a corpus and, in the subfolder `start`, a model for it. Return the folder of both."""
     folder = tmp_path_factory.mktemp("init-from")
     path = write_config(folder, tiny_config(folder))
     prepare_corpus(path)
@@ -85,7 +85,7 @@ def test_the_tokenizer_of_the_model_must_be_the_one_of_the_corpus(folder):
     copy_start(folder, "same")
     shutil.copytree(folder / "corpus" / "tokenizer", folder / "same", dirs_exist_ok=True)
     spec = json.loads((folder / "same" / "tokenizer.json").read_text())
-    # another version of the library may indent the file differently
+    # a different version of the library may indent the file differently
     (folder / "same" / "tokenizer.json").write_text(json.dumps(spec, indent=2))
     done = run_from(folder, "of-the-same", start="same")
     assert "finished at step 1" in done.stdout and "tokenizer" not in done.stdout

@@ -61,7 +61,7 @@ def evaluation_processes(run_dir: Path) -> list[psutil.Process]:
 
 
 def wait_for_moment(running: BackgroundCommand, moment: str, run_dir: Path, rng: random.Random) -> bool:
-    """Wait for the moment or the end of the run, and return whether the moment moment_came."""
+    """Wait for the moment or the end of the run, and return whether the moment came."""
     checkpoints, start_time = run_dir / "checkpoints", time.time()
 
     def appears(file: str) -> bool:
@@ -122,7 +122,7 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
                         job.kill()
             time.sleep(rng.uniform(0, 1))
         elif moment == "start-up":
-            kills[moment] += 1  # kills the launcher only
+            kills[moment] += 1  # the kill hits only the launcher
         running.kill()
         with capsys.disabled():
             step = (list_steps(run_dir / "checkpoints") or [0])[-1]

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def config_of(folder, name: str, **changes) -> str:
-    """Write the configuration of six steps of two micro batches with a validation in the middle; return its path."""
+    """Write the configuration of six steps of two micro batches with a validation in the middle. Return its path."""
     return str(
         write_config(
             folder,
@@ -100,7 +100,7 @@ def kept_bytes(model, batch: Batch) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # kept alive: otherwise another storage could reuse its address
+            kept[storage.data_ptr()] = storage  # kept alive: otherwise a new storage could reuse its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -7,7 +7,7 @@ from pretrain.run_folder import list_steps, step_name
 from tests.commands import ranks_command, run_command, tiny_config, write_config
 
 
-def test_a_run_in_an_odd_folder_resumes_on_another_number_of_ranks_and_is_evaluated(tmp_path):
+def test_a_run_in_an_odd_folder_resumes_on_a_different_number_of_ranks_and_is_evaluated(tmp_path):
     home = tmp_path / 'it\'s [a] "b" * ? $HOME `c` (ü) 例 {d} + ^'
     home.mkdir()
     rows = home / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""Behaviour specific to runs on GPUs, as far as it can be tested on CPU."""
+"""Behavior of runs on GPUs that can be tested on CPU."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def settings(tmp_path, **changes) -> dict:
     return engine_settings(RunConfig(**tiny_config(tmp_path, **changes)), ranks=1)
 
 
-def test_gradients_are_accumulated_in_fp32_unless_another_type_is_chosen(tmp_path):
+def test_gradients_are_accumulated_in_fp32_unless_a_different_type_is_configured(tmp_path):
     assert settings(tmp_path, train__precision="bf16")["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings(tmp_path)["data_types"] == {"grad_accum_dtype": "fp32"}
     chosen = {"data_types": {"grad_accum_dtype": "bf16"}}
@@ -63,7 +63,7 @@ def test_an_unknown_device_for_evaluations_is_an_error(device):
 
 
 def test_the_peak_flops_depend_on_the_exact_device_name(monkeypatch):
-    # the names of an H100 for PCIe and of a faster one for SXM begin alike; an unknown device has no peak
+    # the names of an H100 for PCIe and of the faster H100 for SXM begin alike; an unknown device has no peak
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     peaks = {}
     for name in (

@@ -53,7 +53,7 @@ def test_a_run_survives_the_loss_of_its_output(folder, ranks, broken_output):
 
 
 @pytest.mark.parametrize("broken_output", [full_disk, closed_pipe])
-# the first mistake is found in the file, the second one in the run
+# the first mistake is found when the file is read, the second one during the run
 @pytest.mark.parametrize("mistake", [{"objective__wieght": 1}, {"data__sequence_length": 16}])
 def test_a_mistake_keeps_its_exit_code_without_output(folder, mistake, broken_output):
     path = write_config(folder, tiny_config(folder, name="mistaken", **mistake))

@@ -1,6 +1,6 @@
 """Every family and every objective trains for sixty steps under ZeRO-3 on two ranks.
 
-Each export has the same logits as the trained engine when transformers loads it.
+Each export, loaded with transformers, has the same logits as the trained engine.
 """
 
 import json
@@ -32,7 +32,8 @@ OBJECTIVES = {
     },
     **{form: TUBE | {"form": form} for form in ("three_points", "sub_span", "views")},
 }
-PARAPHRASES, DOCUMENTS = ("one", "two", "three"), ("text",)
+PARAPHRASE_VIEWS = ("one", "two", "three")
+DOCUMENT_VIEWS = ("text",)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,11 @@ def folder(tmp_path_factory):
         for name, objective in OBJECTIVES.items()
     ]
     for config in configs:
-        # a copy of both views needs longer rows
+        # prepended predictor tokens need copies of both views, so the rows must be longer
         config["data"]["sequence_length"] = 192 if "prepended" in config["name"] else 128
     configs += [
-        config_on_other_views(folder, "paraphrases", PARAPHRASES, OBJECTIVES["info_nce"], settings),
-        config_on_other_views(folder, "documents", DOCUMENTS, OBJECTIVES["sub_span"], settings),
+        config_on_other_views(folder, "paraphrases", PARAPHRASE_VIEWS, OBJECTIVES["info_nce"], settings),
+        config_on_other_views(folder, "documents", DOCUMENT_VIEWS, OBJECTIVES["sub_span"], settings),
     ]
     for family in FAMILIES:
         (folder / f"{family}_tiny.yaml").write_text((ROOT / "configs" / "models" / f"{family}_tiny.yaml").read_text())
@@ -66,7 +67,7 @@ def folder(tmp_path_factory):
 
 
 def config_on_other_views(folder, name, views, objective, settings):
-    """Write groups of paraphrases or plain documents, and return the configuration of a run.
+    """Write groups of paraphrases or plain documents, and return the configuration of a run on them.
 
     Some groups of paraphrases lack a view.
     """
@@ -113,11 +114,12 @@ def test_the_loss_falls_and_the_export_has_the_logits_of_the_trained_engine(fold
     config = load_config(folder / f"{name}.yaml")
     export = export_checkpoint(config.run_dir, 60)
     model = AutoModelForCausalLM.from_pretrained(export, attn_implementation="eager")
-    kept = torch.load(config.run_dir / "logits.pt")
-    tokens, bos = kept["token_ids"].tolist(), Tokenizer.load(export).bos_id
-    assert len(kept["label_index"]) > 40
-    for place, logits in list(zip(kept["label_index"].tolist(), kept["logits"], strict=True))[::3]:
-        begin = max(earlier for earlier in range(place + 1) if tokens[earlier] == bos)
+    saved = torch.load(config.run_dir / "logits.pt")
+    tokens = saved["token_ids"].tolist()
+    bos = Tokenizer.load(export).bos_id
+    assert len(saved["label_index"]) > 40
+    for position, logits in list(zip(saved["label_index"].tolist(), saved["logits"], strict=True))[::3]:
+        document_start = max(earlier for earlier in range(position + 1) if tokens[earlier] == bos)
         with torch.no_grad():
-            expected = model(torch.tensor([tokens[begin : place + 1]])).logits[0, -1]
+            expected = model(torch.tensor([tokens[document_start : position + 1]])).logits[0, -1]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,6 @@
-"""The checks at the start of a run, and the epochs of a mixture of sources.
+"""The checks at the startup of a run, and the epochs of a mixture of sources.
 
-A start reads the lengths of the records only if the manifest does not contain the answer.
+At startup, a run reads the lengths of the records only if the manifest does not contain the answer.
 """
 
 import json
@@ -37,7 +37,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def small_corpus(write_corpus):
-    """Return a function that writes a corpus of 40 pairs, a document in pieces that fill rows of 48, and one more pair.
+    """Return a function that writes a corpus: 40 pairs, a document in pieces that fill rows of 48, and one more pair.
 
     The longest pair needs 2 * 20 - 10 + 4 + 12 positions.
     """

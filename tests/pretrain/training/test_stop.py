@@ -1,4 +1,4 @@
-"""A second signal ends a rank immediately, except during the grace period in which launchers repeat the first."""
+"""A second signal ends a rank immediately, except in the grace period, when launchers repeat the first signal."""
 
 import signal
 import subprocess

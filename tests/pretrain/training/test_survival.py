@@ -67,7 +67,7 @@ def story(tmp_path_factory):
 
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:14", config), folder / "interrupted.log")
     running.wait_until(lambda: last_step(run_dir) >= 12, "some more steps")
-    # like Ctrl-C: the ranks get the signal directly, and again from the launcher
+    # as with Ctrl-C, the ranks get the signal directly and also from the launcher
     os.killpg(running.process.pid, signal.SIGINT)
     running.end()
     interrupted = read_status(run_dir)

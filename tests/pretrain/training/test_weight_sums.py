@@ -28,7 +28,7 @@ def test_a_changed_a_permuted_and_a_missing_weight_are_found(tmp_path):
     weights = {"one": torch.randn(7, 5), "other": torch.randn(11)}
     saved = weight_sums(frozen_module(**weights), ALONE)
     check_weights(saved, json.loads(json.dumps(saved)), tmp_path)
-    check_weights(None, saved, tmp_path)  # a checkpoint of a version without sums
+    check_weights(None, saved, tmp_path)  # a checkpoint of an earlier version, which has no sums
     broken = weight_sums(frozen_module(one=torch.tensor([1.0, torch.nan]), other=torch.tensor([torch.inf, 1.0])), ALONE)
     check_weights(broken, json.loads(json.dumps(broken)), tmp_path)
     changed = {

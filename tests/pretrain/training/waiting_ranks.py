@@ -1,7 +1,7 @@
 """Ranks that wait as if in a hanging collective: `waiting_ranks.py killed|ended|paused`.
 
 The argument selects what happens to rank 1. Its peer ends with exit code 0 after 20 heartbeats
-unless a watchdog ends it earlier; in the case `killed` it would wait for 600 heartbeats.
+unless a watchdog ends it earlier; in the case `killed`, the peer would wait for 600 heartbeats.
 """
 
 import os
@@ -17,9 +17,8 @@ watchdog.HEARTBEAT_INTERVAL = 0.4
 case = sys.argv[1]
 world = init_world()
 assert world.rank_store is not None
-seconds = (
-    100.0 if case == "paused" else 20.0
-)  # a rank counts as dead after 25 missed heartbeats, or after the minimum of 10
+# a rank counts as dead after 25 missed heartbeats, or after the minimum of 10
+seconds = 100.0 if case == "paused" else 20.0
 watch = watchdog.Watchdog(
     world.rank_store, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True)
 )

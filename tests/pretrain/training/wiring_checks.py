@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring")
     prepare_quietly(load_config(write_config(folder, tiny_config(folder))).data)
     tokenizer = Tokenizer.load(folder / "corpus" / "tokenizer")
-    torch.manual_seed(77)  # before any engine exists: afterwards transformers partitions new models
+    torch.manual_seed(77)  # before any engine exists, because transformers then partitions new models
     start = random_causal_lm(
         build_model_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32
     )

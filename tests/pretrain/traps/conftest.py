@@ -1,6 +1,6 @@
 """Fixtures that prepare corpora inside the test process and pack their records into one batch.
 
-A mutant of the preparation acts in the test process alone.
+A mutant of the preparation code has an effect only in the test process.
 """
 
 import json

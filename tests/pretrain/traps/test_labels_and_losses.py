@@ -60,9 +60,9 @@ def mutate_texts(change):
     )
 
 
-def tokens_visible_at(batch: Batch, place: int) -> list[int]:
-    """Return the tokens visible to the query at a position of the flattened batch; its own token is the last."""
-    row, query = divmod(place, batch.token_ids.shape[1])
+def tokens_visible_at(batch: Batch, position: int) -> list[int]:
+    """Return the tokens visible to the query at a position of the flattened batch, up to the query token itself."""
+    row, query = divmod(position, batch.token_ids.shape[1])
     visible = visibility_mask(batch.visible_until, "sdpa")[row, 0, query].clone()
     return batch.token_ids[row][visible].tolist()
 
@@ -84,8 +84,8 @@ def test_trap_01_labels_are_not_overwritten_by_a_collator(write_corpus, specials
 
     def collator(batch, rows, corpus, specials):
         ids = batch.token_ids.flatten()
-        places = torch.nonzero(ids[1:] != specials.pad).flatten()
-        return replace(batch, label_index=places, label_ids=ids[places + 1])
+        index = torch.nonzero(ids[1:] != specials.pad).flatten()
+        return replace(batch, label_index=index, label_ids=ids[index + 1])
 
     with torch.no_grad():
         assert_detects_mutant(mutate_batches(collator), check_only_answers_are_trained, "prompts are trained")
@@ -105,9 +105,11 @@ def test_trap_02_the_end_token_is_a_target_even_if_a_tokenizer_pads_with_it(
             assert batch.token_ids[-1].tolist() == [specials.pad] * ROW and specials.pad not in batch.label_ids
 
     def pad_is_eos_and_masked_by_id(batch, rows, corpus, specials):
-        kept = batch.label_ids != specials.eos
+        not_eos = batch.label_ids != specials.eos
         padded = torch.where(batch.token_ids == specials.pad, specials.eos, batch.token_ids)
-        return replace(batch, token_ids=padded, label_index=batch.label_index[kept], label_ids=batch.label_ids[kept])
+        return replace(
+            batch, token_ids=padded, label_index=batch.label_index[not_eos], label_ids=batch.label_ids[not_eos]
+        )
 
     assert_detects_mutant(
         mutate_batches(pad_is_eos_and_masked_by_id),
@@ -137,13 +139,15 @@ def test_trap_03_labels_are_set_by_construction_not_by_search(write_corpus, spec
         assert found == expected, "labels at wrong positions"
 
     def labels_by_search(batch, rows, corpus, specials):
-        ids, places = batch.token_ids.flatten().tolist(), []
+        ids = batch.token_ids.flatten().tolist()
+        positions: list[int] = []
         for record, row, start in zip(rows.records, rows.row, rows.start, strict=True):
-            target, place = records[record][1], int(row) * ROW + int(start)
-            while ids[place : place + len(target)] != target:
-                place += 1
-            places += range(place - 1, place + len(target))
-        index = torch.tensor(places)
+            target = records[record][1]
+            position = int(row) * ROW + int(start)
+            while ids[position : position + len(target)] != target:
+                position += 1
+            positions += range(position - 1, position + len(target))
+        index = torch.tensor(positions)
         return replace(batch, label_index=index, label_ids=batch.token_ids.flatten()[index + 1])
 
     assert_detects_mutant(
@@ -178,7 +182,7 @@ def test_trap_07_no_header_is_added_to_both_views(prepare_in_process, pack):
         for layout_name in LAYOUTS:
             batch = pack(corpus, specials, layout_name, Pairing(1)).batch
             for pair in zip(batch.prediction_index.tolist(), batch.target_index.tolist(), strict=True):
-                views = [[token for token in tokens_visible_at(batch, place) if token not in added] for place in pair]
+                views = [[token for token in tokens_visible_at(batch, index) if token not in added] for index in pair]
                 assert views[0][0] != views[1][0], "both views begin with a header"
 
     dated_header = mutate_texts(lambda tokenizer, texts, encode: encode([f"26 Jul\n{text}" for text in texts]))
@@ -210,7 +214,7 @@ def test_trap_09_predictor_tokens_are_not_rows_of_the_tied_output_layer(tokenize
     corpus = write_corpus(records)
     text_tokens = {token for context, target in records for token in (*context, *target)}
 
-    def check_the_pair_term_trains_rows_of_text_tokens_only():
+    def check_the_jepa_term_trains_rows_of_text_tokens_only():
         model = make_model(2)
         specials = language_model.special_ids(tokenizer, model.vocab_size)
         batch = pack(corpus, specials, pairing=Pairing(2)).batch
@@ -232,7 +236,7 @@ def test_trap_09_predictor_tokens_are_not_rows_of_the_tied_output_layer(tokenize
 
     assert_detects_mutant(
         predictor_inside_the_vocabulary,
-        check_the_pair_term_trains_rows_of_text_tokens_only,
+        check_the_jepa_term_trains_rows_of_text_tokens_only,
         "predictor tokens compete in the logits",
     )
 
@@ -242,7 +246,9 @@ def contrastive_loss(model, rows, corpus, layout, specials, ranks: int) -> float
 
     Every rank computes its loss twice: first to record the tensors that it sends, then with the tensors of all ranks.
     """
-    objective, sent_by_rank, losses = LlmJepa(1.0, "info_nce"), [[] for _ in range(ranks)], []
+    objective = LlmJepa(1.0, "info_nce")
+    sent_by_rank: list[list] = [[] for _ in range(ranks)]
+    losses = []
     for sending in (True, False):
         for rank in range(ranks):
             [batch] = batches.micro_batches(
@@ -285,7 +291,7 @@ def test_trap_10_negatives_come_from_all_ranks(write_corpus, specials, make_mode
 
 
 def test_trap_11_distances_are_computed_in_fp32(write_corpus, specials, pack):
-    """Use bf16 embeddings that are close to each other, like pairs late in training."""
+    """Use bf16 embeddings that are close to each other, as pairs are late in training."""
     batch = pack(write_corpus(some_records()), specials, pairing=Pairing(1)).batch
     hidden = torch.randn(batch.token_ids.numel(), 64, generator=torch.Generator().manual_seed(0))
     hidden[batch.target_index] = hidden[batch.prediction_index] + 0.03 * hidden[batch.target_index]
@@ -332,9 +338,9 @@ COMBINATIONS = [
 ] + [f"name: semantic_tube, layout: {layout_name}" for layout_name in LAYOUTS]
 
 
-def test_trap_12_an_option_has_an_effect_in_every_combination_or_is_refused(corpus, specials, make_model):
+def test_trap_12_an_option_has_an_effect_or_is_refused_in_every_combination(corpus, specials, make_model):
     def outcome(*overrides: str) -> list[float]:
-        """Return the loss of two rows and the gradient norms, halfway through a run of that configuration."""
+        """Return the loss of two rows and the gradient norms, halfway through a run with these overrides."""
         config = load_config(ROOT / "configs" / "demo.yaml", list(overrides)).objective
         layout, objective = config.make_layout(specials, 2, "all"), build_objective(config)
         rows = Loader(corpus, layout, ROW, seed=0, dropout=config.record_dropout).next_rows(2)
@@ -394,13 +400,13 @@ def test_trap_18_embeddings_are_read_at_the_last_token_for_any_special_tokens(wr
                     if placement == "append"
                     else [ids.bos, *predictor, *context, closing]
                 )
-                assert tokens_visible_at(batch, prediction) == expected, "read at another token"
+                assert tokens_visible_at(batch, prediction) == expected, "read at a wrong token"
                 assert tokens_visible_at(batch, target) == [ids.bos] * (layout_name == "independent") + [
                     *answer,
                     ids.eos,
-                ], "read at another token"
+                ], "read at a wrong token"
 
     def offset_by_one(batch, rows, corpus, specials):
         return replace(batch, target_index=batch.target_index - 1)
 
-    assert_detects_mutant(mutate_batches(offset_by_one), check_the_tokens_that_embeddings_see, "read at another token")
+    assert_detects_mutant(mutate_batches(offset_by_one), check_the_tokens_that_embeddings_see, "read at a wrong token")

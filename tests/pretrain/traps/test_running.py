@@ -54,7 +54,7 @@ SINGLE_PROCESS_RUNS = [
 ]
 """Name, changes and settings of the single-process runs, in their order.
 
-`launcher_needed` only has an effect in a process that has not run before, so it is the first.
+`launcher_needed` has an effect only in a process that has not trained a run before, so it is the first.
 """
 TWO_RANK_RUNS = [
     ("two-ranks", "", "dropout"),
@@ -92,11 +92,12 @@ class Prepared(NamedTuple):
 
 @pytest.fixture(scope="module")
 def prepared_without_torch(tmp_path_factory) -> Prepared:
-    """Prepare the corpus where torch cannot be imported, then try it as `mutant` with a tokenizer that needs torch.
+    """Prepare a corpus without an importable torch. Then try the same, as `mutant`, with a tokenizer that needs torch.
 
     The sources are removed afterwards.
     """
-    folder, done = tmp_path_factory.mktemp("running"), {}
+    folder = tmp_path_factory.mktemp("running")
+    done = {}
     sources = write_sources(folder)
     for name, more in (("corpus", {}), ("mutant", {"sitecustomize.py": TOKENIZING_ON_A_GPU})):
         modules = folder / f"{name}-modules"
@@ -230,10 +231,10 @@ def test_trap_11_a_collapse_is_measured(folder):
             measures = {
                 prefix + measure for measure in ("paired_cosine", "shuffled_cosine", "effective_rank", "retrieval_at_1")
             }
-            assert measures <= last.keys(), "only the loss is shown"
+            assert measures <= last.keys(), "only the losses are measured"
 
     check_measures("plain")
-    assert_fails_with(lambda: check_measures("unmeasured"), "only the loss is shown")
+    assert_fails_with(lambda: check_measures("unmeasured"), "only the losses are measured")
 
 
 def test_trap_13_records_longer_than_a_row_are_dropped_and_counted_or_refused(prepare_in_process, tmp_path):
@@ -273,11 +274,11 @@ def test_trap_13_records_longer_than_a_row_are_dropped_and_counted_or_refused(pr
 
 def test_trap_14_the_records_without_pairs_do_not_depend_on_ranks(folder):
     def check_against_one_rank(name):
-        one, two = metrics(folder, "dropout"), metrics(folder, name)
-        assert len(one) == len(two) == STEPS
-        assert equal_metrics(one, two, ("records", "loss/jepa")), "every rank draws its own records"
-        assert two[-1]["records"] > metrics(folder, "plain")[-1]["records"], (
-            "the positions that dropped pairs free are not used"
+        one_rank, two_ranks = metrics(folder, "dropout"), metrics(folder, name)
+        assert len(one_rank) == len(two_ranks) == STEPS
+        assert equal_metrics(one_rank, two_ranks, ("records", "loss/jepa")), "every rank draws its own records"
+        assert two_ranks[-1]["records"] > metrics(folder, "plain")[-1]["records"], (
+            "positions that are free without the dropped pairs are not used"
         )
 
     check_against_one_rank("two-ranks")
@@ -321,7 +322,7 @@ def test_trap_17_neither_a_gpu_to_tokenize_nor_a_launcher_to_train_is_needed(fol
     assert_fails_with(lambda: check_the_run_of_one_process("launcher-needed"), "one process alone cannot train")
 
 
-def test_trap_24_no_rank_tokenizes_at_the_start_of_a_run(folder):
+def test_trap_24_no_rank_tokenizes_at_startup(folder):
     # the sources were removed before these runs, and the ranks could not tokenize them anyway
 
     def check_texts(name):

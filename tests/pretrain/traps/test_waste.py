@@ -37,7 +37,7 @@ SYNCS = {
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counter of operators that make the host wait; `rows` is the most rows of an output with `width` columns."""
+    """Counter of operators that make the host wait. `rows` is the maximum number of rows of a `width`-column output."""
 
     def __init__(self, width: int = 0):
         super().__init__()
@@ -210,7 +210,7 @@ def test_trap_23_the_host_does_not_wait_for_the_device_once_per_record(distance,
     def loop_over_records(patch):
         def select_one_by_one(hidden, batch):
             return tuple(
-                torch.stack([hidden[place.item()].float() for place in index])
+                torch.stack([hidden[position.item()].float() for position in index])
                 for index in (batch.prediction_index, batch.target_index)
             )
 

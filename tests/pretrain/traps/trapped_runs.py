@@ -30,7 +30,7 @@ STOP_AT = 2
 
 
 def stopped(patch: pytest.MonkeyPatch) -> None:
-    """Stop the run by a signal in its second step; this is not a trap."""
+    """Stop the run with a signal in its second step. This is not a trap."""
     original = loop.Trainer._count
 
     def count(self, rows):
@@ -79,7 +79,7 @@ def dropout_in_the_loss(patch: pytest.MonkeyPatch) -> None:
 
 
 def deleted_at_start(patch: pytest.MonkeyPatch) -> None:
-    """Reintroduce trap 15: delete the run folder at the start."""
+    """Reintroduce trap 15: delete the run folder at startup."""
     original = setup.set_up
 
     def set_up(config, *arguments):
@@ -110,7 +110,7 @@ def launcher_needed(patch: pytest.MonkeyPatch) -> None:
 
 
 def tokenized_at_start(patch: pytest.MonkeyPatch) -> None:
-    """Reintroduce trap 24: tokenize all texts of the corpus at the start."""
+    """Reintroduce trap 24: tokenize all texts of the corpus at startup."""
 
     class RetokenizedCorpus(Corpus):
         def __init__(self, folder, split):
@@ -123,7 +123,7 @@ def tokenized_at_start(patch: pytest.MonkeyPatch) -> None:
 
 
 def tokenized_texts(patch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that collects the texts tokenized from now on."""
+    """Return a list that collects all texts that are tokenized after this call."""
     original, seen = Tokenizer.encode_batch, []
 
     def encode_batch(self, texts):
