@@ -80,12 +80,13 @@ def run_stats(arguments: argparse.Namespace) -> None:
     from data_prep.shards import read_manifest
     from data_prep.tools.stats import stats
     from pretrain.data.corpus import Corpus
-    from pretrain.data.efficiency import efficiency
+    from pretrain.data.efficiency import efficiency_table
 
     for split in read_manifest(arguments.path)["splits"]:
         for text in stats(arguments.path, split):
             print_now(text + "\n")
-        print_now("\n".join([f"{split}: how full packed rows are", *efficiency(Corpus(arguments.path, split))]) + "\n")
+        table = efficiency_table(Corpus(arguments.path, split))
+        print_now("\n".join([f"{split}: how full packed rows are", *table]) + "\n")
 
 
 if __name__ == "__main__":

@@ -123,9 +123,9 @@ class AnswerTask(RowTask):
     train: LocalPath | TaskSource | None = None
     """Rows to finetune on, like `test`."""
     finetune: dict[str, Any] | None = None
-    """Settings of the finetuning on the rows of `train`: keys of the run's `train` section and their new values.
+    """Settings of the finetuning: keys of the top-level `train` section and their new values.
 
-    null: evaluate the checkpoint without finetuning.
+    null: no finetuning.
     """
     finetune_objective: dict[str, Any] | None = None
     """Objective of the finetuning: keys of `objective`; default: next_token."""

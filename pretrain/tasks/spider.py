@@ -39,7 +39,7 @@ ROWS_LOOKED_AT = 100
 
 
 class Config(AnswerTask):
-    """Options of the task: write the SQL query for a question, scored by the rows that it returns."""
+    """Options of the task that writes the SQL query for a question and is scored by the rows that the query returns."""
 
     name: Literal["spider"]
     databases: LocalPath
