@@ -32,17 +32,23 @@ class Embeddings(NamedTuple):
     views: dict[str, np.ndarray]
     """(N, D) fp32 embeddings of each view, encoded separately."""
     predictions: dict[tuple[str, str], np.ndarray]
-    """(N, D) fp32 predictions by (source view, target view); the source's embeddings if there are no predictor tokens."""
+    """(N, D) fp32 predictions by (source view, target view).
+
+    Without predictor tokens, a prediction is the embedding of the source view.
+    """
     fits: np.ndarray
-    """(N,) bool: whether all encodings of a row fit into the model's positions. NaN in a fitting row is due to the weights."""
+    """(N,) bool: whether all encodings of a row fit into the model's positions.
+
+    NaN in a row that fits is due to the weights.
+    """
 
 
 def embed_file(export: Path, file: str) -> None:
     """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export.
 
     The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` for each prediction by predictor
-    tokens. Row i of each array belongs to row i of the source. The file is named after the source; a number is appended if another
-    source of the same name was embedded before. Raises UserError if the source cannot be read or array names collide.
+    tokens. Row i of each array belongs to row i of the source. The file is named after the source; a number is appended
+    if a different source of the same name was embedded before. Raises UserError if the source cannot be read or array names collide.
     """
     views = tuple(read_json(export / "jepa.json")["views"])
     source = _parse_source(file)
@@ -157,7 +163,7 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
 
 
 def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
-    """Return the last hidden state of each row of token ids, (N, D) fp32; NaN for a row that is too long for the model."""
+    """Return the last hidden state of each row of token ids, (N, D) fp32; NaN for a row that is too long."""
     embeddings = np.full((len(rows), model.hidden_size), np.nan, np.float32)
     limit = model.causal_lm.config.max_position_embeddings
     for indices in tqdm(

@@ -36,7 +36,10 @@ class CheckpointWatcher:
         self.settled: set[int] = set()
         """Steps that have been evaluated, or whose evaluation has been given up on."""
         self.skipped_steps: set[int] = set()
-        """Steps that are not multiples of evaluation.every. They are not evaluated, except the last step of a finished run."""
+        """Steps that are not multiples of evaluation.every.
+
+        They are not evaluated, except the last step of a finished run.
+        """
         self.rewind_count = 0
         self.finished = False
         self.failed_steps: set[int] = set()
@@ -155,7 +158,7 @@ def watch(run_dir: Path, load_settings: Callable[[], tuple[RunConfig, list[TaskC
     if watcher.failed_steps:
         failed = ", ".join(map(str, sorted(watcher.failed_steps)))
         raise UserError(
-            f"the run has {status['status']}, but the evaluation failed at these steps: {failed}; fix the errors above, "
+            f"the run has {status['status']}, but the evaluation of these steps failed: {failed}; fix the errors above, "
             f"then run launcher/evaluate.py {run_dir} --checkpoint STEP for each of them"
         )
 

@@ -1,7 +1,8 @@
 """An export: a folder that transformers can load, with additional files for computing embeddings.
 
     config.json model.safetensors tokenizer.json ...    AutoModelForCausalLM / AutoTokenizer.from_pretrained
-    jepa.safetensors              embedding of the k predictor tokens, `predictor.weight` (k, hidden width); absent if k = 0
+    jepa.safetensors              `predictor.weight` (k, hidden width), embedding of the k predictor tokens; absent
+                                  if k = 0
     jepa.json                     objective, layout, special tokens, corpus settings
     README.md                     description of the export, and code that embeds a view
 
@@ -86,7 +87,7 @@ def load_language_model(folder: Path, attention_setting: str, device: torch.devi
 
 
 def load_predictor(model: LanguageModel, folder: str | Path) -> None:
-    """Copy the predictor embedding of an export into the model if the shapes match; otherwise leave the model unchanged."""
+    """Copy the predictor embedding of an export into the model if their shapes match."""
     path = Path(folder) / "jepa.safetensors"
     if model.predictor is None or not path.exists():
         return

@@ -98,7 +98,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the saved gradients times the gradient of the loss. They are not changed, so backward can run again."""
+        """Return the saved gradients times the gradient of the loss.
+
+        The saved gradients are not changed, so backward can run again.
+        """
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
             *(

@@ -62,8 +62,8 @@ def evaluate_labels(run: TaskRun, known_labels: Sequence[str]) -> TaskResult:
         )
     if len(labels) > MOST_LABELS:
         raise UserError(
-            f"task.test and task.train: there are {len(labels)} candidate labels, but a classification task takes at most "
-            f"{MOST_LABELS}; check which column is the target"
+            f"task.test and task.train: there are {len(labels)} candidate labels, but a classification task takes at "
+            f"most {MOST_LABELS}; check which column is the target"
         )
     answers = run.generate_answers(rows)
     log_likelihoods = run.log_likelihoods([(row.context, labels) for row in rows])

@@ -12,7 +12,7 @@ METRICS: MetricDirections = higher("recall_at_1", "recall_at_10", "mrr")
 
 
 class Config(PairTask):
-    """Options of the task that finds the target view of each row among those of all rows, by their embeddings."""
+    """Options of the task that finds the target view of each row among all target views, by their embeddings."""
 
     name: Literal["retrieval"]
 

@@ -80,7 +80,10 @@ def unseen_residual(prediction: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def shuffled_cosine(pairs: PairEmbeddings) -> float:
-    """Return the mean cosine of each prediction and the targets that differ from its own; NaN if all targets are equal."""
+    """Return the mean cosine of each prediction and the targets that differ from its own.
+
+    The result is NaN if all targets are equal.
+    """
     prediction, target = F.normalize(pairs.prediction, dim=-1), F.normalize(pairs.target, dim=-1)
     total, count = 0.0, 0
     for start in range(0, len(prediction), BLOCK_ROWS):

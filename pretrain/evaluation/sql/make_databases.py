@@ -211,7 +211,7 @@ def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
     """Return the values with which a query compares the columns of its tables.
 
     These are the literals of the query. For `<` and `>` they are replaced by values that satisfy the comparison. For
-    `!=`, such a value is added.
+    `!=`, one such value is added.
     """
     words = tokens(query)
     tables = {word: word for word in words if word in columns_of}

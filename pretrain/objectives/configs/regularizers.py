@@ -40,6 +40,6 @@ class CodingRateConfig(RegularizerConfig):
     """
 
     name: Literal["coding_rate"]
-    """Gap between the largest possible coding rate and that of the embeddings."""
+    """Difference between the largest possible coding rate and the rate of the embeddings."""
     precision: float = Field(default=0.05, gt=0)
     """Squared distortion (epsilon^2) up to which embeddings count as equal."""
