@@ -59,5 +59,5 @@ def final_number(text: str) -> Decimal | None:
     18, +18.0, $1,800, **18** and -0.5 are numbers; 1/2 and 18-20 are not.
     """
     _, mark, tail = text.rpartition("####")
-    found = FINAL.match(tail) if mark else None
-    return Decimal(found[1].replace("−", "-") + found[2].replace(",", "")) if found else None
+    match = FINAL.match(tail) if mark else None
+    return Decimal(match[1].replace("−", "-") + match[2].replace(",", "")) if match else None

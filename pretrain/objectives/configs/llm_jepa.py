@@ -41,13 +41,13 @@ class Config(AuxiliaryConfig):
         if self.direction != "forward" and self._is_symmetric and not (self.direction == "both" and self.regularizers):
             raise ValueError(
                 "direction has an effect only with predictor tokens, info_nce or stop_gradient, "
-                "because the term is symmetric otherwise; remove it"
+                "because otherwise the auxiliary term is symmetric; remove it"
             )
         return self
 
     @property
     def _is_symmetric(self) -> bool:
-        """Whether exchanging prediction and target leaves the term unchanged."""
+        """Whether exchanging prediction and target leaves the auxiliary term unchanged."""
         return self.predictor_tokens == 0 and self.distance != "info_nce" and not self.stop_gradient
 
     @property
