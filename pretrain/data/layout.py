@@ -156,7 +156,10 @@ class Layout:
         return total
 
     def pairs(self, segment_lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
-        """Return the mask of each record's read-outs: segment lengths (N, segments), pair flags (N,) -> (N, read-outs)."""
+        """Return the mask of each record's read-outs.
+
+        Segment lengths (N, segments), pair flags (N,) -> (N, read-outs).
+        """
         columns = [
             paired & (segment_lengths[:, pair.prediction] > 0) & (segment_lengths[:, pair.target] > 0)
             for pair in self.read_outs

@@ -1,7 +1,7 @@
 """The stream of packed rows: order, loss dropout and packing, with a state of three integers.
 
-Every rank computes the same packing from the record lengths alone. It therefore knows the counts of the whole global batch without
-communication, and reads only the tokens of its own rows.
+Every rank computes the same packing from the record lengths alone. It therefore knows the counts of the whole
+global batch without communication, and reads only the tokens of its own rows.
 """
 
 from collections.abc import Sequence

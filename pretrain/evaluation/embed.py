@@ -48,7 +48,8 @@ def embed_file(export: Path, file: str) -> None:
 
     The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` for each prediction by predictor
     tokens. Row i of each array belongs to row i of the source. The file is named after the source; a number is appended
-    if a different source of the same name was embedded before. Raises UserError if the source cannot be read or array names collide.
+    if a different source of the same name was embedded before. Raises UserError if the source cannot be read
+    or array names collide.
     """
     views = tuple(read_json(export / "jepa.json")["views"])
     source = _parse_source(file)

@@ -118,7 +118,7 @@ def _read_config_and_tasks(arguments: argparse.Namespace) -> tuple[RunConfig, li
 
 
 def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> list[TaskConfig]:
-    """Return the tasks of the configuration, or only the tasks in `names`; `task.KEY=VALUE` sets a key of a single task.
+    """Return the configured tasks, or only the tasks in `names`; `task.KEY=VALUE` sets a key of a single task.
 
     Raises UserError if there is no task, or if there are several and an override addresses one.
     """

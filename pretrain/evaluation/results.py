@@ -57,8 +57,8 @@ def scoring_version(result: dict[str, Any]) -> int:
 def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the key that identifies a result.
 
-    It contains the step, the task, the scoring version and the settings. The settings include the checksums of the task's
-    files and the overrides, such as a seed.
+    It contains the step, the task, the scoring version and the settings. The settings include the checksums of the
+    task's files and the overrides, such as a seed.
     """
     paths = [source if isinstance(source, str) else source.path for source in (*task.sources.values(), *task.paths)]
     settings = task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {

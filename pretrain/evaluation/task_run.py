@@ -121,9 +121,9 @@ class CheckpointTask:
     def unseen(self, rows: Sequence[Row], normalize: Callable[[str], str] = str) -> list[bool] | None:
         """Return whether the target of each row is unseen, or None if this is unknown.
 
-        An unseen target, normalised by `normalize`, differs from all targets in the task's train rows. Its tokens differ
-        from all views of the records in the training split of the corpus. The whole split is read once. If the corpus
-        of the run is not at data.path, a note is printed and the result is None.
+        An unseen target, normalised by `normalize`, differs from all targets in the task's train rows. Its tokens
+        differ from all views of the records in the training split of the corpus. The whole split is read once. If the
+        corpus of the run is not at data.path, a note is printed and the result is None.
         """
         if not (Path(self.config.data.path) / MANIFEST).exists():
             print_now(

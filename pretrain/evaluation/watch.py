@@ -158,8 +158,8 @@ def watch(run_dir: Path, load_settings: Callable[[], tuple[RunConfig, list[TaskC
     if watcher.failed_steps:
         failed = ", ".join(map(str, sorted(watcher.failed_steps)))
         raise UserError(
-            f"the run has {status['status']}, but the evaluation of these steps failed: {failed}; fix the errors above, "
-            f"then run launcher/evaluate.py {run_dir} --checkpoint STEP for each of them"
+            f"the run has {status['status']}, but the evaluation of these steps failed: {failed}; fix the errors "
+            f"above, then run launcher/evaluate.py {run_dir} --checkpoint STEP for each of them"
         )
 
 

@@ -110,7 +110,7 @@ class OpenELMConfig(PreTrainedConfig):
     def _by_layer(self, multipliers: list[float] | tuple[float, ...]) -> list[float]:
         """Return the multiplier of each layer, in equal steps from the first to the last.
 
-        The multipliers are rounded to two digits as in CoreNet; otherwise the widths would differ from the published widths.
+        The multipliers are rounded to two digits as in CoreNet; otherwise the widths differ from the published widths.
         """
         first, last = multipliers
         return [round(float(multiplier), 2) for multiplier in np.linspace(first, last, num=self.num_hidden_layers)]

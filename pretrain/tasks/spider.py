@@ -36,7 +36,7 @@ METRICS: MetricDirections = higher(
     "execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled"
 )
 CHECKED_ROWS = 100
-"""Number of test rows whose databases must be found at startup: at least one of them."""
+"""Number of test rows for which a database is searched at startup."""
 
 
 class Config(AnswerTask):

@@ -1,8 +1,8 @@
 """Task lm_eval: tasks of the Language Model Evaluation Harness (EleutherAI) on the export; needs the extra lm-eval.
 
-The harness builds its own prompts and downloads its own data. A prompt is plain text after the begin token. It lacks the
-separator between context and target, so its format is new to a model that was trained only on pairs. Metrics are named
-TASK_METRIC, and `rows` limits the rows of each task.
+The harness builds its own prompts and downloads its own data. A prompt is plain text after the begin token. It lacks
+the separator between context and target, so its format is new to a model that was trained only on pairs. Metrics are
+named TASK_METRIC, and `rows` limits the rows of each task.
 """
 
 from typing import Any

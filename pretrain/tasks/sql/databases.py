@@ -18,7 +18,8 @@ MAGIC = b"SQLite format 3\0"
 def find_databases(rows: "Sequence[Row]", databases: Path, key: str = "task.databases") -> list[Path | None]:
     """Return the SQLite file of each row, or None for a row without a database.
 
-    `databases` is a folder of SQLite files, or one file for all rows. Raises UserError if no row has one, if a file is not a SQLite file, or if it has changes that are not merged yet.
+    `databases` is a folder of SQLite files, or one file for all rows. Raises UserError if no row has a
+    database, if a file is not a SQLite file, or if it has changes that are not merged yet.
     """
     paths = [databases if databases.is_file() else _database(row, databases) for row in rows]
     if not any(paths):
