@@ -65,8 +65,8 @@ def _suppressed_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Return the ids below `vocab_size` that an answer must not contain: all except text tokens and the end token.
 
     Decoding skips special tokens and ids without an entry. An answer with one of these ids would look like the
-    answer without it. Tokens that a tokenizer.json adds to the vocabulary of a tokenizer.model are suppressed too: no text is
-    encoded to them, and the tokenizer.model cannot decode them.
+    answer without it. Tokens that a tokenizer.json adds to the vocabulary of a tokenizer.model are suppressed too: no
+    text is encoded to them, and the tokenizer.model cannot decode them.
     """
     spec = read_json(tokenizer.folder / "tokenizer.json")
     vocab, added = spec["model"]["vocab"], {token["id"]: token["special"] for token in spec["added_tokens"]}

@@ -25,7 +25,10 @@ class VicregConfig(RegularizerConfig):
 
 
 class SigregConfig(RegularizerConfig):
-    """SIGReg (arXiv 2511.08544), which pushes embeddings towards a standard normal along random directions."""
+    """SIGReg (Balestriero and LeCun, arXiv 2511.08544).
+
+    It pushes embeddings towards a standard normal distribution along random directions.
+    """
 
     name: Literal["sigreg"]
     """The Epps-Pulley statistic of random projections."""
