@@ -1,9 +1,9 @@
 """Show what is in a prepared corpus.
 
-Its subcommands:
+Subcommands:
 
     python -m pretrain.data inspect PATH [N]    show some of its records and a picture of a packed row
-    python -m pretrain.data stats PATH          show the lengths of its views and how full packed rows are
+    python -m pretrain.data stats PATH          show the lengths of its views and the fill rate of packed rows
 """
 
 import argparse
@@ -76,16 +76,17 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
 
 def run_stats(arguments: argparse.Namespace) -> None:
-    """Show the lengths of the views, the tokens of each source, and how full rows of several lengths are."""
+    """Show the lengths of the views, the tokens of each source, and the fill rate of packed rows of several lengths."""
     from data_prep.shards import read_manifest
     from data_prep.tools.stats import stats
     from pretrain.data.corpus import Corpus
-    from pretrain.data.efficiency import efficiency
+    from pretrain.data.efficiency import efficiency_table
 
     for split in read_manifest(arguments.path)["splits"]:
         for text in stats(arguments.path, split):
             print_now(text + "\n")
-        print_now("\n".join([f"{split}: how full packed rows are", *efficiency(Corpus(arguments.path, split))]) + "\n")
+        table = efficiency_table(Corpus(arguments.path, split))
+        print_now("\n".join([f"{split}: how full packed rows are", *table]) + "\n")
 
 
 if __name__ == "__main__":

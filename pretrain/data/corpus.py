@@ -19,7 +19,8 @@ from data_prep.tokenizer import Tokenizer
 OPEN_SHARDS = 256
 """Maximum number of shards mapped at a time.
 
-A process may have 65,530 maps, and 1,024 open files while it makes one. A window of the order reads about 64 shards.
+A process may have 65,530 memory maps, and 1,024 open files while it maps a shard. A window of the order reads about 64
+shards.
 """
 
 
@@ -35,7 +36,7 @@ class SourceRecords(NamedTuple):
 class Corpus:
     """The records 0 to `len(corpus) - 1` of one split, in the order of the shards.
 
-    Views are numbered among the ones that a record has: view 1 is its second view, whichever of `data.views` that is.
+    Only the views that a record has are numbered: view 1 is its second view, whichever of `data.views` that is.
 
     Opening a corpus reads only the manifest and the tokenizer. Shards are mapped when they are needed. Each record is
     verified when its lengths or tokens are read; a UserError names what is corrupt.
@@ -95,7 +96,7 @@ class Corpus:
         return lengths if self._complete else np.take_along_axis(lengths, _present_first(lengths), axis=1)
 
     def read(self, records: np.ndarray) -> RecordTokens:
-        """Return the verified tokens of records (N,). Views are numbered among the ones that each record has."""
+        """Return the verified tokens of records (N,). Only the views that a record has are numbered."""
         if not len(records):
             none = np.zeros((0, self.views), np.int64)
             return RecordTokens(np.zeros(0, np.uint16), none, none, none.astype(np.uint64), none[:, 0])
@@ -132,14 +133,14 @@ class Corpus:
 def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> list[float]:
     """Return how often a record of each source occurs in an epoch.
 
-    The weights come from data.sources of the run, or from the manifest if the run names no sources. Raises UserError if
-    the run's sources differ from the ones of the corpus. A source without a path counts as equal.
+    The weights come from data.sources of the run, or from the manifest if the run lists no sources. Raises UserError if
+    the run's sources differ from the sources of the corpus. A source without a path counts as equal.
     """
     prepared = [source["weight"] for source in manifest["sources"]]
     if sources and len(sources) != len(prepared):
         raise UserError(
             f"data.sources has length {len(sources)}, but the corpus was prepared from {len(prepared)} sources: "
-            "name those, or none, or prepare another data.path"
+            "list the same sources, or none, or prepare a different data.path"
         )
     if not sources:
         return prepared
@@ -148,7 +149,7 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
         if differing := [f"{key} {before.get(key)}" for key in now if now[key] != before.get(key)]:
             raise UserError(
                 f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with "
-                f"{' and '.join(differing)} there: name those sources, or none, or prepare another data.path"
+                f"{' and '.join(differing)} there: list the same sources, or none, or prepare a different data.path"
             )
     return [source.weight for source in sources]
 
@@ -176,16 +177,16 @@ def corpus_identity(manifest: dict[str, Any]) -> dict[str, Any]:
 def was_trained_on(run_dir: Path, manifest: dict[str, Any]) -> bool:
     """Return whether a run was trained on the corpus of a manifest.
 
-    Only what the run's environment.json records is compared.
+    Only values that the run's environment.json records are compared.
     """
     recorded = (read_json_or_none(run_dir / "environment.json") or {}).get("data", {})
-    return all(recorded.get(part, found) == found for part, found in corpus_identity(manifest).items())
+    return all(recorded.get(part, value) == value for part, value in corpus_identity(manifest).items())
 
 
 PREPARED_DEFAULTS = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}
-"""Defaults that the preparation of a corpus fills in for unset keys of the data section."""
+"""Defaults of unset keys of the data section that are filled in when a corpus is prepared."""
 NOT_COMPARED = ("sequence_length", "decontaminate")
-"""Keys of the data section that may differ from the prepared ones: a run checks their consequences at its start."""
+"""Keys of the data section whose values may differ from the prepared ones; a run checks the consequences at startup."""
 
 
 def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
@@ -205,15 +206,15 @@ def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
 
 
 def _differing(prepared: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the key, the prepared value and the present value of each difference between keys that both have."""
+    """Yield the key, the prepared value and the present value for each shared key whose values differ."""
     # Under .views, an absent key is an absent view, so the dictionaries are compared as wholes.
     if isinstance(prepared, dict) and isinstance(now, dict) and not key.endswith(".views"):
         for part in prepared:
             if part in now:
                 yield from _differing(prepared[part], now[part], f"{key}.{part}")
     elif isinstance(prepared, list) and isinstance(now, list) and len(prepared) == len(now):
-        for number, (one, other) in enumerate(zip(prepared, now, strict=True)):
-            yield from _differing(one, other, f"{key}.{number}")
+        for number, (prepared_item, item) in enumerate(zip(prepared, now, strict=True)):
+            yield from _differing(prepared_item, item, f"{key}.{number}")
     elif not _is_equivalent(key, prepared, now):
         yield key, prepared, now
 
@@ -226,5 +227,5 @@ def _is_equivalent(key: str, prepared: Any, now: Any) -> bool:
 
 
 def _present_first(lengths: np.ndarray) -> np.ndarray:
-    """Return the order of each record's columns that puts the ones with tokens first: (N, views) -> (N, views)."""
+    """Return the order of each record's columns in which columns with tokens are first: (N, views) -> (N, views)."""
     return np.argsort(lengths == 0, axis=1, kind="stable")

@@ -11,14 +11,17 @@ SAMPLE_BLOCKS = 192
 """Blocks of records in the sample: three windows of the training order."""
 ROW_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GAIN = 0.001
-"""Smallest worthwhile gain in fullness: once every record fits, the table ends at a doubling that gains less."""
+"""Smallest gain in fullness for which a doubled row length is worthwhile.
+
+The table ends at the first smaller gain once every record fits.
+"""
 
 
-def efficiency(corpus: Corpus) -> list[str]:
+def efficiency_table(corpus: Corpus) -> list[str]:
     """Return the lines of a table with one line per row length.
 
     Each line has the fraction of positions that hold tokens and the fraction of records that do not fit, for the joint
-    and the independent layout with k = 1.
+    and the independent layout with one predictor token (k = 1).
     """
     records = sample(len(corpus))
     lengths = corpus.lengths(records)
@@ -36,20 +39,25 @@ def efficiency(corpus: Corpus) -> list[str]:
     ]
     previous = 0.0
     for row_length in ROW_LENGTHS:
-        found = [fullness(layout.positions(lengths), row_length) for layout in layouts]
-        shares = [f"  {full:>7.1%} {f'{too_long:.1%} too long' if too_long else '':>15}" for full, too_long in found]
-        lines.append(f"  {row_length:>10,}{''.join(shares)}".rstrip())
-        lowest = min(full for full, _ in found)
-        if lowest < previous + GAIN and not any(too_long for _, too_long in found):
+        measured = [packing_fractions(layout.positions(lengths), row_length) for layout in layouts]
+        cells = [_format_cell(full, too_long) for full, too_long in measured]
+        lines.append(f"  {row_length:>10,}{''.join(cells)}".rstrip())
+        lowest = min(full for full, _ in measured)
+        if lowest < previous + GAIN and not any(too_long for _, too_long in measured):
             break
         previous = lowest
     return lines
 
 
+def _format_cell(full: float, too_long: float) -> str:
+    note = f"{too_long:.1%} too long" if too_long else ""
+    return f"  {full:>7.1%} {note:>15}"
+
+
 def sample(records: int) -> np.ndarray:
     """Return the numbers (N,) of the records of at most SAMPLE_BLOCKS blocks.
 
-    The blocks are spread evenly over all records, and come in random order as in training.
+    The blocks are spread evenly over all records, and are in random order, as in training.
     """
     blocks = -(-records // BLOCK)
     chosen = np.linspace(0, blocks - 1, min(blocks, SAMPLE_BLOCKS)).astype(np.int64)
@@ -57,10 +65,10 @@ def sample(records: int) -> np.ndarray:
     return numbers[numbers < records]
 
 
-def fullness(positions: np.ndarray, row_length: int) -> tuple[float, float]:
+def packing_fractions(positions: np.ndarray, row_length: int) -> tuple[float, float]:
     """Return the fraction of positions that hold tokens, and the fraction of records longer than a row.
 
-    `positions` (N,) are the positions of each record. The rows are packed window by window.
+    `positions` (N,) holds the number of positions of each record. The rows are packed window by window.
     """
     fits = positions <= row_length
     rows = 0
@@ -68,4 +76,5 @@ def fullness(positions: np.ndarray, row_length: int) -> tuple[float, float]:
         window = positions[first : first + WINDOW]
         window = window[window <= row_length]
         rows += int(pack(window, row_length).max()) + 1 if len(window) else 0
-    return float(positions[fits].sum() / (rows * row_length)) if rows else 0.0, float(1 - fits.mean())
+    full = float(positions[fits].sum() / (rows * row_length)) if rows else 0.0
+    return full, float(1 - fits.mean())

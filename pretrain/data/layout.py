@@ -12,8 +12,8 @@ subtree of its segment ends. Query q sees key p exactly if p <= q < visible_unti
 The embedding of a view is the hidden state of its last token when the view is encoded separately. A prediction is the
 hidden state of the last predictor token, which follows the view (LLM-JEPA, arXiv 2509.14252, section 3). If the
 predictor tokens are prepended instead, it is the hidden state of the view's last token; for k = 0 it is the embedding
-itself. With more than two views, each view predicts the next one. Views are numbered among the ones that a record has:
-a record that lacks its second view is a plain document.
+itself. With more than two views, each view predicts the next one. Only the views that a record has are numbered: a
+record that lacks its second view is a plain document.
 
 Only this module knows about views, predictor tokens, directions and read-outs.
 """
@@ -43,7 +43,7 @@ class Segment:
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     last_suffix: tuple[int, ...] | None = None
-    """Replacement for `suffix`, of the same length, if the record has no further view; None: `suffix`."""
+    """Replacement for `suffix`, of the same length, if the record has no further view; None: `suffix` is kept."""
     parent: int | None = None
     lm_start: int | None = None
     """Index of its first token that is a next-token target, predicted at the position before it; None: no targets."""
@@ -107,7 +107,7 @@ class Layout:
     documents: tuple[tuple[int, ...], ...] = ()
     """Indices of the segments that make up each text; they are adjacent in the row too."""
     spans: SpanSampling | None = None
-    """Sampling of spans from the documents, see pretrain/data/spans.py; None: no spans."""
+    """Sampling of spans from the documents (see pretrain/data/spans.py); None: no spans."""
 
     def segment_lengths(self, lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
         """Return the tokens of each segment: view lengths (N, views), pair flags (N,) -> (N, segments); 0 if absent."""
@@ -138,7 +138,7 @@ class Layout:
         return counts
 
     def is_last(self, segment: Segment, lengths: np.ndarray) -> np.ndarray:
-        """Return which records have no view after the segment's: view lengths (N, views) -> (N,)."""
+        """Return the mask of the records without a view after the segment's view: view lengths (N, views) -> (N,)."""
         assert segment.view is not None
         after = segment.view + 1
         if after >= lengths.shape[1]:
@@ -156,7 +156,10 @@ class Layout:
         return total
 
     def pairs(self, segment_lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
-        """Return which read-outs each record has: segment lengths (N, segments), pair flags (N,) -> (N, read-outs)."""
+        """Return the mask of each record's read-outs.
+
+        Segment lengths (N, segments), pair flags (N,) -> (N, read-outs).
+        """
         columns = [
             paired & (segment_lengths[:, pair.prediction] > 0) & (segment_lengths[:, pair.target] > 0)
             for pair in self.read_outs

@@ -1,7 +1,7 @@
 """The stream of packed rows: order, loss dropout and packing, with a state of three integers.
 
-Every rank plans the same rows from lengths alone. It therefore knows the counts of the whole global batch without
-communication, and reads only the tokens of its own rows.
+Every rank computes the same packing from the record lengths alone. It therefore knows the counts of the whole
+global batch without communication, and reads only the tokens of its own rows.
 """
 
 from collections.abc import Sequence
@@ -114,9 +114,9 @@ def plan_rows(
 class Loader:
     """A stream of rows that is endless or `epochs` long and can be resumed at any row.
 
-    `weights` has the number of occurrences per epoch of the records of each source, by default from the manifest.
+    `weights` lists the number of occurrences per epoch of the records of each source; default: as in the manifest.
     `dropout` is the fraction of records that are excluded from the pair loss in a pass over their source. They are
-    drawn by seed, pass and record, and the space of their pair segments is used by other records. Raises UserError if
+    drawn from seed, pass and record, and the space of their pair segments is used by other records. Raises UserError if
     the epochs contain no records.
     """
 
@@ -150,7 +150,7 @@ class Loader:
         return self.order.records_in_epochs(self.epochs) if self.epochs else 0
 
     def state(self) -> dict[str, int]:
-        """Return the position in the stream, which is the same on every rank and for any number of ranks."""
+        """Return the position in the stream; it is the same on every rank and for any number of ranks."""
         return {"epoch": self.epoch, "window": self.window, "row": self.row}
 
     def load_state(self, state: dict[str, int]) -> None:
@@ -163,7 +163,7 @@ class Loader:
         return self.epochs is not None and self.epoch >= self.epochs
 
     def next_rows(self, count: int) -> Rows:
-        """Return the next `count` rows; at the end of the last epoch the missing ones are empty.
+        """Return the next `count` rows; at the end of the last epoch the missing rows are empty.
 
         Raises ValueError if the loader is exhausted.
         """

@@ -29,7 +29,7 @@ class _Segment:
     """Index of the segment in the row, from 0."""
     record: int
     name: str
-    """The view that it holds, or `pred`."""
+    """Name of the view, or `pred`."""
     start: int
     stop: int
 
@@ -70,7 +70,7 @@ def picture(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_l
 
 
 def _row_of(corpus: Corpus, record: int, layout: Layout, row_length: int) -> Rows:
-    """Return the row of `record` when best-fit packs it with the WINDOW - 1 records after it.
+    """Return the row of `record`, packed by best fit with the WINDOW - 1 records after it.
 
     Raises ValueError if the record does not fit.
     """
@@ -152,7 +152,7 @@ def _box(label: str, length: int) -> list[str]:
 def _numbers(values: np.ndarray, segments: Sequence[_Segment] = ()) -> list[str]:
     """Return one character per value: a dot, or part of a number.
 
-    Multiples of ten and the first value of each segment are written out if there is room.
+    Multiples of ten and the first value of each segment are written in full if there is room.
     """
     out = ["·"] * len(values)
     starts = {segment.start: segment.stop for segment in segments}
@@ -213,7 +213,7 @@ def _content(corpus: Corpus, ids: list[int]) -> str:
 
 
 def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
-    """Return a matrix of which segment sees which.
+    """Return a matrix that shows which segment sees which.
 
     Records are shown side by side as far as the width allows. A last line summarises the visibility between records.
     """
@@ -221,7 +221,7 @@ def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
     counts = _visible_pairs(batch.visible_until[0].numpy(), starts, stops)
     record = np.array([segment.record for segment in segments])
     across_records = int(counts[record[:, None] != record].sum())
-    own = (stops - starts) * (stops - starts + 1) // 2
+    causal_pairs = (stops - starts) * (stops - starts + 1) // 2
     cell = len(str(len(segments) - 1)) + 1
     room = max(1, (width - MARGIN) // cell)
     lines = [
@@ -237,7 +237,7 @@ def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
             signs = [
                 _sign(
                     counts[query, key],
-                    own[query] if query == key else (stops - starts)[[query, key]].prod(),
+                    causal_pairs[query] if query == key else (stops - starts)[[query, key]].prod(),
                     query == key,
                 )
                 for key in group
@@ -267,12 +267,12 @@ def _visible_pairs(visible_until: np.ndarray, starts: np.ndarray, stops: np.ndar
     )
 
 
-def _sign(count: int, possible: int, own: bool) -> str:
+def _sign(count: int, possible: int, is_own: bool) -> str:
     if not count:
         return NOTHING
     if count != possible:
         return PARTLY
-    return OWN if own else ALL
+    return OWN if is_own else ALL
 
 
 def _groups(record: np.ndarray, room: int) -> list[range]:
@@ -313,5 +313,7 @@ def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[s
         f"  record {record}: {describe(prediction)}  ──▶  {describe(target)}" for prediction, target, record in pairs
     ]
     return (
-        ["read-outs: prediction ──▶ target", *lines] if lines else ["read-outs: none, the records are single documents"]
+        ["read-outs: prediction ──▶ target", *lines]
+        if lines
+        else ["read-outs: none, because the records are single documents"]
     )

@@ -1,4 +1,4 @@
-"""Prefetching: a background thread prepares the data of the next steps during the computation of a step."""
+"""Prefetching: while a step is computed, a background thread prepares the data of the next steps."""
 
 import functools
 import time
@@ -22,7 +22,7 @@ class StepData:
 
     rows: Rows
     loss_denominators: dict[str, int]
-    """Counts that normalise the loss terms, see `loss_denominators` in pretrain/data/loader.py."""
+    """Counts that normalise the loss terms; see `loss_denominators` in pretrain/data/loader.py."""
     batches: list[Batch]
     state: dict[str, int]
     """State of the loader after this step."""
@@ -31,16 +31,18 @@ class StepData:
 class Prefetch:
     """The steps of a loader in order, `count` rows each; a context manager that ends the thread.
 
-    On CUDA the batches are in pinned memory. Only the thread may use the loader until it ends.
+    On CUDA the batches are in pinned memory. Until the thread ends, nothing else may use the loader.
     """
 
     def __init__(
         self, loader: Loader, count: int, micro_batches: Callable[[Rows], Iterable[Batch]], device: torch.device
     ):
-        self._loader, self._count, self._micro_batches = loader, count, micro_batches
+        self._loader = loader
+        self._count = count
+        self._micro_batches = micro_batches
         self._pin = device.type == "cuda"
-        prepare = functools.partial(torch.cuda.set_device, device) if self._pin else None
-        self._thread = ThreadPoolExecutor(1, "prefetch", prepare)
+        set_device = functools.partial(torch.cuda.set_device, device) if self._pin else None
+        self._thread = ThreadPoolExecutor(1, "prefetch", set_device)
         self._steps: deque[Future[StepData | None]] = deque(
             self._thread.submit(self._make) for _ in range(PREFETCH_STEPS)
         )
@@ -53,7 +55,7 @@ class Prefetch:
         self._thread.shutdown(cancel_futures=True)
 
     def failed(self) -> bool:
-        """Wait until the next step is prepared, and return whether the preparation failed."""
+        """Wait until the next step is prepared, and return whether preparing it failed."""
         started = time.perf_counter()
         failed = self._steps[0].exception() is not None
         self._waited += time.perf_counter() - started

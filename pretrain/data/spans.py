@@ -20,43 +20,43 @@ STRETCHES = 3
 def draw_spans(layout: Layout, starts: np.ndarray, segment_lengths: np.ndarray, random_bits: np.ndarray) -> np.ndarray:
     """Return the stretches of all documents that have spans, as (S, 3, 2) positions.
 
-    `starts` (N, segments) are the first positions of the segments. `random_bits` (N,) uint64 has a random number per
-    record.
+    `starts` (N, segments) are the first positions of the segments. `random_bits` (N,) uint64 contains a random number
+    per record.
     """
-    found = [np.zeros((0, STRETCHES, 2), np.int64)]
+    stretches = [np.zeros((0, STRETCHES, 2), np.int64)]
     for index, document in enumerate(layout.documents):
         lengths = segment_lengths[:, list(document)]
         if layout.spans == "views":
             if len(document) > 1:
                 members = np.flatnonzero(lengths[:, 1])
-                found.append(_views(lengths[members]) + starts[members, document[0]][:, None, None])
+                stretches.append(_views(lengths[members]) + starts[members, document[0]][:, None, None])
             continue
         last = lengths.sum(axis=1) - 1
         members = np.flatnonzero(last > 1)
         random = splitmix64(random_bits[members] + np.uint64(index))
         form = _three_points if layout.spans == "three_points" else _sub_span
-        found.append(form(last[members], random) + starts[members, document[0]][:, None, None])
-    return np.concatenate(found)
+        stretches.append(form(last[members], random) + starts[members, document[0]][:, None, None])
+    return np.concatenate(stretches)
 
 
 def _three_points(last: np.ndarray, random: np.ndarray) -> np.ndarray:
     """Draw three different positions from 0 to `last`, uniformly: (N,), (N,) -> (N, 3, 2)."""
     points = np.empty((len(last), 3), np.int64)
-    for place in range(3):
-        point = _below(last + 1 - place, random, place)
-        taken = np.sort(points[:, :place], axis=1)
-        for column in range(place):  # skip the positions that are taken, the smallest first
-            point += point >= taken[:, column]
-        points[:, place] = point
+    for number in range(3):
+        point = _below(last + 1 - number, random, number)
+        drawn = np.sort(points[:, :number], axis=1)
+        for column in range(number):  # skip the positions that have been drawn, the smallest first
+            point += point >= drawn[:, column]
+        points[:, number] = point
     s, r, t = np.sort(points, axis=1).T
     return _stretches(r, t, s, r, r, r)
 
 
 def _sub_span(last: np.ndarray, random: np.ndarray) -> np.ndarray:
     """Draw two different positions from 0 to `last`, but not both ends, uniformly: (N,), (N,) -> (N, 3, 2)."""
-    whole = last * (last - 1) // 2  # the index of (0, last) in the order (0, 1), (0, 2), (1, 2), (0, 3), ...
+    excluded = last * (last - 1) // 2  # the index of (0, last) in the order (0, 1), (0, 2), (1, 2), (0, 3), ...
     number = _below(last * (last + 1) // 2 - 1, random, 0)
-    number += number >= whole
+    number += number >= excluded
     b = ((1 + np.sqrt(8.0 * number + 1)) // 2).astype(np.int64)
     a = number - b * (b - 1) // 2
     zero = np.zeros_like(a)

@@ -44,14 +44,15 @@ def evaluation_lock(run_dir: Path) -> Iterator[None]:
 def unpin_checkpoint(
     run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]
 ) -> None:
-    """Remove the pin of a checkpoint when these tasks are done or given up.
+    """Remove the pin of a checkpoint when these tasks are done or have been given up on.
 
     The pin remains if the run itself has requested other evaluations of the step and their results are missing. A job
     of the run then finds the pin and evaluates the step.
     """
     requested_by_run = config.evaluation.every and step % config.evaluation.every == 0
     differs = tasks != config.evaluation.tasks or overrides
-    if not (requested_by_run and differs and step not in evaluated_steps(run_dir, config.evaluation.tasks)):
+    pending = requested_by_run and differs and step not in evaluated_steps(run_dir, config.evaluation.tasks)
+    if not pending:
         (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
 
 

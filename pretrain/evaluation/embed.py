@@ -1,4 +1,4 @@
-"""Embeddings of the views of rows, and predictions of views, from an export alone, read out as in training."""
+"""Embeddings and predictions of the views of rows, computed from an export alone and read out as in training."""
 
 import itertools
 import os
@@ -27,44 +27,54 @@ TOKENS = 16_384
 
 
 class Embeddings(NamedTuple):
-    """Embeddings of N rows; a row that does not fit into the model's positions is NaN."""
+    """Embeddings of N rows. An encoding that does not fit into the model's positions is NaN."""
 
     views: dict[str, np.ndarray]
     """(N, D) fp32 embeddings of each view, encoded separately."""
     predictions: dict[tuple[str, str], np.ndarray]
-    """(N, D) fp32 predictions by (predicting, predicted) view; without predictor tokens, the view's own embeddings."""
+    """(N, D) fp32 predictions by (source view, target view).
+
+    Without predictor tokens, a prediction is the embedding of the source view.
+    """
     fits: np.ndarray
-    """(N,) bool: whether all encodings of a row fit into the model's positions. If so, NaNs come from the weights."""
+    """(N,) bool: whether all encodings of a row fit into the model's positions.
+
+    NaN in a row that fits is due to the weights.
+    """
 
 
 def embed_file(export: Path, file: str) -> None:
     """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export.
 
     The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` for each prediction by predictor
-    tokens. Row i of each array belongs to record i. The file is named after the source; a number is appended if another
-    source of the same name was embedded before. Raises UserError if the source cannot be read or array names collide.
+    tokens. Row i of each array belongs to row i of the source. The file is named after the source; a number is appended
+    if a different source of the same name was embedded before. Raises UserError if the source cannot be read
+    or array names collide.
     """
     views = tuple(read_json(export / "jepa.json")["views"])
     source = _parse_source(file)
     rows = read_rows(source, views, "--embed")
-    found = embed(export, [row.views for row in rows])
+    embeddings = embed(export, [row.views for row in rows])
     predictions = {
-        f"{source}_to_{target}": array
-        for (source, target), array in found.predictions.items()
-        if array is not found.views[source]
+        f"{view}_to_{predicted_view}": array
+        for (view, predicted_view), array in embeddings.predictions.items()
+        if array is not embeddings.views[view]
     }
-    if ambiguous := found.views.keys() & predictions.keys():
+    if ambiguous := embeddings.views.keys() & predictions.keys():
         raise UserError(
             f"{export}: the view {min(ambiguous)!r} has the same name as the array of a prediction; "
             "rename the view in data.views"
         )
-    arrays = found.views | predictions
+    arrays = embeddings.views | predictions
     output = _write(export / "embeddings", source, arrays)
     for name, array in arrays.items():
         print_now(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
-    too_long, not_finite = int((~found.fits).sum()), int((found.fits & ~finite_rows(arrays.values())).sum())
+    too_long = int((~embeddings.fits).sum())
+    not_finite = int((embeddings.fits & ~finite_rows(arrays.values())).sum())
     if too_long:
-        print_now(f"note: {too_long:,} rows do not fit into the positions of the model; their embeddings are NaN")
+        print_now(
+            f"note: in {too_long:,} rows a text does not fit into the positions of the model; its embedding is NaN"
+        )
     if not_finite:
         print_now(
             f"WARNING: the embeddings of {not_finite:,} rows are not finite because the weights of the model have "
@@ -74,7 +84,7 @@ def embed_file(export: Path, file: str) -> None:
 
 
 def finite_rows(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Return which rows of several arrays (N, D) are finite in all of them: (N,) bool."""
+    """Return the mask of the rows that are finite in every array: several (N, D) -> (N,) bool."""
     return np.asarray(np.stack([np.isfinite(array).all(axis=1) for array in arrays]).all(axis=0))
 
 
@@ -107,13 +117,13 @@ def _comment(path: Path) -> bytes:
         return b""
 
 
-def _parse_source(given: str) -> JsonSource | HubSource:
-    if not given.startswith("{"):
-        return JsonSource(type="json", path=given)
+def _parse_source(file: str) -> JsonSource | HubSource:
+    if not file.startswith("{"):
+        return JsonSource(type="json", path=file)
     try:
-        values = yaml.safe_load(given)
+        values = yaml.safe_load(file)
     except yaml.YAMLError:
-        raise UserError(f"--embed: {given} is not valid YAML; fix it, or pass a file") from None
+        raise UserError(f"--embed: {file} is not valid YAML; fix it, or pass a file") from None
     source = validate(RowTask, {"name": "retrieval", "test": values}, "--embed").test
     assert isinstance(source, JsonSource | HubSource)  # YAML that starts with a brace is a mapping
     return source
@@ -122,23 +132,24 @@ def _parse_source(given: str) -> JsonSource | HubSource:
 def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     """Return the embeddings of rows that have all views of the export."""
     jepa = read_json(export / "jepa.json")
-    # The attention kernel for CPU accepts rows that are not packed.
+    # Even on CUDA, use the attention kernel for CPU, because it accepts rows that are not packed.
     model, tokenizer = load_language_model(export, "auto", torch.device("cpu"))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
     names, pairing = jepa["views"], pairing_from_export(jepa)
-    tokens = [tokenizer.encode_batch(list(of_view)) for of_view in zip(*texts, strict=True)]
+    tokens = [tokenizer.encode_batch(list(view_texts)) for view_texts in zip(*texts, strict=True)]
 
-    limit, fits = model.causal_lm.config.max_position_embeddings, np.ones(len(texts), bool)
+    limit = model.causal_lm.config.max_position_embeddings
+    fits = np.ones(len(texts), bool)
 
-    def encoded(view: int, front: Sequence[int] = (), back: Sequence[int] = ()) -> np.ndarray:
+    def encode_view(view: int, front: Sequence[int] = (), back: Sequence[int] = ()) -> np.ndarray:
         template: ViewTemplate = view_template(jepa, view)
         before, after = ([ids[name] for name in part] for part in template)
         rows = [[*before, *front, *row, *after, *back] for row in tokens[view]]
         np.logical_and(fits, [len(row) <= limit for row in rows], out=fits)
         return encode(model, rows)
 
-    views = {name: encoded(number) for number, name in enumerate(names)}
+    views = {name: encode_view(number) for number, name in enumerate(names)}
     predictor = list(
         range(model.vocab_size, model.vocab_size + (model.predictor.num_embeddings if model.predictor else 0))
     )
@@ -146,15 +157,15 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     by_source: dict[int, np.ndarray] = {}
     for source, target in pairing.edges(len(names)):
         if source not in by_source:
-            placed = {"front" if pairing.prepended else "back": predictor}
-            by_source[source] = encoded(source, **placed) if predictor else views[names[source]]
+            front, back = (predictor, []) if pairing.prepended else ([], predictor)
+            by_source[source] = encode_view(source, front, back) if predictor else views[names[source]]
         predictions[names[source], names[target]] = by_source[source]
     return Embeddings(views, predictions, fits)
 
 
 def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
-    """Return the last hidden state of each row of token ids, (N, D) fp32; NaN for a row that does not fit."""
-    found = np.full((len(rows), model.hidden_size), np.nan, np.float32)
+    """Return the last hidden state of each row of token ids, (N, D) fp32; NaN for a row that is too long."""
+    embeddings = np.full((len(rows), model.hidden_size), np.nan, np.float32)
     limit = model.causal_lm.config.max_position_embeddings
     for indices in tqdm(
         list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None
@@ -167,14 +178,15 @@ def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
             hidden = model.causal_lm.model(
                 inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
             ).last_hidden_state
-        found[indices] = hidden[torch.arange(len(indices)), last].float().cpu().numpy()
-    return found
+        embeddings[indices] = hidden[torch.arange(len(indices)), last].float().cpu().numpy()
+    return embeddings
 
 
 def _batches(lengths: list[int], limit: int) -> Iterator[list[int]]:
     """Yield batches of the indices of rows of similar length; rows that do not fit `limit` positions are skipped."""
     batch: list[int] = []
-    for index in sorted((index for index in range(len(lengths)) if lengths[index] <= limit), key=lengths.__getitem__):
+    fitting = [index for index, length in enumerate(lengths) if length <= limit]
+    for index in sorted(fitting, key=lengths.__getitem__):
         if batch and (len(batch) + 1) * lengths[index] > TOKENS:
             yield batch
             batch = []

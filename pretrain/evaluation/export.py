@@ -13,7 +13,7 @@ from pretrain.training.checkpoint import consolidate
 
 
 def export_checkpoint(run_dir: Path, step: int) -> Path:
-    """Export the checkpoint of a step if it has no export yet, and return the folder.
+    """Export the checkpoint of a step if it has not been exported yet, and return the folder of the export.
 
     Raises UserError for a corrupt checkpoint or a missing model folder.
     """

@@ -19,15 +19,16 @@ from pretrain.training.evaluation_requests import die_with_parent, single_proces
 def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSource, folder: Path, name: str) -> Path:
     """Finetune `export` on `pairs`; return the export of the result.
 
-    `task` has the settings that differ from the pretraining run `config`. An interrupted finetuning starts over, and an
-    exported one is not repeated. Raises UserError if the run fails.
+    `task` has the settings that differ from the pretraining run `config`. An interrupted finetuning starts over. If
+    its export exists, it is not repeated. Raises UserError if the run fails.
     """
     data = prepare_task_corpus(config, pairs, folder)
     run = finetuning_config(config, task, data, str(export), str(folder / "finetune"), name)
-    path, checkpoints = folder / "finetune" / f"{name}.yaml", run.run_dir / "checkpoints"
+    path = folder / "finetune" / f"{name}.yaml"
+    checkpoints = run.run_dir / "checkpoints"
     path.parent.mkdir(exist_ok=True)
     if path.exists() and path.read_text(encoding="utf-8") != dump_config(run):
-        shutil.rmtree(run.run_dir, ignore_errors=True)  # left by an earlier evaluation with other settings
+        shutil.rmtree(run.run_dir, ignore_errors=True)  # from an earlier evaluation with different settings
     write_text(path, dump_config(run))
     if not (run.run_dir / "export").exists():
         # A run that outlived this process would disturb the next evaluation, which uses the same folder.

@@ -24,7 +24,7 @@ def generate_answers(folder: Path, contexts: list[str], max_new_tokens: int) -> 
     UserError if no context leaves room for an answer.
     """
     answers = _answer(folder, contexts, max_new_tokens=max_new_tokens)
-    if not any(written.fits for written in answers):
+    if not any(answer.fits for answer in answers):
         raise UserError(
             f"none of the {len(contexts):,} contexts leaves room for an answer: even the shortest fills all positions "
             "of the model; use shorter contexts"
@@ -64,9 +64,9 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
 def _suppressed_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Return the ids below `vocab_size` that an answer must not contain: all except text tokens and the end token.
 
-    Decoding skips special tokens and ids without an entry. An answer that contains one would look like the answer
-    without it. Tokens that a tokenizer.json adds to the vocabulary of a tokenizer.model are suppressed too: no text is
-    encoded to them, and the tokenizer.model cannot decode them.
+    Decoding skips special tokens and ids without an entry. An answer with one of these ids would look like the
+    answer without it. Tokens that a tokenizer.json adds to the vocabulary of a tokenizer.model are suppressed too: no
+    text is encoded to them, and the tokenizer.model cannot decode them.
     """
     spec = read_json(tokenizer.folder / "tokenizer.json")
     vocab, added = spec["model"]["vocab"], {token["id"]: token["special"] for token in spec["added_tokens"]}
@@ -82,7 +82,8 @@ def _batches(lengths: list[int], limit: int, max_new_tokens: int) -> Iterator[tu
 
     The rows of a batch have the same room, so a long row does not shorten the answers of other rows.
     """
-    by_length = sorted((index for index in range(len(lengths)) if lengths[index] < limit), key=lengths.__getitem__)
+    fitting = [index for index, length in enumerate(lengths) if length < limit]
+    by_length = sorted(fitting, key=lengths.__getitem__)
     for room, group in itertools.groupby(by_length, key=lambda index: min(max_new_tokens, limit - lengths[index])):
         indices = list(group)
         for first in range(0, len(indices), BATCH):

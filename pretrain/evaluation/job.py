@@ -118,14 +118,14 @@ def _read_config_and_tasks(arguments: argparse.Namespace) -> tuple[RunConfig, li
 
 
 def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> list[TaskConfig]:
-    """Return the tasks of the configuration, or the ones in `names`; `task.KEY=VALUE` sets a key of a single task.
+    """Return the configured tasks, or only the tasks in `names`; `task.KEY=VALUE` sets a key of a single task.
 
     Raises UserError if there is no task, or if there are several and an override addresses one.
     """
     tasks = config.evaluation.tasks
     if names:
-        known = {task.title: task.model_dump(exclude_none=True) for task in tasks}
-        chosen = [known.get(name, {"name": name}) for name in names]
+        configured = {task.title: task.model_dump(exclude_none=True) for task in tasks}
+        chosen = [configured.get(name, {"name": name}) for name in names]
     else:
         chosen = [task.model_dump(exclude_none=True) for task in tasks]
     if not chosen:

@@ -31,12 +31,12 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
         )
         for ids in tokenizer.encode_batch(options)
     ]
-    found = [float("-inf")] * len(rows)
+    results = [float("-inf")] * len(rows)
     batches = list(_batches(rows, model.config.max_position_embeddings, model.config.vocab_size))
     for indices in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
         ids, mask = left_pad([rows[index][0] + rows[index][1] for index in indices], tokenizer.pad_id)
         lengths = torch.tensor([len(rows[index][1]) for index in indices])
-        kept = int(lengths.max())
+        longest_option = int(lengths.max())
         with torch.inference_mode():
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             logits = model(
@@ -44,13 +44,15 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
                 attention_mask=mask.to(model.device),
                 position_ids=positions.to(model.device),
                 use_cache=False,
-                logits_to_keep=kept + 1,
+                logits_to_keep=longest_option + 1,
             ).logits[:, :-1]
-            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -kept:].to(model.device), reduction="none").cpu()
-        inside = torch.arange(kept) >= kept - lengths[:, None]
+            losses = F.cross_entropy(
+                logits.transpose(1, 2), ids[:, -longest_option:].to(model.device), reduction="none"
+            ).cpu()
+        inside = torch.arange(longest_option) >= longest_option - lengths[:, None]
         for index, loss in zip(indices, (losses * inside).sum(dim=1).tolist(), strict=True):
-            found[index] = -loss
-    values = iter(found)
+            results[index] = -loss
+    values = iter(results)
     return [[next(values) for _ in options] for _, options in questions]
 
 
@@ -58,13 +60,15 @@ def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocab_size: in
     """Yield batches of the indices of rows of similar length; rows that do not fit `limit` positions are skipped."""
     length = [len(prompt) + len(option) for prompt, option in rows]
     batch: list[int] = []
-    kept = 0
-    for index in sorted((index for index in range(len(rows)) if length[index] <= limit), key=length.__getitem__):
-        kept = max(kept, len(rows[index][1]) + 1)
+    logit_positions = 0
+    fitting = [index for index in range(len(rows)) if length[index] <= limit]
+    for index in sorted(fitting, key=length.__getitem__):
+        logit_positions = max(logit_positions, len(rows[index][1]) + 1)
         size = len(batch) + 1
-        if batch and (size * length[index] > TOKENS or size * kept * vocab_size > LOGITS):
+        if batch and (size * length[index] > TOKENS or size * logit_positions * vocab_size > LOGITS):
             yield batch
-            batch, kept = [], len(rows[index][1]) + 1
+            batch = []
+            logit_positions = len(rows[index][1]) + 1
         batch.append(index)
     if batch:
         yield batch

@@ -19,7 +19,7 @@ SCORING_VERSION = 2
 Scores of different versions are never compared or averaged. Results without a version have version 1.
 """
 TABLE_COLUMNS = 6
-"""Maximum number of metrics per task in the summary table: the first ones, because they are the most informative."""
+"""Maximum number of metrics per task in the summary table; a task lists its most informative metrics first."""
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
@@ -57,8 +57,8 @@ def scoring_version(result: dict[str, Any]) -> int:
 def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the key that identifies a result.
 
-    It has the step, the task, the scoring version and the settings. The settings include the checksums of the task's
-    files and the overrides, such as a seed.
+    It contains the step, the task, the scoring version and the settings. The settings include the checksums of the
+    task's files and the overrides, such as a seed.
     """
     paths = [source if isinstance(source, str) else source.path for source in (*task.sources.values(), *task.paths)]
     settings = task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
@@ -71,26 +71,24 @@ def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> di
 def _files(path: Path) -> list[Path]:
     """Return the file at `path`, all files in the folder at `path`, or all files that match it as a glob."""
     if path.is_dir():
-        found = list(path.rglob("*"))
+        matches = list(path.rglob("*"))
     elif path.exists():
-        found = [path]
+        matches = [path]
     else:
-        found = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    return sorted(file for file in found if file.is_file())
+        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    return sorted(file for file in matches if file.is_file())
 
 
 def is_evaluated(run_dir: Path, task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> bool:
-    """Return whether results.jsonl has the result of the task at the step."""
+    """Return whether results.jsonl contains the result of the task at the step."""
     return step in evaluated_steps(run_dir, [task], overrides)
 
 
 def evaluated_steps(run_dir: Path, tasks: Sequence[TaskConfig], overrides: Sequence[str] = ()) -> set[int]:
-    """Return the steps for which results.jsonl has the results of all tasks."""
+    """Return the steps for which results.jsonl contains the results of all tasks."""
     results = read_results(run_dir)
-    wanted = [{key: value for key, value in result_key(task, 0, overrides).items() if key != "step"} for task in tasks]
-    return set.intersection(
-        *({result["step"] for result in results if key.items() <= result.items()} for key in wanted)
-    )
+    keys = [{key: value for key, value in result_key(task, 0, overrides).items() if key != "step"} for task in tasks]
+    return set.intersection(*({result["step"] for result in results if key.items() <= result.items()} for key in keys))
 
 
 def append_result(run_dir: Path, result: dict[str, Any], tensorboard: bool = True) -> None:
@@ -133,8 +131,8 @@ def print_summary(run_dir: Path) -> None:
     for task, version in dict.fromkeys((result["task"], scoring_version(result)) for result in all_results):
         results = [result for result in all_results if (result["task"], scoring_version(result)) == (task, version)]
         results.sort(key=lambda result: result["step"])
-        every = list(dict.fromkeys(name for result in results for name in result["metrics"]))
-        names = every[:TABLE_COLUMNS]
+        all_names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+        names = all_names[:TABLE_COLUMNS]
         rows = [[task if version == SCORING_VERSION else f"{task}, scoring {version}", "rows", "finetuned", *names]]
         rows += [
             [
@@ -146,8 +144,8 @@ def print_summary(run_dir: Path) -> None:
             for result in results
         ]
         print_table(rows)
-        if len(every) > len(names):
-            print(f"(also in results.jsonl: {', '.join(every[TABLE_COLUMNS:])})", flush=True)
+        if len(all_names) > len(names):
+            print(f"(also in results.jsonl: {', '.join(all_names[TABLE_COLUMNS:])})", flush=True)
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     print(
         f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"

@@ -34,7 +34,7 @@ def prepare_task_corpus(config: RunConfig, source: JsonSource, folder: Path) -> 
         "decontaminate": False,
     }
     if source.path is None:
-        raise UserError(f"a task's {source.type} source has no file; set path in its train or test")
+        raise UserError(f"a {source.type} source of the task has no path; set path in train or test of the task")
     try:
         contents = [sha256_file(Path(path)) for path in find_files(source, "task", SUFFIXES)]
     except OSError as error:

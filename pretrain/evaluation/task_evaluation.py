@@ -36,11 +36,14 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
         print(f"{task.title} at step {step} has already been evaluated", flush=True)
         return
     print(f"evaluating {task.title} at step {step}", flush=True)
-    started, rewinds = time.perf_counter(), len(read_rewinds(run_dir))
+    started = time.perf_counter()
+    rewinds = len(read_rewinds(run_dir))
     evaluate = find_evaluation(task.name)
     result = evaluate(CheckpointTask(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
     declared = {
-        name: found for name in result.metrics if (found := result.directions.get(name) or direction(task.name, name))
+        name: declared_direction
+        for name in result.metrics
+        if (declared_direction := result.directions.get(name) or direction(task.name, name))
     }
     append_result(
         run_dir,

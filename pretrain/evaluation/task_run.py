@@ -49,13 +49,13 @@ class CheckpointTask:
 
     def source(self, key: str) -> JsonSource | HubSource | None:
         """Return the source at a key of the task (train or test), or None if the key is not set."""
-        given = self.task.sources.get(key)
-        return None if given is None else task_source(self.config.data, given)
+        source = self.task.sources.get(key)
+        return None if source is None else task_source(self.config.data, source)
 
     def read_test(self, *, every: bool = False) -> list[Row]:
         """Return the rows to score; with `every`, the option `rows` does not limit them.
 
-        Without a test source they come from the embedded grammar. Raises UserError if they cannot be read.
+        Without a test source, the rows come from the embedded grammar. Raises UserError if they cannot be read.
         """
         source = self.source("test") or grammar_source(
             self.folder / "data", "test", self.config.data.views, self.task.rows or GRAMMAR_ROWS
@@ -118,12 +118,12 @@ class CheckpointTask:
         """Return the log-likelihood of each option after its context; see `pretrain.evaluation.likelihood`."""
         return log_likelihoods(self.model, list(options))
 
-    def unseen(self, rows: Sequence[Row], normal: Callable[[str], str] = str) -> list[bool] | None:
+    def unseen(self, rows: Sequence[Row], normalize: Callable[[str], str] = str) -> list[bool] | None:
         """Return whether the target of each row is unseen, or None if this is unknown.
 
-        The `normal` form of an unseen target is not the normal form of a target in the task's train rows. Its tokens do
-        not equal any view of a record in the training split of the corpus. The whole split is read once. If the corpus
-        of the run is not at data.path, a note is printed and the result is None.
+        An unseen target, normalised by `normalize`, differs from all targets in the task's train rows. Its tokens
+        differ from all views of the records in the training split of the corpus. The whole split is read once. If the
+        corpus of the run is not at data.path, a note is printed and the result is None.
         """
         if not (Path(self.config.data.path) / MANIFEST).exists():
             print_now(
@@ -137,21 +137,24 @@ class CheckpointTask:
                 "metrics on unseen targets are skipped"
             )
             return None
-        known = {normal(row.target) for row in self.read_train()}
+        train_targets = {normalize(row.target) for row in self.read_train()}
         pretrained = in_corpus(self.config.data.path, [row.target for row in rows])
-        return [normal(row.target) not in known and not seen for row, seen in zip(rows, pretrained, strict=True)]
+        return [
+            normalize(row.target) not in train_targets and not is_pretrained
+            for row, is_pretrained in zip(rows, pretrained, strict=True)
+        ]
 
 
 def in_corpus(path: str, texts: Sequence[str]) -> list[bool]:
     """Return whether the tokens of each text are a view of a record in the training split of a corpus."""
     corpus = Corpus(path, "train")
     encoded = corpus.tokenizer.encode_batch(list(texts))
-    wanted = view_hashes(
+    text_hashes = view_hashes(
         np.array([token for ids in encoded for token in ids], np.uint32),
         np.array([len(ids) for ids in encoded], np.int64),
     )
-    found = np.zeros(len(texts), bool)
+    in_split = np.zeros(len(texts), bool)
     for first in range(0, len(corpus), READ_AT_A_TIME):
         hashes = corpus.read(np.arange(first, min(first + READ_AT_A_TIME, len(corpus)))).hashes
-        found |= np.isin(wanted, hashes)
-    return found.tolist()
+        in_split |= np.isin(text_hashes, hashes)
+    return in_split.tolist()

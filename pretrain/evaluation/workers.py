@@ -36,8 +36,8 @@ def run_with_workers(evaluate: Callable[[], None]) -> None:
             exit_on_user_error(evaluate)
         else:
             while (work := _broadcast(None)) is not None:
-                function, folder, rows, more = work
-                function(folder, rows, **more)
+                function, folder, rows, options = work
+                function(folder, rows, **options)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
     finally:
@@ -47,38 +47,38 @@ def run_with_workers(evaluate: Callable[[], None]) -> None:
 
 
 def shard_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry]]:
-    """Decorate `function(folder, rows, **more)`, which returns an entry for each row, to run on all ranks.
+    """Decorate `function(folder, rows, **options)`, which returns an entry for each row, to run on all ranks.
 
     With n ranks, each rank processes every n-th row. The decorated function raises UserError, or RuntimeError with the
     message of the rank that failed.
     """
 
     @functools.wraps(function)
-    def shared(folder: Any, rows: list[Any], **more: Any) -> list[Entry]:
+    def shared(folder: Any, rows: list[Any], **options: Any) -> list[Entry]:
         if not dist.is_initialized():
-            return function(folder, rows, **more)
+            return function(folder, rows, **options)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         if rank == 0:
-            _broadcast((shared, folder, rows, more))
+            _broadcast((shared, folder, rows, options))
         error: Exception | None = None
-        mine: list[Entry] = []
+        local_entries: list[Entry] = []
         try:
-            mine = function(folder, rows[rank::ranks], **more) if rows[rank::ranks] else []
+            local_entries = function(folder, rows[rank::ranks], **options) if rows[rank::ranks] else []
         except Exception as caught:
             error = (
                 caught
                 if isinstance(caught, UserError)
                 else RuntimeError(f"rank {rank}: {type(caught).__name__}: {caught}")
             )
-        found: list[Any] | None = [None] * ranks if rank == 0 else None
-        dist.gather_object((error, mine), found)
-        if found is None:
-            return mine
-        errors = [problem for problem, _ in found if problem]
+        gathered: list[Any] | None = [None] * ranks if rank == 0 else None
+        dist.gather_object((error, local_entries), gathered)
+        if gathered is None:
+            return local_entries
+        errors = [problem for problem, _ in gathered if problem]
         if errors:
             raise errors[0]
         entries: list[Any] = [None] * len(rows)
-        for number, (_, part) in enumerate(found):
+        for number, (_, part) in enumerate(gathered):
             entries[number::ranks] = part
         return entries
 

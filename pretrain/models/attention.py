@@ -27,13 +27,14 @@ NARROWEST_FLEX_HEAD = 16
 def resolve_attention(setting: str, device: torch.device, config: PretrainedConfig) -> str:
     """Return the attention kernel of a setting, and resolve `auto`.
 
-    `auto` is FlexAttention on CUDA. On CPU, where FlexAttention has no backward pass, and for narrow heads it is SDPA,
-    or eager for Gemma 2. Raises UserError if the device, the family or the head width does not support the kernel.
+    `auto` is FlexAttention on CUDA. It is SDPA (for Gemma 2: eager) for narrow heads, and on CPU, where FlexAttention
+    has no backward pass. Raises UserError if the device, the family or the head width does not support the kernel.
     """
     capped = config.model_type == "gemma2"
     narrow = head_width(config) < NARROWEST_FLEX_HEAD
+    dense = "eager" if capped else "sdpa"
     if setting == "auto":
-        setting = "flex_attention" if device.type == "cuda" and not narrow else "eager" if capped else "sdpa"
+        setting = "flex_attention" if device.type == "cuda" and not narrow else dense
     if setting == "flex_attention" and narrow:
         raise UserError(
             f"model.attention: flex_attention needs heads at least {NARROWEST_FLEX_HEAD} wide, "
@@ -44,7 +45,7 @@ def resolve_attention(setting: str, device: torch.device, config: PretrainedConf
     if setting == "flex_attention" and config.attention_dropout:
         raise UserError(
             "model.attention: flex_attention does not support attention_dropout; set attention_dropout to 0 in the "
-            f"model's shape, or model.attention to {'eager' if capped else 'sdpa'}"
+            f"model's shape, or model.attention to {dense}"
         )
     if setting == "sdpa" and capped:
         raise UserError("model.attention: sdpa cannot cap attention scores, but gemma2 does; leave it at auto")
@@ -84,8 +85,8 @@ def visibility_mask(
 ) -> Mask:
     """Return the mask of a kernel, (B, L) -> (B, 1, L, L), limited to a sliding window of `window` positions if given.
 
-    sdpa: boolean, True where the query sees the key. eager: 0 there and the smallest finite number elsewhere, to be
-    added to the scores. flex_attention: a block mask.
+    sdpa: boolean, True where the query sees the key. eager: 0 where the query sees the key, and the
+    smallest finite number elsewhere, to be added to the scores. flex_attention: a block mask.
     """
     rows, length = visible_until.shape
     device = visible_until.device
@@ -94,19 +95,19 @@ def visibility_mask(
         positions = None if positions is None else positions.int()
 
     def visible(row, head, query, key):
-        seen = (key <= query) & (query < visible_until[row, key])
+        is_visible = (key <= query) & (query < visible_until[row, key])
         if window is None:
-            return seen
+            return is_visible
         assert positions is not None
-        return seen & (positions[row, query] - positions[row, key] < window)
+        return is_visible & (positions[row, query] - positions[row, key] < window)
 
     if attention == "flex_attention":
         # The compiled function never builds the dense mask.
         make = _compiled_create_block_mask() if visible_until.is_cuda else create_block_mask
         block_mask: BlockMask = make(visible, rows, None, length, length, device=device.type)
         return block_mask
-    place = torch.arange(length, device=device)
-    mask = visible(torch.arange(rows, device=device)[:, None, None], None, place[:, None], place)[:, None]
+    index = torch.arange(length, device=device)
+    mask = visible(torch.arange(rows, device=device)[:, None, None], None, index[:, None], index)[:, None]
     if attention == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)

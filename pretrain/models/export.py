@@ -1,11 +1,12 @@
-"""Exports: a folder that transformers loads, with additional files for computing the embeddings.
+"""An export: a folder that transformers can load, with additional files for computing embeddings.
 
     config.json model.safetensors tokenizer.json ...    AutoModelForCausalLM / AutoTokenizer.from_pretrained
-    jepa.safetensors              the predictor embedding, `predictor.weight` (k, D); absent for k = 0
+    jepa.safetensors              `predictor.weight` (k, hidden width), embedding of the k predictor tokens; absent
+                                  if k = 0
     jepa.json                     objective, layout, special tokens, corpus settings
     README.md                     description of the export, and code that embeds a view
 
-An export is sufficient to recompute both losses.
+An export is sufficient to recompute the language-model loss and the auxiliary term.
 """
 
 import os
@@ -28,43 +29,53 @@ PREDICTOR_KEY = "predictor.weight"
 
 
 def write_export(
-    folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor], jepa: dict[str, Any], page: str = ""
+    folder: Path, model_folder: Path, state: Mapping[str, torch.Tensor], jepa: dict[str, Any], readme: str = ""
 ) -> None:
-    """Write an export atomically: the folder is complete or absent.
+    """Write an export to a temporary folder, then move it to `folder`; a kill never leaves an incomplete `folder`.
 
-    `skeleton` contains config.json and the tokenizer. `state` is the fp32 state of a LanguageModel. `jepa` is written
-    to jepa.json and `page` to README.md. Raises ValueError if the state does not fit the model.
+    An existing export is moved aside first and removed last; if the process is killed in between, the next call
+    restores or removes it. Only one process at a time may write an export to `folder`.
+
+    `model_folder` contains config.json and the tokenizer. `state` is the fp32 state of a LanguageModel. `jepa` is
+    written to jepa.json and `readme` to README.md. Raises ValueError if the state does not fit the model.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    copy_folder(skeleton, temporary)
-    register_family_from_folder(skeleton)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(skeleton), dtype=torch.float32)
+    # A rewind removes .*.tmp, so it also removes an old export (`_remove_later_steps` in pretrain/training/spikes.py).
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}.tmp") for kind in ("new", "old"))
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    copy_folder(model_folder, temporary)
+    register_family_from_folder(model_folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), dtype=torch.float32)
     weights = {key.removeprefix("causal_lm."): value for key, value in state.items() if key.startswith("causal_lm.")}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     if set(missing) - tied or unexpected:
         raise ValueError(
-            f"the checkpoint does not fit the model: missing {sorted(set(missing) - tied)}, unexpected {unexpected}"
+            f"the checkpoint does not match {model_folder / 'config.json'}: "
+            f"missing weights {sorted(set(missing) - tied)}, unexpected weights {unexpected}"
         )
     model.tie_weights()
     model.save_pretrained(temporary)
     if PREDICTOR_KEY in state:
         save_file({PREDICTOR_KEY: state[PREDICTOR_KEY].contiguous()}, temporary / "jepa.safetensors")
     write_json(temporary / "jepa.json", jepa)
-    if page:
-        write_text(temporary / "README.md", page)
-    shutil.rmtree(folder, ignore_errors=True)
+    if readme:
+        write_text(temporary / "README.md", readme)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def load_language_model(folder: Path, setting: str, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
-    """Return the model and the tokenizer of an export, in fp32, unpartitioned and on CPU.
+def load_language_model(folder: Path, attention_setting: str, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
+    """Return the model of an export in fp32 on the CPU, not partitioned, and its tokenizer.
 
-    The model uses the attention kernel that `setting` selects for `device`.
+    The model uses the attention kernel that `attention_setting` selects for `device`.
     """
     register_family_from_folder(folder)
-    attention = resolve_attention(setting, device, AutoConfig.from_pretrained(folder, local_files_only=True))
+    attention = resolve_attention(attention_setting, device, AutoConfig.from_pretrained(folder, local_files_only=True))
     causal_lm = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True
     )
@@ -76,7 +87,7 @@ def load_language_model(folder: Path, setting: str, device: torch.device) -> tup
 
 
 def load_predictor(model: LanguageModel, folder: str | Path) -> None:
-    """Load the predictor embedding of an export if model and export have the same k; otherwise leave it unchanged."""
+    """Copy the predictor embedding of an export into the model if their shapes match."""
     path = Path(folder) / "jepa.safetensors"
     if model.predictor is None or not path.exists():
         return

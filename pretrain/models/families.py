@@ -1,18 +1,21 @@
-"""Model families that transformers does not have, imported only if one of them is built or loaded."""
+"""Registration of the model families that transformers does not include.
+
+The module of a family is imported only when the family is needed.
+"""
 
 import contextlib
 import importlib
 import json
 from pathlib import Path
 
-MODULES = {"openelm": "pretrain.models.openelm"}
+FAMILY_MODULES = {"openelm": "pretrain.models.openelm"}
 """Modules that register a family with the auto classes of transformers, by family."""
 
 
 def register_family(family: str) -> None:
-    """Register a family with the auto classes of transformers, if transformers does not have it."""
-    if family in MODULES:
-        importlib.import_module(MODULES[family])
+    """Register a family with the auto classes of transformers, if transformers does not include it."""
+    if family in FAMILY_MODULES:
+        importlib.import_module(FAMILY_MODULES[family])
 
 
 def register_family_from_folder(folder: str | Path) -> None:

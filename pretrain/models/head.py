@@ -8,14 +8,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
-"""Maximum number of logits in memory, by device: 256 MiB in fp32, and 1 GiB on a GPU, where large chunks are faster."""
+"""Maximum number of logits in memory, by device: 256 MiB in fp32 on CPU; 1 GiB on CUDA, where this is faster."""
 
 
 class Head(nn.Module):
-    """The output layer of a causal language model, which replaces the original layer and keeps its weight and its name.
+    """Replacement for the output layer of a causal language model; it keeps the name and the weight of that layer.
 
     One module call computes the whole cross-entropy, chunk by chunk. Under ZeRO-3 the weight is therefore gathered
-    once, and ranks with different numbers of chunks stay in step.
+    once, and ranks with different numbers of chunks make the same number of gathers.
     """
 
     def __init__(self, linear: nn.Linear, softcap: float | None, max_logits: int | None = None):
@@ -44,7 +44,7 @@ class Head(nn.Module):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies that computes its gradients in the forward pass, while the logits of a chunk exist.
+    """Autograd function for the sum of cross-entropies. Its forward pass also computes the gradients, chunk by chunk.
 
     The loss, the softmax and the sum of the weight's gradient over the chunks are in fp32. torch's
     `linear_cross_entropy` does the same without soft-capping. With bf16 inputs, however, it returns the loss in bf16
@@ -66,15 +66,18 @@ class _CrossEntropy(torch.autograd.Function):
 
         Shapes: hidden (M, D), weight (V, D), bias (V,) or None, label_ids (M,).
         """
-        wanted = [grad_enabled and ctx.needs_input_grad[place] for place in range(3)]
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+        needs_hidden, needs_weight, needs_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             chunk_loss, gradient = _loss_and_gradient(
-                F.linear(hidden[chunk], weight, bias), label_ids[chunk], softcap, any(wanted)
+                F.linear(hidden[chunk], weight, bias),
+                label_ids[chunk],
+                softcap,
+                needs_hidden or needs_weight or needs_bias,
             )
             loss += chunk_loss
             if grad_bias is not None:
@@ -95,7 +98,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients scaled by the gradient of the loss; the saved ones are kept for further calls."""
+        """Return the saved gradients times the gradient of the loss.
+
+        The saved gradients are not changed, so backward can run again.
+        """
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
             *(
@@ -122,14 +128,14 @@ def _loss_and_gradient(
         scores = scores.div_(softcap).tanh_()
         slope = scores.square().neg_().add_(1) if differentiate else None
         scores = scores.mul_(softcap)
-    labelled = label_ids[:, None]
+    label_column = label_ids[:, None]
     scores -= scores.amax(dim=1, keepdim=True)
-    picked = scores.gather(1, labelled)
+    picked = scores.gather(1, label_column)
     sums = scores.exp_().sum(dim=1, keepdim=True)
     loss = (sums.log() - picked).sum()
     if differentiate:
         scores /= sums
-        scores.scatter_add_(1, labelled, torch.full_like(picked, -1.0))
+        scores.scatter_add_(1, label_column, torch.full_like(picked, -1.0))
         if slope is not None:
             scores *= slope
     return loss, scores

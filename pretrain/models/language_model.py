@@ -22,8 +22,8 @@ VOCAB_SIZE_MULTIPLE = 64
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies depend on the configuration alone.
 
-With the other types of transformers they depend on the longest position of the batch, so packed rows would not equal
-separate sequences.
+With the other RoPE types of transformers, the frequencies depend on the longest position of the batch, so packed rows
+would not equal separate sequences.
 """
 
 
@@ -52,11 +52,11 @@ def build_model_config(
         "eos_token_id": tokenizer.eos_id,
     }
     # The options that every PretrainedConfig has do not describe the shape.
-    known = AutoConfig.for_model(family).to_dict().keys() - PretrainedConfig().to_dict().keys()
+    shape_keys = AutoConfig.for_model(family).to_dict().keys() - PretrainedConfig().to_dict().keys()
     for key in shape:
         if key in computed:
             raise UserError(f"model.shape: {key} comes from the tokenizer; remove it")
-        if key not in known:
+        if key not in shape_keys:
             raise UserError(f"model.shape: {family} has no option {key!r}")
     try:
         config = AutoConfig.for_model(family, **({"max_position_embeddings": sequence_length} | shape | computed))
@@ -80,7 +80,7 @@ def _check_shape(config: PretrainedConfig, where: str) -> None:
     """
     for name in ("hidden_act", "hidden_activation"):
         if getattr(config, name, "silu") not in ACT2FN:
-            raise UserError(f"{where}: unknown {name} {getattr(config, name)!r}; choose one that transformers has")
+            raise UserError(f"{where}: unknown {name} {getattr(config, name)!r}; choose one that transformers supports")
     for name in (
         "hidden_size",
         "num_hidden_layers",
@@ -111,7 +111,7 @@ def _check_shape(config: PretrainedConfig, where: str) -> None:
             f"{where}: {config.model_type} has layers of sliding attention: sliding_window must be positive"
         )
     if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(f"{where}: use_bidirectional_attention lets a token see the one that it predicts; remove it")
+        raise UserError(f"{where}: use_bidirectional_attention lets a token see the token that it predicts; remove it")
 
 
 class PredictorEmbedding(nn.Embedding):

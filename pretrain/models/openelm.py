@@ -57,7 +57,7 @@ class OpenELMConfig(PreTrainedConfig):
     ffn_multipliers: list[int | float] | tuple[int | float, ...] = (0.5, 4.0)
     """Feed-forward width in the first and last layer, as a multiple of hidden_size (the paper's beta)."""
     ffn_dim_divisor: int = 256
-    """Number of which the width of the feed-forward network is a multiple."""
+    """Divisor of the width of the feed-forward network."""
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_parameters: dict | None = None
@@ -110,7 +110,7 @@ class OpenELMConfig(PreTrainedConfig):
     def _by_layer(self, multipliers: list[float] | tuple[float, ...]) -> list[float]:
         """Return the multiplier of each layer, in equal steps from the first to the last.
 
-        They are rounded to two digits as in CoreNet; otherwise the widths differ from the published ones.
+        The multipliers are rounded to two digits as in CoreNet; otherwise the widths differ from the published widths.
         """
         first, last = multipliers
         return [round(float(multiplier), 2) for multiplier in np.linspace(first, last, num=self.num_hidden_layers)]
@@ -276,8 +276,8 @@ class OpenELMModel(OpenELMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = seen + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = past_length + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         # A mask in the kernel's format, such as a BlockMask, is returned unchanged.
         mask = create_causal_mask(
             config=self.config,

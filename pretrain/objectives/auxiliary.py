@@ -29,8 +29,8 @@ class AuxiliaryObjective(ABC):
     ) -> torch.Tensor:
         """Return this rank's sum of the auxiliary term.
 
-        `hidden` is (B * L, D); its read-outs `prediction` and `target` are (P, D). The pool is present if `pooled` is
-        set.
+        `hidden` is (B * L, D); its read-outs `prediction` and `target` are (P, D). `pool` is not None
+        if `pooled` is set.
         """
 
     def __call__(

@@ -1,7 +1,7 @@
 """LLM-JEPA: next-token loss plus a distance between the predicted and the actual embedding of the other view.
 
 Huang, LeCun and Balestriero, arXiv 2509.14252, equation 2: L = L_LM + lambda * d(Pred(Enc(context)), Enc(target)).
-In the published form gradients flow into both sides, and there is no projector and no moving average.
+In the published form, gradients flow into both prediction and target. There is no projector and no moving average.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ DISTANCES = {"cosine": cosine_distance, "l2": l2_distance, "mse": mse_distance}
 
 
 def info_nce_sum(pool: Pool, temperature: float) -> torch.Tensor:
-    """Return the sum, over this rank's pairs, of -log softmax of the pair's target among all targets of the pool.
+    """Return the sum, over this rank's pairs, of -log softmax of the pair's own target relative to its negatives.
 
     This is equation 4 of van den Oord et al., arXiv 1807.03748, with cosine similarities divided by `temperature`. The
     negatives of a pair exclude targets equal to its own, targets of the same record, and targets of the other
@@ -53,7 +53,7 @@ def info_nce_sum(pool: Pool, temperature: float) -> torch.Tensor:
 
 
 class LlmJepa(AuxiliaryObjective):
-    """The language-model loss plus `weight` times the distance of the pairs."""
+    """The language-model loss plus `weight` times the distance between the prediction and the target of each pair."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ def embedding_monitors(pool: Pool) -> dict[str, float]:
     """Return diagnostics of the pairs of a pool, keyed like the metric tags.
 
     paired_cosine: mean cosine of a prediction and its own target. shuffled_cosine: mean cosine of a prediction and its
-    negatives, the targets of other records with another text and the same direction. retrieval_at_1: fraction of
+    negatives, the targets of other records with a different text and the same direction. retrieval_at_1: fraction of
     predictions that are nearer to their own target than to any negative. effective_rank: the smaller of the effective
     ranks of predictions and targets, computed from the first RANK_PAIRS pairs. The result is empty if there are fewer
     than two pairs or if an embedding is not finite.

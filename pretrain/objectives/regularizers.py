@@ -1,7 +1,7 @@
 """Regularizers against collapse, which spread out the predictions and, separately, the targets of a micro step.
 
-Each is a loss of the pool multiplied by the number of pairs, because the sum is later divided by the number of pairs,
-like the sums of other terms.
+Each regularizer is a loss of the pool, multiplied by the number of pairs because the sum is later divided by that
+number, like the sums of other terms.
 """
 
 from collections.abc import Callable, Iterable

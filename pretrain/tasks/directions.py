@@ -56,5 +56,5 @@ def direction(task: str, metric: str) -> MetricDirection | None:
 
 def split_direction(metric: str) -> tuple[str, str]:
     """Split a metric of `retrieval` into its direction of prediction, such as `code_to_text` or "", and its name."""
-    found = re.fullmatch(r"(\w+_to_\w+?)_(recall_at_10?|mrr)", metric)
-    return (found[1], found[2]) if found else ("", metric)
+    match = re.fullmatch(r"(\w+_to_\w+?)_(recall_at_10?|mrr)", metric)
+    return (match[1], match[2]) if match else ("", metric)

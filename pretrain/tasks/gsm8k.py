@@ -3,9 +3,9 @@
 Metrics, as fractions of the test rows:
 
     final       the answer ended with the end token, and its final number equals the target's
-    final_any   its final number equals the target's, whether or not it ended with the end token
-    answered    it has a final number
-    stopped     it ended with the end token
+    final_any   its final number equals the target's, whether or not the answer ended with the end token
+    answered    the answer has a final number
+    stopped     the answer ended with the end token
 
 A row is wrong if its target has no final number; the count `failed_gold` is the number of these rows.
 """
@@ -27,13 +27,13 @@ FINAL = re.compile(
 
 
 class Config(AnswerTask):
-    """Options of the task: write the solution of a problem, scored by its final number."""
+    """Options of the task that writes the solution of a problem and is scored by its final number."""
 
     name: Literal["gsm8k"]
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Answer the test rows and score the answers."""
+    """Generate answers to the test rows and score the answers."""
     rows = run.read_test()
     answers = run.generate_answers(rows)
     metrics, counts = score([row.target for row in rows], answers)
@@ -42,10 +42,8 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 def score(targets: Sequence[str], answers: Sequence[Answer]) -> tuple[dict[str, float], dict[str, int]]:
     """Return the metrics over all rows, and as `failed_gold` the number of targets without a final number."""
-    gold_numbers, answer_numbers = (
-        [final_number(target) for target in targets],
-        [final_number(answer.text) for answer in answers],
-    )
+    gold_numbers = [final_number(target) for target in targets]
+    answer_numbers = [final_number(answer.text) for answer in answers]
     is_right = [gold is not None and gold == number for gold, number in zip(gold_numbers, answer_numbers, strict=True)]
     return {
         "final": rate(right and answer.stopped for right, answer in zip(is_right, answers, strict=True)),
@@ -61,5 +59,5 @@ def final_number(text: str) -> Decimal | None:
     18, +18.0, $1,800, **18** and -0.5 are numbers; 1/2 and 18-20 are not.
     """
     _, mark, tail = text.rpartition("####")
-    found = FINAL.match(tail) if mark else None
-    return Decimal(found[1].replace("−", "-") + found[2].replace(",", "")) if found else None
+    match = FINAL.match(tail) if mark else None
+    return Decimal(match[1].replace("−", "-") + match[2].replace(",", "")) if match else None

@@ -2,14 +2,15 @@
 
 Metrics, as fractions of the test rows:
 
-    likelihood   the target is the most likely label, with the end token included; a tie counts as wrong
-    generation   the generated answer is the target and ended with the end token
+    likelihood   the target is the most likely label (its end token counts); a tie counts as wrong
+    generation   the generated answer equals the target and ends with the end token
     prefix       the generated answer starts with the target (the measure of the LLM-JEPA paper)
-    stopped      the generated answer ended with the end token
+    stopped      the generated answer ends with the end token
     majority     the target is the most common target: the best score of a model that ignores the text
 
-The candidates are the task's labels and all targets of the test and train files, also beyond the rows used: fewer
-candidates would raise the chance level. If the files use none of the task's labels, their targets replace them.
+The candidates are the task's labels and all targets in the test and train files, including rows that are not scored,
+because fewer candidates would raise the chance level. If no target in the files is one of the task's labels, only the
+targets are candidates.
 """
 
 from collections import Counter
@@ -33,47 +34,51 @@ if TYPE_CHECKING:
 
 METRICS: MetricDirections = higher("likelihood", "generation", "prefix", "stopped") | {"majority": "neither"}
 MOST_LABELS = 50
-"""Largest number of different targets that a classification task accepts."""
+"""Maximum number of candidate labels of a classification task."""
 
 
-def labels_of(rows: "Iterable[Row]", known: Sequence[str]) -> list[str]:
+def labels_of(rows: "Iterable[Row]", known_labels: Sequence[str]) -> list[str]:
     """Return the candidate labels, sorted: all targets, and the known labels if any target is one of them."""
-    found = {row.target for row in rows}
-    return sorted(found | set(known) if found & set(known) else found)
+    labels = {row.target for row in rows}
+    if labels & set(known_labels):
+        labels |= set(known_labels)
+    return sorted(labels)
 
 
-def evaluate_labels(run: TaskRun, known: Sequence[str]) -> TaskResult:
+def evaluate_labels(run: TaskRun, known_labels: Sequence[str]) -> TaskResult:
     """Compute the likelihood of each label and generate an answer for each test row, then score both.
 
-    `known` are the labels of the public data set. Raises UserError for data with one label, or more than MOST_LABELS.
+    `known_labels` lists the labels of the public data set. Raises UserError for fewer than 2 or more than MOST_LABELS
+    labels.
     """
     all_rows = run.read_test(every=True)
     rows = all_rows[: run.task.rows]
     targets = [row.target for row in rows]
-    labels = labels_of([*all_rows, *run.read_train()], known)
+    labels = labels_of([*all_rows, *run.read_train()], known_labels)
     if len(labels) < 2:
         raise UserError(
-            f"task.test: every row has the same target {labels[0]!r}; check the columns, "
+            f"task.test: every row has the same target {labels[0]!r}; check which column is the target, "
             "or set task.train to rows with the other labels"
         )
     if len(labels) > MOST_LABELS:
         raise UserError(
-            f"task.test has {len(labels)} different targets, but a classification task takes at most {MOST_LABELS}; "
-            "check the columns"
+            f"task.test and task.train: there are {len(labels)} candidate labels, but a classification task takes at "
+            f"most {MOST_LABELS}; check which column is the target"
         )
     answers = run.generate_answers(rows)
-    likelihoods = run.log_likelihoods([(row.context, labels) for row in rows])
-    counts = {"labels": len(labels)} | count_too_long_contexts(answers) | count_too_long_options(likelihoods)
-    return TaskResult(len(rows), score(targets, labels, likelihoods, answers), counts)
+    log_likelihoods = run.log_likelihoods([(row.context, labels) for row in rows])
+    counts = {"labels": len(labels)} | count_too_long_contexts(answers) | count_too_long_options(log_likelihoods)
+    return TaskResult(len(rows), score(targets, labels, log_likelihoods, answers), counts)
 
 
 def score(
-    targets: Sequence[str], labels: Sequence[str], likelihoods: Sequence[Sequence[float]], answers: Sequence[Answer]
+    targets: Sequence[str], labels: Sequence[str], log_likelihoods: Sequence[Sequence[float]], answers: Sequence[Answer]
 ) -> dict[str, float]:
-    """Return the metrics over all rows; `likelihoods` (rows, labels) are log-likelihoods in nats."""
+    """Return the metrics over all rows; `log_likelihoods` (rows, labels) are in nats."""
     return {
         "likelihood": rate(
-            is_strict_argmax(values, labels.index(target)) for target, values in zip(targets, likelihoods, strict=True)
+            is_strict_argmax(values, labels.index(target))
+            for target, values in zip(targets, log_likelihoods, strict=True)
         ),
         "generation": rate(
             answer.text == target and answer.stopped for target, answer in zip(targets, answers, strict=True)

@@ -19,7 +19,10 @@ METRICS: MetricDirections = {}
 
 
 class Config(TaskConfig):
-    """Options of the harness tasks. The harness has its own test rows; `rows` limits their number per harness task."""
+    """Options of tasks of lm-evaluation-harness, which has its own test rows.
+
+    `rows` limits their number per harness task.
+    """
 
     name: Literal["lm_eval"]
     harness: list[LocalPath] = Field(min_length=1)

@@ -37,13 +37,13 @@ METRICS: MetricDirections = {
     "undecided": "lower",
 }
 MOST_UNDECIDED = 50
-"""Number of undecided comparisons after which the remaining ones are not tried: each takes some seconds."""
+"""Maximum number of undecided comparisons, which take some seconds each; after it, no pair is compared."""
 
 
 class Config(AnswerTask):
-    """Options of the task: write the regex for a description.
+    """Options of the task that writes the regex for a description.
 
-    Without `test`, it is scored on `rows` (default 1,000) unseen pairs of the embedded grammar.
+    Without `test`, the test rows are `rows` (default 1,000) unseen pairs of the embedded grammar.
     """
 
     name: Literal["nl_rx"]
@@ -52,7 +52,7 @@ class Config(AnswerTask):
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Answer the test rows and score the answers."""
+    """Generate answers to the test rows and score the answers."""
     rows = run.read_test()
     answers = run.generate_answers(rows)
     metrics, counts = score([row.target for row in rows], answers, run.unseen(rows))

@@ -1,13 +1,13 @@
-"""nq_open: short answers to open questions; each question has several right answers.
+"""nq_open: short answers to open questions; each question has one or more correct answers.
 
 Metrics, as fractions of the test rows:
 
-    exact      the answer ended with the end token and equals a right answer
-    contains   the answer contains the words of a right answer, one after another
+    exact      the answer ended with the end token and equals a correct answer
+    contains   the answer contains the words of a correct answer consecutively
     stopped    the answer ended with the end token
 
 Case, punctuation, articles and extra white space are ignored (Rajpurkar et al., "SQuAD", EMNLP 2016). An empty answer
-is never right.
+is never correct.
 """
 
 import re
@@ -28,20 +28,22 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Config(AnswerTask):
-    """Options of the task: write a short answer, scored against all right answers."""
+    """Options of the task that writes a short answer, which is compared with all correct answers."""
 
     name: Literal["nq_open"]
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Answer the test rows and score the answers."""
+    """Answer the questions of the test rows and score the answers."""
     rows = run.read_test()
     answers = run.generate_answers(rows)
-    return TaskResult(len(rows), score([right_answers(row) for row in rows], answers), count_too_long_contexts(answers))
+    return TaskResult(
+        len(rows), score([correct_answers(row) for row in rows], answers), count_too_long_contexts(answers)
+    )
 
 
-def right_answers(row: "Row") -> list[str]:
-    """Return the right answers of a row: the column `answer` of the public data set, or else the target alone."""
+def correct_answers(row: "Row") -> list[str]:
+    """Return the correct answers of a row: those in its column `answer` if it is valid, else only the target."""
     try:
         return nq_open.right_answers(row.columns["answer"])
     except (KeyError, ValueError):
@@ -49,22 +51,22 @@ def right_answers(row: "Row") -> list[str]:
 
 
 def score(targets: Sequence[Sequence[str]], answers: Sequence[Answer]) -> dict[str, float]:
-    """Return the metrics over all rows; `targets` holds the right answers of each row."""
+    """Return the metrics over all rows; `targets` contains the correct answers of each row."""
     rows = [
-        ({normal(target) for target in right} - {""}, normal(answer.text), answer.stopped)
-        for right, answer in zip(targets, answers, strict=True)
+        ({normalize(target) for target in row_targets} - {""}, normalize(answer.text), answer.stopped)
+        for row_targets, answer in zip(targets, answers, strict=True)
     ]
     return {
-        "exact": rate(text in right and stopped for right, text, stopped in rows),
-        "contains": rate(any(f" {target} " in f" {text} " for target in right) for right, text, _ in rows),
+        "exact": rate(text in correct and stopped for correct, text, stopped in rows),
+        "contains": rate(any(f" {target} " in f" {text} " for target in correct) for correct, text, _ in rows),
         "stopped": rate(stopped for *_, stopped in rows),
     }
 
 
-def normal(text: str) -> str:
+def normalize(text: str) -> str:
     """Return a text in lower case without articles, punctuation and extra white space.
 
-    A text that consists of articles and punctuation only keeps them.
+    If a text consists entirely of articles and punctuation, they are kept.
     """
     words = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
     return " ".join(words or text.lower().split())

@@ -57,9 +57,9 @@ class TaskConfig(Section):
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
         """Raise UserError if a file or package of the task is missing; `where` is the dotted key of the task."""
-        for key, given in self.sources.items():
-            if isinstance(given, str) and not os.path.lexists(given) and not glob.has_magic(given):
-                raise UserError(f"{where}.{key}: there is no file {given} ({key} of {self.title}); correct the path")
+        for key, source in self.sources.items():
+            if isinstance(source, str) and not os.path.lexists(source) and not glob.has_magic(source):
+                raise UserError(f"{where}.{key}: there is no file {source} ({key} of {self.title}); correct the path")
             self.first_rows(data, where, key, self.rows if key == "test" else None)
 
     def first_rows(self, data: DataConfig, where: str, key: str, count: int | None) -> "list[Row]":
@@ -80,10 +80,10 @@ class TaskConfig(Section):
         )
         if isinstance(source, HubSource) and not source.path.startswith((".", "/")) and not os.path.isdir(source.path):
             return []
-        found = list(islice(reader.rows(), count))
-        if not found:
+        rows = list(islice(reader.rows(), count))
+        if not rows:
             raise UserError(f"{where}.{key}: {source.path} has no rows; give a file with rows")
-        return found
+        return rows
 
 
 class RowTask(TaskConfig):
@@ -123,9 +123,9 @@ class AnswerTask(RowTask):
     train: LocalPath | TaskSource | None = None
     """Rows to finetune on, like `test`."""
     finetune: dict[str, Any] | None = None
-    """Settings of the finetuning on the rows of `train`: keys of the run's `train` section and their new values.
+    """Settings of the finetuning: keys of the top-level `train` section and their new values.
 
-    null: evaluate the checkpoint without finetuning.
+    null: no finetuning.
     """
     finetune_objective: dict[str, Any] | None = None
     """Objective of the finetuning: keys of `objective`; default: next_token."""

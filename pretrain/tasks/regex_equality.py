@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-MOST_STATES = 20_000
-"""Largest number of pairs of states to compare."""
+MAX_STATE_PAIRS = 20_000
+"""Maximum number of pairs of states to compare."""
 MAX_NODES = 100_000
-"""Largest number of nodes."""
+"""Maximum number of nodes."""
 MAX_OPERATIONS = 4_000_000
-"""Largest number of operands to process, a few seconds of work. A time limit would depend on the machine."""
-LONGEST = 1_000
-"""Longest expression, in atoms, with its counted repeats written out."""
-MOST_DIGITS = 6
-"""Largest number of digits in a bound of a counted repeat."""
-LAST = 0x10FFFF
+"""Maximum number of operands to process, a few seconds of work. A time limit would depend on the machine."""
+MAX_ATOMS = 1_000
+"""Maximum length of an expression, in atoms, with counted repeats written out."""
+MAX_BOUND_DIGITS = 6
+"""Maximum number of digits in a bound of a counted repeat."""
+LAST_CODE_POINT = 0x10FFFF
 """Largest code point."""
 WORD = ((48, 57), (65, 90), (97, 122))
 """Ranges of the letters and digits."""
@@ -39,11 +39,11 @@ Tree = tuple[Any, ...]
 """Operator and operands of an expression; a node has the same form, with numbers of nodes as operands."""
 
 
-class Malformed(ValueError):
+class MalformedError(ValueError):
     """Error for a text that is not an expression of this syntax."""
 
 
-class TooComplex(Exception):
+class TooComplexError(Exception):
     """Error for an expression or comparison that exceeds the limits above."""
 
 
@@ -62,18 +62,18 @@ def compare(first: str, second: str) -> Comparison:
     try:
         trees = [_Parser(expression).parse() for expression in (first, second)]
         return _Machine(trees).compare()
-    except Malformed:
+    except MalformedError:
         return Comparison(False)
-    except (TooComplex, RecursionError):
+    except (TooComplexError, RecursionError):
         return Comparison(None)
 
 
 def is_nontrivial(expression: str) -> bool | None:
     """Return whether an expression matches some lines but not all; None if undecided, False if malformed."""
-    found = [compare(expression, trivial).equal for trivial in (".*", "~(.*)")]
-    if compare(expression, expression).equal is False or True in found:
+    equals_trivial = [compare(expression, trivial).equal for trivial in (".*", "~(.*)")]
+    if compare(expression, expression).equal is False or True in equals_trivial:
         return False
-    return None if None in found else True
+    return None if None in equals_trivial else True
 
 
 class _Parser:
@@ -85,7 +85,7 @@ class _Parser:
     def parse(self) -> Tree:
         tree = self._union()
         if self.at < len(self.text):
-            raise Malformed(f"{self.text[self.at]!r} at {self.at}")
+            raise MalformedError(f"{self.text[self.at]!r} at {self.at}")
         return tree
 
     def _union(self) -> Tree:
@@ -128,12 +128,12 @@ class _Parser:
             inside += character
         low, comma, high = inside.partition(",")
         if not all(bound.isascii() and bound.isdigit() for bound in (low, high or "0")):
-            raise Malformed(f"{{{inside}}}")
-        if max(len(low), len(high)) > MOST_DIGITS:
-            raise TooComplex(f"{{{inside[:20]}}}")
+            raise MalformedError(f"{{{inside}}}")
+        if max(len(low), len(high)) > MAX_BOUND_DIGITS:
+            raise TooComplexError(f"{{{inside[:20]}}}")
         bounds = int(low), (int(high) if high else None) if comma else int(low)
         if bounds[1] is not None and bounds[0] > bounds[1]:
-            raise Malformed(f"{{{inside}}}")
+            raise MalformedError(f"{{{inside}}}")
         return bounds
 
     def _negated(self) -> Tree:
@@ -145,17 +145,17 @@ class _Parser:
         if character == "(":
             tree = self._union()
             if not self._take(")"):
-                raise Malformed("unclosed (")
+                raise MalformedError("unclosed (")
             return tree
         if character == "[":
             return ("class", self._class())
         if character == ".":
-            return ("class", ((0, LAST),))
+            return ("class", ((0, LAST_CODE_POINT),))
         if character == "\\":
             character = self._next()
             return ("boundary",) if character == "b" else ("class", ((ord(character), ord(character)),))
         if character in "*+?{}])":
-            raise Malformed(f"{character!r} at {self.at - 1}")
+            raise MalformedError(f"{character!r} at {self.at - 1}")
         return ("class", ((ord(character), ord(character)),))
 
     def _class(self) -> Ranges:
@@ -169,10 +169,10 @@ class _Parser:
                     break
                 last = self._member()
             if last < first:
-                raise Malformed("reversed range")
+                raise MalformedError("reversed range")
             ranges.append((first, last))
         if not ranges:
-            raise Malformed("[]")
+            raise MalformedError("[]")
         return _complement(ranges) if negated else tuple(ranges)
 
     def _member(self) -> int:
@@ -181,35 +181,36 @@ class _Parser:
 
     def _next(self) -> str:
         if self.at >= len(self.text):
-            raise Malformed("unexpected end")
+            raise MalformedError("unexpected end")
         self.at += 1
         return self.text[self.at - 1]
 
     def _take(self, character: str) -> bool:
-        found = self.text.startswith(character, self.at)
-        self.at += found
-        return found
+        is_next = self.text.startswith(character, self.at)
+        self.at += is_next
+        return is_next
 
     def _grow(self, atoms: int) -> None:
         self.size += atoms
-        if self.size > LONGEST:
-            raise TooComplex
+        if self.size > MAX_ATOMS:
+            raise TooComplexError
 
 
 def _complement(ranges: list[tuple[int, int]]) -> Ranges:
-    found, after = [], 0
+    gaps: list[tuple[int, int]] = []
+    after = 0
     for first, last in sorted(ranges):
         if first > after:
-            found.append((after, first - 1))
+            gaps.append((after, first - 1))
         after = max(after, last + 1)
-    return (*found, (after, LAST)) if after <= LAST else tuple(found)
+    return (*gaps, (after, LAST_CODE_POINT)) if after <= LAST_CODE_POINT else tuple(gaps)
 
 
 def _classes(tree: Tree) -> set[Ranges]:
     if tree[0] == "class":
         return {tree[1]}
-    found: set[Ranges] = set()
-    return found.union(*map(_classes, tree[1:]))
+    classes: set[Ranges] = set()
+    return classes.union(*map(_classes, tree[1:]))
 
 
 @dataclass
@@ -241,7 +242,7 @@ class _Machine:
         bounds = sorted({bound for ranges in sets for low, high in ranges for bound in (low, high + 1)} | {0})
         class_samples: dict[tuple[bool, ...], int] = {}
         for bound in bounds:
-            if bound <= LAST:
+            if bound <= LAST_CODE_POINT:
                 class_samples.setdefault(
                     tuple(any(low <= bound <= high for low, high in ranges) for ranges in sets), bound
                 )
@@ -264,14 +265,14 @@ class _Machine:
         number = self.numbers.setdefault(parts, len(self.nodes))
         if number == len(self.nodes):
             if number >= MAX_NODES:
-                raise TooComplex
+                raise TooComplexError
             self.nodes.append(parts)
         return number
 
     def _spend(self, operands: int) -> None:
         self.work += operands
         if self.work > MAX_OPERATIONS:
-            raise TooComplex
+            raise TooComplexError
 
     def build(self, tree: Tree) -> int:
         """Return the node of a tree."""
@@ -385,10 +386,10 @@ class _Machine:
                 return self.join(kind, [self.derivative(part, before, letter) for part in parts])
         if not parts:
             return self.nothing
-        found = self.sequence(self.derivative(parts[0], before, letter), parts[1])
+        derived = self.sequence(self.derivative(parts[0], before, letter), parts[1])
         if self.matches_empty(parts[0], before, WORDLIKE if self.wordlike[letter] else OTHER):
-            found = self.join("union", [found, self.derivative(parts[1], before, letter)])
-        return found
+            derived = self.join("union", [derived, self.derivative(parts[1], before, letter)])
+        return derived
 
     def compare(self) -> Comparison:
         """Visit pairs of states that the same line reaches in both expressions, until a line distinguishes them."""
@@ -401,7 +402,8 @@ class _Machine:
                 state = parent
             return state
 
-        waiting, states = deque([(first, second, START, "")]), 0
+        waiting = deque([(first, second, START, "")])
+        states = 0
         while waiting:
             one, other, before, line = waiting.popleft()
             roots = representative((one, before)), representative((other, before))
@@ -410,8 +412,8 @@ class _Machine:
             if self.matches_empty(one, before, START) != self.matches_empty(other, before, START):
                 return Comparison(False, line)
             states += 1
-            if states > MOST_STATES:
-                raise TooComplex
+            if states > MAX_STATE_PAIRS:
+                raise TooComplexError
             parents[roots[0]] = roots[1]
             for letter, sample in enumerate(self.samples):
                 waiting.append(

@@ -12,7 +12,7 @@ METRICS: MetricDirections = higher("recall_at_1", "recall_at_10", "mrr")
 
 
 class Config(PairTask):
-    """Options of the task: find the other view of a row by its embedding."""
+    """Options of the task that finds the target view of each row among all target views, by their embeddings."""
 
     name: Literal["retrieval"]
 

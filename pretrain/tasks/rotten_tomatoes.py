@@ -11,7 +11,7 @@ __all__ = ["METRICS", "Config", "evaluate"]
 
 
 class Config(AnswerTask):
-    """Options of the task: classify a sentence of a review as good or bad."""
+    """Options of the task that classifies a sentence of a review as good or bad."""
 
     name: Literal["rotten_tomatoes"]
 

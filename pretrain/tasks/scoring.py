@@ -16,7 +16,7 @@ class Answer(NamedTuple):
 
     text: str
     stopped: bool
-    """Whether it ended with the end token, not at the length limit."""
+    """Whether the answer ended with the end token, not at the length limit."""
     fits: bool = True
     """Whether the model had room for an answer after the context; if not, the text is empty."""
 
@@ -57,8 +57,8 @@ class TaskRun(Protocol):
         It is -inf for an option that does not fit into the model's positions.
         """
 
-    def unseen(self, rows: "Sequence[Row]", normal: Callable[[str], str] = str) -> list[bool] | None:
-        """Return for each row whether its target, normalised by `normal`, is new to the model; None if unknown."""
+    def unseen(self, rows: "Sequence[Row]", normalize: Callable[[str], str] = str) -> list[bool] | None:
+        """Return for each row whether its target, normalised by `normalize`, is new to the model; None if unknown."""
 
 
 def rate(hits: Iterable[bool]) -> float:
@@ -81,7 +81,7 @@ def is_strict_argmax(values: Sequence[float], chosen: int) -> bool:
     It is False in a tie, and if any value is -inf: -inf marks a value that could not be measured.
     """
     return min(values) > -math.inf and all(
-        values[chosen] > value for place, value in enumerate(values) if place != chosen
+        values[chosen] > value for index, value in enumerate(values) if index != chosen
     )
 
 

@@ -13,7 +13,8 @@ in the training corpus.
 
 If the target has an ORDER BY, the order of the rows must match too, except within ties. pretrain/tasks/sql/execution.py
 and order.py compare the rows. A test row counts as wrong if its answer fails or exceeds the limits. It also counts as
-wrong if its target does (count `failed_gold`) or if its database is missing (count `missing_database`).
+wrong if its target fails or exceeds them (count `failed_gold`), or if its database is missing (count
+`missing_database`).
 """
 
 from collections.abc import Sequence
@@ -28,18 +29,18 @@ from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset
 from pretrain.tasks.sql.databases import find_databases
-from pretrain.tasks.sql.execution import Outcome, QueryRunner, normal, same_rows
+from pretrain.tasks.sql.execution import Outcome, QueryRunner, normalize_query, same_rows
 from pretrain.tasks.sql.order import equal_up_to_ties, outer_order_by
 
 METRICS: MetricDirections = higher(
     "execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled"
 )
-ROWS_LOOKED_AT = 100
-"""Number of test rows whose databases are searched for at the start of a run."""
+CHECKED_ROWS = 100
+"""Number of test rows for which a database is searched at startup."""
 
 
 class Config(AnswerTask):
-    """Options of the task: write the SQL query for a question, scored by the rows that it returns."""
+    """Options of the task that writes the SQL query for a question and is scored by the rows that the query returns."""
 
     name: Literal["spider"]
     databases: LocalPath
@@ -56,16 +57,16 @@ class Config(AnswerTask):
         path, key = Path(self.databases), f"{where}.databases"
         if not path.exists():
             raise UserError(f"{key}: there is no {path}; give a folder of SQLite files, or one file for all rows")
-        if rows := self.first_rows(data, where, "test", ROWS_LOOKED_AT):
+        if rows := self.first_rows(data, where, "test", CHECKED_ROWS):
             find_databases(rows, path, key)
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Answer the test rows, run the answers and the targets, and compare their rows."""
+    """Generate answers to the test rows, run the answers and the targets, and compare the rows that they return."""
     rows = run.read_test()
     databases = find_databases(rows, Path(run.task.databases))
     answers = run.generate_answers(rows)
-    metrics, counts = score([row.target for row in rows], answers, databases, run.unseen(rows, normal))
+    metrics, counts = score([row.target for row in rows], answers, databases, run.unseen(rows, normalize_query))
     return TaskResult(len(rows), metrics, counts | count_too_long_contexts(answers))
 
 
@@ -95,7 +96,7 @@ def score(
             for target, answer, database in tqdm(rows, desc="running queries", unit="row", mininterval=1, disable=None)
         ]
     right = [verdict.right for verdict in verdicts]
-    exact = [answer.stopped and normal(answer.text) == normal(target) for target, answer, _ in rows]
+    exact = [answer.stopped and normalize_query(answer.text) == normalize_query(target) for target, answer, _ in rows]
     return {
         "execution": rate(right),
         "exact": rate(exact),

@@ -1,4 +1,4 @@
-"""text: write any text, scored by comparison with the target as text.
+"""text: write a text, which is compared with the target.
 
 Metrics, as fractions of the test rows:
 
@@ -26,7 +26,7 @@ Similarity = Literal["chrf", "bleu"]
 
 
 class Config(AnswerTask):
-    """Options of the task: write any text, scored by comparison with the target."""
+    """Options of the task that writes a text, which is compared with the target."""
 
     name: Literal["text"]
     similarity: list[Similarity] = []
@@ -44,10 +44,11 @@ class Config(AnswerTask):
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Answer the test rows and score the answers."""
+    """Generate answers to the test rows and score the answers."""
     rows = run.read_test()
     answers = run.generate_answers(rows)
-    targets, is_unseen = [row.target for row in rows], run.unseen(rows)
+    targets = [row.target for row in rows]
+    is_unseen = run.unseen(rows)
     metrics = score(targets, answers, is_unseen) | similarities(targets, answers, run.task.similarity)
     counts = {"unseen": sum(is_unseen)} if is_unseen is not None else {}
     return TaskResult(len(rows), metrics, counts | count_too_long_contexts(answers))
@@ -75,5 +76,6 @@ def similarities(targets: Sequence[str], answers: Sequence[Answer], names: Seque
     import sacrebleu
 
     compute: dict[Similarity, Callable[..., Any]] = {"chrf": sacrebleu.corpus_chrf, "bleu": sacrebleu.corpus_bleu}
-    texts, references = [answer.text.strip() for answer in answers], [[target.strip() for target in targets]]
+    texts = [answer.text.strip() for answer in answers]
+    references = [[target.strip() for target in targets]]
     return {name: compute[name](texts, references).score / 100 for name in names}

@@ -11,7 +11,7 @@ __all__ = ["METRICS", "Config", "evaluate"]
 
 
 class Config(AnswerTask):
-    """Options of the task: predict the number of stars of a review."""
+    """Options of the task that predicts the number of stars of a review."""
 
     name: Literal["yelp"]
 

@@ -14,7 +14,7 @@ class PairEmbeddings(NamedTuple):
     """Predictions from one view of N rows, and embeddings of the predicted view."""
 
     prediction: torch.Tensor
-    """(N, D) fp32 predictions, as the objective reads them out: with predictor tokens if it has any."""
+    """(N, D) fp32 predictions, read out as in the objective: with its predictor tokens, if any."""
     target: torch.Tensor
     """(N, D) fp32 target embeddings."""
     key: torch.Tensor
@@ -29,23 +29,25 @@ def embed_test_pairs(run: CheckpointTask) -> tuple[dict[str, PairEmbeddings], in
     UserError if fewer than two rows remain.
     """
     rows = run.read_test()
-    found = embed(run.export, [row.views for row in rows])
+    embeddings = embed(run.export, [row.views for row in rows])
     names = run.config.data.views
-    fit = finite_rows((*found.views.values(), *found.predictions.values()))
-    skipped = {"too_long": int((~found.fits).sum()), "not_finite": int((found.fits & ~fit).sum())}
-    if found.fits.sum() < 2:
+    usable = finite_rows((*embeddings.views.values(), *embeddings.predictions.values()))
+    skipped = {"too_long": int((~embeddings.fits).sum()), "not_finite": int((embeddings.fits & ~usable).sum())}
+    if embeddings.fits.sum() < 2:
         raise UserError(
             f"{run.name} (task.test): fewer than two rows fit into the positions of the model; use shorter rows"
         )
-    if fit.sum() < 2:
+    if usable.sum() < 2:
         raise UserError(
             f"{run.export}: the embeddings of {skipped['not_finite']:,} of {len(rows):,} rows are not finite because "
-            "the weights of this checkpoint have diverged; evaluate an earlier one"
+            "the weights of this checkpoint have diverged; evaluate an earlier checkpoint"
         )
     pairs = {}
-    for number, ((source, target), prediction) in enumerate(found.predictions.items()):
+    for number, ((source, target), prediction) in enumerate(embeddings.predictions.items()):
         _, key = np.unique([row.views[names.index(target)] for row in rows], return_inverse=True)
         pairs[f"{source}_to_{target}_" if number else ""] = PairEmbeddings(
-            torch.from_numpy(prediction[fit]), torch.from_numpy(found.views[target][fit]), torch.from_numpy(key[fit])
+            torch.from_numpy(prediction[usable]),
+            torch.from_numpy(embeddings.views[target][usable]),
+            torch.from_numpy(key[usable]),
         )
     return pairs, len(rows), {name: count for name, count in skipped.items() if count}

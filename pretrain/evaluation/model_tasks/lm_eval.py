@@ -1,8 +1,8 @@
 """Task lm_eval: tasks of the Language Model Evaluation Harness (EleutherAI) on the export; needs the extra lm-eval.
 
-The harness makes its own prompts and downloads its own data. A prompt is plain text after the begin token. It lacks the
-separator between context and target, so its format is new to a model that was trained only on pairs. Metrics are named
-TASK_METRIC, and `rows` limits the rows of each task.
+The harness builds its own prompts and downloads its own data. A prompt is plain text after the begin token. It lacks
+the separator between context and target, so its format is new to a model that was trained only on pairs. Metrics are
+named TASK_METRIC, and `rows` limits the rows of each task.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def evaluate(run: CheckpointTask) -> TaskResult:
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
     try:
-        found = simple_evaluate(
+        output = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, add_bos_token=True),
             tasks=run.task.harness,
             limit=run.task.rows,
@@ -47,25 +47,26 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     except (KeyError, ValueError, OSError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"the harness cannot run {', '.join(run.task.harness)}: {reason}") from None
-    rows = sum(count["effective"] for count in found["n-samples"].values())
+    rows = sum(count["effective"] for count in output["n-samples"].values())
     return TaskResult(
-        rows, flat(found["results"]), directions=metric_directions(found["higher_is_better"], found["results"])
+        rows, flat(output["results"]), directions=metric_directions(output["higher_is_better"], output["results"])
     )
 
 
 def metric_directions(
     higher_is_better: dict[str, dict[str, bool | None]], results: dict[str, dict[str, Any]]
 ) -> MetricDirections:
-    """Return the direction of each metric in `flat(results)` for which the harness has one."""
+    """Return the direction of each metric in `flat(results)` for which the harness declares one."""
     directions: dict[bool | None, MetricDirection] = {True: "higher", False: "lower"}
     metrics = flat(results)
-    found: MetricDirections = {}
+    by_metric: MetricDirections = {}
     for task, values in results.items():
         for name in values:
-            metric, better = f"{task}_{_flat(name)}", higher_is_better.get(task, {}).get(name.split(",")[0])
-            if metric in metrics and better in directions:
-                found[metric] = directions[better]
-    return found
+            metric = f"{task}_{_flat(name)}"
+            is_higher_better = higher_is_better.get(task, {}).get(name.split(",")[0])
+            if metric in metrics and is_higher_better in directions:
+                by_metric[metric] = directions[is_higher_better]
+    return by_metric
 
 
 def flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:

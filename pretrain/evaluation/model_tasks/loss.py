@@ -1,4 +1,4 @@
-"""Task loss: both losses of the objective, and the embedding monitors, on a file of pairs."""
+"""The task `loss`: all loss terms of the objective, and the embedding monitors, on a file of pairs."""
 
 import json
 
@@ -19,7 +19,7 @@ from pretrain.training.validation import Validation
 
 
 def evaluate(run: CheckpointTask) -> TaskResult:
-    """Compute the losses from the export alone, in the same way as validation computes them from the training state."""
+    """Compute the losses of the exported model in the same way as validation during training."""
     config, source = run.config, run.source("test")
     assert source is not None  # the configuration requires it
     views = config.data.views
@@ -32,7 +32,7 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     layout = config.make_layout(specials, corpus.views, validating=True)
     world = World(0, 1, device)
     ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]
-    micro_step_rows = config.train.micro_batch_rows * ranks  # pools as large as in training, for a contrastive term
+    micro_step_rows = config.train.micro_batch_rows * ranks  # a contrastive term needs pools as large as in training
     validation = Validation(corpus, layout, specials, config.data.sequence_length, len(corpus), micro_step_rows, world)
     objective = build_objective(config.objective)
     module = TrainingModule(model, objective, Gather(world.all_gather, 0)).to(device)

@@ -1,7 +1,7 @@
 """Task retrieval: find the target view of each test row among the targets of all rows, by cosine with the prediction.
 
 recall_at_1 and recall_at_10 are the fractions of rows whose target is among the 1 or 10 nearest, and mrr is the mean of
-1 / rank. Candidates are the distinct targets, so a target that several rows have is a hit for each of them. A tie
+1 / rank. Candidates are the distinct targets, so a target shared by several rows is a hit for each of them. A tie
 counts against the model; otherwise embeddings that are all equal would retrieve everything. If the objective predicts
 in several directions, the metrics of all directions after the first have a prefix.
 """
@@ -13,8 +13,8 @@ from pretrain.evaluation.model_tasks.embedded import PairEmbeddings, embed_test_
 from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.tasks.scoring import TaskResult, rate
 
-ROWS = 1024
-"""Number of rows that are compared at a time."""
+BLOCK_ROWS = 1024
+"""Number of predictions whose cosines with all candidates are computed at a time."""
 
 
 def evaluate(run: CheckpointTask) -> TaskResult:
@@ -41,13 +41,14 @@ def ranks(pairs: PairEmbeddings) -> torch.Tensor:
     """Return, for each row, 1 + the number of other targets that are at least as near as its own: (N,) int64."""
     prediction, target = F.normalize(pairs.prediction, dim=-1), F.normalize(pairs.target, dim=-1)
     _, candidate = pairs.key.unique(return_inverse=True)  # the number of each row's target among the distinct targets
-    count = int(candidate.max()) + 1
+    candidate_count = int(candidate.max()) + 1
     rows = torch.arange(len(candidate))
-    first = torch.full((count,), len(candidate)).scatter_reduce(0, candidate, rows, "amin")  # the first row of each
-    found = []
-    for start in range(0, len(prediction), ROWS):
-        similarity = prediction[start : start + ROWS] @ target[first].T
-        own = candidate[start : start + ROWS, None]
-        nearer = similarity >= similarity.gather(1, own)
-        found.append(nearer.sum(dim=1))  # this includes the row's own target
-    return torch.cat(found)
+    # the first row of each distinct target
+    first_row = torch.full((candidate_count,), len(candidate)).scatter_reduce(0, candidate, rows, "amin")
+    blocks = []
+    for start in range(0, len(prediction), BLOCK_ROWS):
+        similarity = prediction[start : start + BLOCK_ROWS] @ target[first_row].T
+        own_target = candidate[start : start + BLOCK_ROWS, None]
+        at_least_as_near = similarity >= similarity.gather(1, own_target)
+        blocks.append(at_least_as_near.sum(dim=1))  # the sum includes the row's own target
+    return torch.cat(blocks)

@@ -3,8 +3,9 @@
     python -m pretrain.evaluation.sql.make_databases tables.json --queries train.jsonl test.jsonl --output databases
 
 Use Spider's own databases if you have them; the schemas and queries alone are easier to obtain. Each query adds rows to
-the tables that it reads, with the values that it compares their columns with. All other values are drawn at random,
-with a fixed seed. Columns that a foreign key connects are drawn from the same few values, so joins find matching rows.
+the tables that it reads, containing the values with which it compares their columns. All other values are drawn at
+random, with a fixed seed. Values of columns that a foreign key connects are drawn from the same small pool, so joins
+find matching rows.
 The command prints the queries that do not run and the fraction of queries that return no rows.
 """
 
@@ -25,13 +26,15 @@ from data_prep.tasks import public_row_format
 from pretrain.tasks.sql.databases import database_name
 from pretrain.tasks.sql.execution import QueryRunner, tokens
 
-FEWEST_ROWS, MOST_ROWS = 24, 60
+MIN_ROWS, MAX_ROWS = 24, 60
 """Minimum and maximum number of rows of a table."""
+POOL_SIZE = 12
+"""Minimum number of values from which a column is drawn that no foreign key connects; otherwise MIN_ROWS."""
 COMPARISONS = ("=", "!=", "<>", "<", ">", "<=", ">=", "like", "in", "between")
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 Values = dict[tuple[str, str], list[Any]]
-"""Values that one query compares each column with, by (table, column) in lower case."""
+"""Values with which one query compares each column, by (table, column) in lower case."""
 
 
 def main() -> None:
@@ -65,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> None:
     try:
         schemas = json.loads(arguments.tables.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {arguments.tables} ({error}); pass tables.json of Spider") from None
+        raise UserError(f"cannot read {arguments.tables} ({error}); pass the path of Spider's tables.json") from None
     make_databases(schemas, queries, arguments.output)
     failed, empty = check_queries(queries, arguments.output)
     total = sum(map(len, queries.values()))
@@ -78,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def make_databases(schemas: list[dict[str, Any]], queries: dict[str, list[str]], folder: Path) -> None:
-    """Write DB.sqlite for each schema of tables.json; `queries` has the queries on each database."""
+    """Write DB.sqlite for each schema of tables.json; `queries` lists the queries on each database."""
     folder.mkdir(parents=True, exist_ok=True)
     for schema in schemas:
         path = folder / f"{schema['db_id']}.sqlite"
@@ -117,25 +120,25 @@ class _Filler:
         self.primary = {
             number for key in schema["primary_keys"] for number in (key if isinstance(key, list) else [key])
         }
-        self.group = list(range(len(self.names)))  # columns that foreign keys connect have the same group
+        self.group_of_column = list(range(len(self.names)))  # foreign keys connect the columns of a group
         for first, second in schema["foreign_keys"]:
-            old, new = self.group[first], self.group[second]
-            self.group = [new if group == old else group for group in self.group]
+            old, new = self.group_of_column[first], self.group_of_column[second]
+            self.group_of_column = [new if group == old else group for group in self.group_of_column]
         columns_of = {
             table.lower(): {self.names[number][1].lower() for number in self.columns[index]}
             for index, table in enumerate(self.tables)
         }
-        self.found = [values for query in queries if (values := compared_values(query, columns_of))]
+        self.values_by_query = [values for query in queries if (values := compared_values(query, columns_of))]
         self.pools: dict[int, list[Any]] = defaultdict(list)
         for number, (table, name) in enumerate(self.names):
             if table >= 0:
-                known = [
+                compared = [
                     value
-                    for values in self.found
+                    for values in self.values_by_query
                     for value in values.get((self.tables[table].lower(), name.lower()), [])
                 ]
-                pool = self.pools[self.group[number]]
-                pool += [value for value in dict.fromkeys(known) if value not in pool]
+                pool = self.pools[self.group_of_column[number]]
+                pool += [value for value in dict.fromkeys(compared) if value not in pool]
 
     def write(self, connection: sqlite3.Connection) -> None:
         """Create and fill all tables."""
@@ -155,14 +158,14 @@ class _Filler:
         """
         name = self.tables[table].lower()
         wanted = []
-        for values in self.found:
+        for values in self.values_by_query:
             compared = {column: choices for (owner, column), choices in values.items() if owner == name}
             longest = max(map(len, compared.values()), default=0)
             for index in range(longest):
                 wanted.append({column: choices[index % len(choices)] for column, choices in compared.items()})
         wanted = [dict(row) for row in dict.fromkeys(tuple(sorted(row.items(), key=str)) for row in wanted)]
         self.random.shuffle(wanted)
-        count = min(max(FEWEST_ROWS, 2 * len(wanted)), MOST_ROWS)
+        count = min(max(MIN_ROWS, 2 * len(wanted)), MAX_ROWS)
         wanted += [{}] * (count - len(wanted))
         by_column = [
             self._column(number, [row.get(self.names[number][1].lower()) for row in wanted[:count]])
@@ -171,18 +174,23 @@ class _Filler:
         return list(zip(*by_column, strict=True))
 
     def _column(self, number: int, wanted: list[Any]) -> list[Any]:
-        """Return the values of a column: `wanted`, with drawn values instead of None."""
-        pool = list(self.pools[self.group[number]])
-        connected = self.group.count(self.group[number]) > 1
-        if number in self.primary and sum(self.names[number][0] == self.names[other][0] for other in self.primary) == 1:
-            missing = [
+        """Return the values of a column: `wanted`, with drawn values instead of None.
+
+        In a primary key of one column, repeated values are replaced too.
+        """
+        pool = list(self.pools[self.group_of_column[number]])
+        connected = self.group_of_column.count(self.group_of_column[number]) > 1
+        table, _ = self.names[number]
+        if [column for column in self.primary if self.names[column][0] == table] == [number]:
+            unused = [
                 value for value in pool + self._made_up_values(number, len(wanted) + len(pool)) if value not in wanted
             ]
             values: list[Any] = []
             for value in wanted:
-                values.append(missing.pop(0) if value is None or value in values else value)
+                values.append(unused.pop(0) if value is None or value in values else value)
             return values
-        pool += self._made_up_values(number, max(12 if not connected else FEWEST_ROWS, len(pool)) - len(pool) + 2)
+        pool_size = MIN_ROWS if connected else POOL_SIZE
+        pool += self._made_up_values(number, max(pool_size - len(pool), 0) + 2)
         if connected:
             pool = pool[: max(1, len(pool) * 2 // 3)]  # some rows are referenced several times, others never
         drawn = [pool[index % len(pool)] for index in range(len(wanted))]
@@ -190,19 +198,20 @@ class _Filler:
         return [value if value is not None else other for value, other in zip(wanted, drawn, strict=True)]
 
     def _made_up_values(self, number: int, count: int) -> list[Any]:
-        """Return `count` values that come from no query; connected columns get the same ones."""
-        if self.types[self.group[number]] == "number" or self.types[number] == "number":
+        """Return `count` made-up values. Connected columns get the same values."""
+        if self.types[self.group_of_column[number]] == "number" or self.types[number] == "number":
             return list(range(1, count + 1))
-        kind = self.names[self.group[number]][1].lower()
+        kind = self.names[self.group_of_column[number]][1].lower()
         if self.types[number] == "time" or "date" in kind:
             return [f"{2000 + index % 20}-{1 + index % 12:02d}-{1 + index % 28:02d}" for index in range(count)]
         return [f"{kind} {index}" for index in range(1, count + 1)]
 
 
 def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
-    """Return the values that a query compares the columns of its tables with.
+    """Return the values with which a query compares the columns of its tables.
 
-    They are the literals of the query. For `<` and `>` they are values that satisfy the comparison instead.
+    These are the literals of the query. For `<` and `>` they are replaced by values that satisfy the comparison. For
+    `!=`, one such value is added.
     """
     words = tokens(query)
     tables = {word: word for word in words if word in columns_of}
@@ -227,17 +236,17 @@ def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
 
 
 def _literals(words: list[str], comparison: str) -> list[Any]:
-    """Return the values for the literals that directly follow a comparison."""
+    """Return the values of the literals directly after a comparison, adjusted to it (see `compared_values`)."""
     found: list[Any] = []
     joined = {"in": ("(", ","), "between": ("and",)}.get(comparison, ())
     index = 0
     while index < len(words):
         word = words[index]
+        length = 3 if words[index + 1 : index + 2] == ["."] else 1
+        number = "".join(words[index : index + length])
         if word[0] in "'\"":
             found.append(word[1:-1].replace("%", "") or "x")
-        elif NUMBER.fullmatch(
-            number := "".join(words[index : index + (3 if words[index + 1 : index + 2] == ["."] else 1)])
-        ):
+        elif NUMBER.fullmatch(number):
             value = float(number) if "." in number else int(number)
             found += {"<": [value - 1], ">": [value + 1], "!=": [value, value + 1]}.get(comparison, [value])
             index += number.count(".") * 2

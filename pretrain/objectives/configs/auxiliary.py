@@ -15,9 +15,9 @@ class AuxiliaryConfig(ObjectiveConfig):
     weight: float = Field(default=1.0, gt=0)
     """Weight of the auxiliary term (lambda)."""
     weight_schedule: list[tuple[float, float]] | None = None
-    """Points (consumed fraction of the budget, factor) of a piecewise linear factor on `weight` and the regularizers'
-    weights. For example, [[0, 0], [0.1, 1]] is a warm-up. The factor is constant before the first point and after the
-    last. Default: always 1."""
+    """Schedule of a factor on `weight` and on the regularizers' weights: points (consumed fraction of the budget,
+    factor) with linear interpolation. For example, [[0, 0], [0.1, 1]] is a warm-up. The factor is constant before the
+    first point and after the last. Default: always 1."""
     regularizers: list[Annotated[SigregConfig | VicregConfig | CodingRateConfig, Field(discriminator="name")]] = []
     """Terms against collapse of the embeddings of pairs; see below."""
 

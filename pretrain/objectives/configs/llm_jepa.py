@@ -17,17 +17,18 @@ class Config(AuxiliaryConfig):
     """Number of predictor tokens per context (k). With 0 the prediction is read from the last token of the context."""
     predictor_placement: Literal["append", "prepend"] = "append"
     """append: predictor tokens after the context. prepend: predictor tokens in front of a copy of the context. The copy
-    costs the tokens of the context a second time."""
+    takes up as many positions as the context."""
     direction: Literal["forward", "backward", "both"] = "forward"
     """forward: each view predicts the next one (the description predicts the regex). backward: each view predicts the
-    previous one. both: both pairs."""
+    previous one. both: each view predicts both the next one and the previous one."""
     distance: Literal["cosine", "l2", "mse", "info_nce"] = "cosine"
     """cosine: the paper's 1 - cos. l2: the Euclidean distance. mse: the mean squared difference of the components.
-    info_nce: a contrastive loss against all targets of the micro step on all ranks."""
+    info_nce: a contrastive loss; the negatives of a pair are the different targets of other records in the micro step,
+    over all ranks."""
     temperature: float | None = Field(default=None, gt=0)
     """Temperature of info_nce. Default: 0.07."""
     stop_gradient: bool = False
-    """Whether to stop the gradient into the target; the published form trains both sides."""
+    """Whether to stop the gradient into the target embedding. The published form does not stop it."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Loss dropout: the fraction of records that are excluded from the pair terms in an epoch."""
 
@@ -40,13 +41,13 @@ class Config(AuxiliaryConfig):
         if self.direction != "forward" and self._is_symmetric and not (self.direction == "both" and self.regularizers):
             raise ValueError(
                 "direction has an effect only with predictor tokens, info_nce or stop_gradient, "
-                "because the term is symmetric otherwise; remove it"
+                "because otherwise the auxiliary term is symmetric; remove it"
             )
         return self
 
     @property
     def _is_symmetric(self) -> bool:
-        """Whether exchanging prediction and target leaves the term unchanged."""
+        """Whether exchanging prediction and target leaves the auxiliary term unchanged."""
         return self.predictor_tokens == 0 and self.distance != "info_nce" and not self.stop_gradient
 
     @property

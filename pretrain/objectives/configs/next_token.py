@@ -9,4 +9,4 @@ class Config(ObjectiveConfig):
     """The language-model loss alone; keys of other objectives are ignored."""
 
     name: Literal["next_token"]
-    """The language-model loss alone."""
+    """Next-token prediction."""

@@ -15,8 +15,9 @@ class Config(AuxiliaryConfig):
     name: Literal["semantic_tube"]
     """Semantic Tube Prediction (arXiv 2602.22617)."""
     form: SpanSampling = "three_points"
-    """three_points: the form of the paper, between three random positions. sub_span: the form of the released code, a
-    random span against the rest of the document. views: the first view against the second; only with layout joint."""
+    """Hidden-state steps that should be parallel. three_points (paper): those between three random positions. sub_span
+    (released code): a random span and the rest of the document. views (only with layout joint): the first view and the
+    second."""
 
     @property
     def spans(self) -> SpanSampling:
@@ -26,4 +27,4 @@ class Config(AuxiliaryConfig):
     @property
     def pairing(self) -> Pairing | None:
         """Pairing of the views; None without regularizers."""
-        return Pairing() if self.regularizers else None  # regularizers need pairs, the term itself does not
+        return Pairing() if self.regularizers else None  # only regularizers need pairs

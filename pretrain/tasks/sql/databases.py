@@ -15,16 +15,17 @@ DATABASE = re.compile(r"For db_id:\[([^\]]+)\]")
 MAGIC = b"SQLite format 3\0"
 
 
-def find_databases(rows: "Sequence[Row]", given: Path, key: str = "task.databases") -> list[Path | None]:
-    """Return the SQLite file of each row, or None if it has none.
+def find_databases(rows: "Sequence[Row]", databases: Path, key: str = "task.databases") -> list[Path | None]:
+    """Return the SQLite file of each row, or None for a row without a database.
 
-    Raises UserError if no row has one, if a file is not a SQLite file, or if it has changes that are not merged yet.
+    `databases` is a folder of SQLite files, or one file for all rows. Raises UserError if no row has a
+    database, if a file is not a SQLite file, or if it has changes that are not merged yet.
     """
-    found = [given if given.is_file() else _database(row, given) for row in rows]
-    if not any(found):
+    paths = [databases if databases.is_file() else _database(row, databases) for row in rows]
+    if not any(paths):
         name = database_name(rows[0])
         raise UserError(
-            f"{given} ({key}) has no database for any row: "
+            f"{databases} ({key}) has no database for any row: "
             + (
                 f"the first row needs {name}.sqlite or {name}/{name}.sqlite; add it"
                 if name
@@ -32,9 +33,9 @@ def find_databases(rows: "Sequence[Row]", given: Path, key: str = "task.database
                 "give one file for all rows"
             )
         )
-    for path in {path for path in found if path}:
+    for path in {path for path in paths if path}:
         _check(path, key)
-    return found
+    return paths
 
 
 def _check(path: Path, key: str) -> None:
@@ -51,7 +52,7 @@ def _check(path: Path, key: str) -> None:
 
 
 def database_name(row: "Row") -> str | None:
-    """Return the name of a row's database; None if it has none or the name is not a plain file name."""
+    """Return the name of a row's database; None if there is no name, or if it is not a plain file name."""
     name = row.columns.get("db_id")
     if name is None:
         match = DATABASE.search(row.context)

@@ -15,7 +15,7 @@ SECONDS = 5.0
 PATIENCE = 120.0
 """Wall-clock limit per query, in seconds. It ends a process that waits, for example for a file system."""
 MOST_ROWS = 100_000
-"""Largest number of rows of a result."""
+"""Maximum number of rows of a result."""
 DIGITS = 9
 """Number of significant digits to which floating-point numbers are compared."""
 
@@ -102,11 +102,11 @@ class QueryRunner:
 def same_rows(first: list[tuple[Any, ...]], second: list[tuple[Any, ...]], ordered: bool) -> bool:
     """Return whether two results are equal: as lists of rows if `ordered`, else as multisets of rows.
 
-    The order of columns matters, their names do not. If a column holds a floating-point number on either side, its
-    numbers are compared to 9 significant digits, so 1 equals 1.0.
+    The order of columns matters; their names do not. If a column holds a floating-point number in either result,
+    its numbers are compared to 9 significant digits, so 1 equals 1.0.
     """
-    one, other = round_float_columns(first, second)
-    return one == other if ordered else Counter(one) == Counter(other)
+    first, second = round_float_columns(first, second)
+    return first == second if ordered else Counter(first) == Counter(second)
 
 
 def round_float_columns(*results: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
@@ -124,12 +124,12 @@ def _rounded(value: Any) -> Any:
     return float(f"{float(value):.{DIGITS}g}") if isinstance(value, int | float) else value
 
 
-def normal(query: str) -> str:
+def normalize_query(query: str) -> str:
     """Normalise a query: no comments, no final semicolon, one space between tokens, lower case outside of quotes."""
-    found = tokens(query)
-    while found and found[-1] == ";":
-        found.pop()
-    return " ".join(found)
+    words = tokens(query)
+    while words and words[-1] == ";":
+        words.pop()
+    return " ".join(words)
 
 
 def tokens(query: str) -> list[str]:

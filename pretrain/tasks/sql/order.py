@@ -1,7 +1,7 @@
 """The order of a query's rows, and the ties that it leaves open.
 
 A target such as `SELECT name FROM player ORDER BY score` leaves open which of two players with equal scores comes
-first, so both orders are right. To find its ties, the target is run twice more with all of its columns as further sort
+first, so both orders are right. To find the ties, the target is run twice more with all of its columns as further sort
 keys: once ascending and once descending. The two runs order each group of ties in opposite ways. The groups are the
 shortest ranges of rows that hold the same multiset of rows in both results.
 """

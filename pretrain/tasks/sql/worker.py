@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-HEAP = 256 << 20
+MAX_HEAP_BYTES = 256 << 20
 """Limit of SQLite's heap, in bytes."""
 ADDRESS_SPACE = 2 << 30
 """Limit of the address space of the process, in bytes."""
@@ -28,15 +28,15 @@ LONGEST_VALUE = 4 << 20
 """Longest value, in bytes."""
 LONGEST_QUERY = 100_000
 """Longest query, in bytes."""
-MOST_BYTES = 64 << 20
-"""Largest result, in bytes."""
-PERIOD = 10_000
+MAX_RESULT_BYTES = 64 << 20
+"""Largest result: characters of text, bytes of blobs, and 8 for any other value."""
+CHECK_PERIOD = 10_000
 """Number of SQLite virtual machine instructions between two checks of the time limit."""
 ALLOWED = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION)
 REFUSED_FUNCTIONS = ("load_extension", "fts3_tokenizer")
 
 
-class TooLarge(Exception):
+class TooLargeError(Exception):
     """Error for a result that exceeds a limit; the message names the limit."""
 
 
@@ -47,7 +47,7 @@ def open_database(path: str) -> sqlite3.Connection:
     )
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     connection.execute("PRAGMA temp_store = MEMORY")
-    connection.execute(f"PRAGMA hard_heap_limit = {HEAP}")
+    connection.execute(f"PRAGMA hard_heap_limit = {MAX_HEAP_BYTES}")
     for limit, value in (
         (sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE),
         (sqlite3.SQLITE_LIMIT_SQL_LENGTH, LONGEST_QUERY),
@@ -70,10 +70,10 @@ def authorize(action: int, first: str | None, second: str | None, *_: str | None
 def run(connection: sqlite3.Connection, query: str, seconds: float, max_rows: int) -> tuple[list[tuple[Any, ...]], int]:
     """Run a query and return its rows and its number of columns.
 
-    Raises sqlite3.Error, TooLarge, and any other exception of the sqlite3 module.
+    Raises TooLargeError, sqlite3.Error, sqlite3.Warning, or a built-in exception such as MemoryError.
     """
     deadline = time.process_time() + seconds
-    connection.set_progress_handler(lambda: time.process_time() > deadline, PERIOD)
+    connection.set_progress_handler(lambda: time.process_time() > deadline, CHECK_PERIOD)
     with contextlib.closing(connection.execute(query)) as cursor:
         if cursor.description is None:
             raise sqlite3.ProgrammingError("not a SELECT")
@@ -82,9 +82,9 @@ def run(connection: sqlite3.Connection, query: str, seconds: float, max_rows: in
             rows.append(row)
             size += sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
             if len(rows) > max_rows:
-                raise TooLarge(f"more than {max_rows:,} rows")
-            if size > MOST_BYTES:
-                raise TooLarge(f"more than {MOST_BYTES >> 20} MiB")
+                raise TooLargeError(f"more than {max_rows:,} rows")
+            if size > MAX_RESULT_BYTES:
+                raise TooLargeError(f"more than {MAX_RESULT_BYTES >> 20} MiB")
         return rows, len(cursor.description)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pretrain.data import efficiency as module
-from pretrain.data.efficiency import efficiency, sample
+from pretrain.data.efficiency import efficiency_table, sample
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.order import BLOCK
 from tests.pretrain.data.test_batch import some_records
@@ -18,7 +18,7 @@ def test_percentages_equal_those_of_planned_rows(views, write_corpus, specials):
     rng = np.random.default_rng(views)
     records = [tuple(rng.integers(5, 512, size).tolist() for size in rng.integers(1, 90, views)) for _ in range(300)]
     corpus = write_corpus(records, shard_records=70)
-    lines = efficiency(corpus)
+    lines = efficiency_table(corpus)
     found = {
         int(line.split()[0].replace(",", "")): re.findall(r"([\d.]+)%(?: +([\d.]+)% too long)?", line)
         for line in lines[2:]
@@ -37,7 +37,7 @@ def test_percentages_equal_those_of_planned_rows(views, write_corpus, specials):
 
 
 def test_row_lengths_below_the_length_of_every_record(write_corpus):
-    lines = efficiency(write_corpus([(list(range(5, 400)), list(range(5, 400)))]))
+    lines = efficiency_table(write_corpus([(list(range(5, 400)), list(range(5, 400)))]))
     assert lines[2].split() == ["128", "0.0%", "100.0%", "too", "long", "0.0%", "100.0%", "too", "long"]
 
 
@@ -53,4 +53,4 @@ def test_the_sample_covers_the_corpus_and_is_bounded(records):
 
 
 def test_records_with_missing_views(write_corpus):
-    assert len(efficiency(write_corpus(some_records(1, views=3, incomplete=True)))) > 3
+    assert len(efficiency_table(write_corpus(some_records(1, views=3, incomplete=True)))) > 3

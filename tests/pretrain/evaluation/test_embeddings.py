@@ -205,7 +205,7 @@ def test_non_finite_embeddings_are_counted_apart_from_rows_that_are_too_long(
     embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, texts)))
     printed = capsys.readouterr().out
     assert (
-        "note: 1 rows do not fit into the positions of the model" in printed
+        "note: in 1 rows a text does not fit into the positions of the model; its embedding is NaN" in printed
         and "the embeddings of 3 rows are not finite" in printed
     )
 

@@ -145,7 +145,7 @@ def test_the_last_checkpoint_of_a_finished_run_is_evaluated_for_any_interval(fol
 
 
 def test_a_failed_evaluation_is_retried_once_and_a_rewind_resets_it(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.evaluation.watch.PAUSE", TIMEOUT)
+    monkeypatch.setattr("pretrain.evaluation.watch.RETRY_SECONDS", TIMEOUT)
     config = load_config(folder / "run.yaml", [f"evaluation.tasks.0.test={tmp_path / 'absent.jsonl'}"])
     watcher = CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), [])
     pins = tmp_path / "checkpoints" / PINS

@@ -91,7 +91,7 @@ def test_every_family_has_a_tiny_shape():
             "layer_types must be full_attention or sliding_attention, not chunked",
         ),
         ("gemma2", {"layer_types": ["full_attention"]}, "gemma2 cannot be built with these values"),
-        ("gemma2", {"use_bidirectional_attention": True}, "lets a token see the one that it predicts"),
+        ("gemma2", {"use_bidirectional_attention": True}, "lets a token see the token that it predicts"),
         ("olmo2", {"intermediate": 3}, "olmo2 has no option 'intermediate'"),
         ("openelm", {"num_attention_heads": 4}, "openelm has no option 'num_attention_heads'"),
         ("openelm", {"initializer_range": 0.1}, "openelm has no option 'initializer_range'"),

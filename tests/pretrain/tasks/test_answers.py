@@ -180,7 +180,7 @@ def test_a_single_option_cannot_be_scored(export, tmp_path):
     words = [{"text": f"lines {number}", "code": "good"} for number in range(3)]
     with pytest.raises(UserError, match=r"task\.test: every row has the same target 'good'"):
         evaluate_task(rotten_tomatoes, export, tmp_path, test=words)
-    with pytest.raises(UserError, match=r"task\.test: a row has fewer than two endings"):
+    with pytest.raises(UserError, match=r"task\.test: row 1 has fewer than two endings"):
         evaluate_task(hellaswag, export, tmp_path, test=[{"ctx": "A man", "endings": ["runs."], "label": 0}])
 
 
@@ -259,14 +259,14 @@ def test_nq_open_accepts_any_right_answer_but_no_empty_answer(tmp_path):
     ]
     found = rows_of(tmp_path, rows, "nq_open")
     assert found[0].views == ("who wrote it", "The Beatles")
-    right = [nq_open.right_answers(row) for row in found]
+    right = [nq_open.correct_answers(row) for row in found]
     assert nq_open.score(right, gold_answers([answers[0] for answers in right])) == {
         "exact": 1,
         "contains": 1,
         "stopped": 1,
     }
     assert nq_open.score(right, gold_answers([answers[-1].upper() + "." for answers in right]))["exact"] == 1
-    assert nq_open.right_answers(Row(("which", "one"), {"messages": [], "answer": [1, 2]})) == ["one"]
+    assert nq_open.correct_answers(Row(("which", "one"), {"messages": [], "answer": [1, 2]})) == ["one"]
     for nothing in ("", " ", "the", "."):
         assert nq_open.score(right, gold_answers([nothing] * 4)) == {"exact": 0, "contains": 0, "stopped": 1}
     assert nq_open.score(right, gold_answers(rotated([answers[0] for answers in right])))["exact"] == 1 / 4

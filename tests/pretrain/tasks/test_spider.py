@@ -16,7 +16,7 @@ from pretrain.tasks.scoring import Answer
 from pretrain.tasks.spider import judge, score
 from pretrain.tasks.sql import execution
 from pretrain.tasks.sql.databases import database_name, find_databases
-from pretrain.tasks.sql.execution import QueryRunner, normal, same_rows
+from pretrain.tasks.sql.execution import QueryRunner, normalize_query, same_rows
 from pretrain.tasks.sql.order import outer_order_by
 from tests.pretrain.tasks.shared_data import DATA, empty_answers, gold_answers, real_rows, rotated
 from tests.processes import TIMEOUT
@@ -141,10 +141,10 @@ def test_tied_rows_may_be_in_any_order(players, target, answer, right):
 
 
 def test_normalization_changes_white_space_and_case_outside_quotes_only():
-    assert normal("SELECT  COUNT( * )\nFROM T WHERE a='It''s A' ;") == normal(
+    assert normalize_query("SELECT  COUNT( * )\nFROM T WHERE a='It''s A' ;") == normalize_query(
         "select count(*) from t where A = 'It''s A'"
     )
-    assert normal("SELECT a FROM t WHERE a = 'x'") != normal("SELECT a FROM t WHERE a = 'X'")
+    assert normalize_query("SELECT a FROM t WHERE a = 'x'") != normalize_query("SELECT a FROM t WHERE a = 'X'")
 
 
 def test_an_answer_must_end_run_and_return_the_rows_of_the_target(database):
