@@ -289,7 +289,7 @@ def main() -> None:
     """Parse the command line, compute the predictions and print them."""
     parser = argparse.ArgumentParser(description="Predict the duration of a step on many GPUs with a model.")
     parser.add_argument("config", nargs="?", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
     parser.add_argument("--doctor", type=Path, help="file with the output of launcher/doctor.py --json")
     parser.add_argument(
         "--within", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link between ranks of a node"

@@ -296,7 +296,7 @@ class TaskFiles(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields and difflib.get_close_matches(str(key), cls.model_fields, 1, 0.7):
                 nearest = difflib.get_close_matches(str(key), cls.model_fields, 1)[0]
-                raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest!r}")
+                raise ValueError(f"unknown key {key!r}; the nearest known key is {nearest!r}")
         return values
 
 

@@ -1,7 +1,7 @@
 """The configuration file, its dotted overrides, and one-line messages for its errors.
 
 A run is described by one YAML file. Every key can be overridden on the command line by its dotted
-name (`data.sources.0.path=train.jsonl`). The message for an unknown key names the nearest known one.
+name (`data.sources.0.path=train.jsonl`). The message for an unknown key names the nearest known key.
 """
 
 import difflib
@@ -223,7 +223,7 @@ def _with_list_index(key: str) -> str:
 def _unknown_key(key: str, known: typing.Sequence[str], where: str = "") -> str:
     nearest = difflib.get_close_matches(_with_list_index(key), known, n=1, cutoff=0.0)
     location = f" in {where}" if where else ""
-    suggestion = f"; the nearest known one is {nearest[0]!r}" if nearest else ""
+    suggestion = f"; the nearest known key is {nearest[0]!r}" if nearest else ""
     return f"unknown key {key!r}{location}{suggestion}"
 
 

@@ -132,7 +132,7 @@ def check_deepspeed(section: dict[str, Any]) -> None:
             raise ValueError(f"{key} is computed by the project: set {COMPUTED_KEYS[key]} instead")
         if key not in PASSED_KEYS:
             nearest = difflib.get_close_matches(key, PASSED_KEYS, 1, 0.0)[0]
-            raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest!r}")
+            raise ValueError(f"unknown key {key!r}; the nearest known key is {nearest!r}")
     for key, options in FEATURES.items():
         if not isinstance(section.get(key, {}), dict):
             raise ValueError(f"{key} must be a mapping of options, not {section[key]!r}")

@@ -28,7 +28,7 @@ def main() -> None:
         "nodes of the current Slurm allocation, else this machine. Every process that it starts ends with it."
     )
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file to override")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
     parser.add_argument("--hostfile", help="hostfile of deepspeed: a line `host slots=N` for each node and its ranks")
     parser.add_argument("--num_gpus", type=int, help="ranks per node, as for deepspeed; on CPU, processes per node")
     parser.add_argument("--master_port", type=int, help="port of the rendezvous, as for deepspeed (default 29500)")

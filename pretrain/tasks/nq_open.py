@@ -45,7 +45,7 @@ def evaluate(run: TaskRun) -> TaskResult:
 def correct_answers(row: "Row") -> list[str]:
     """Return the correct answers of a row: those in its column `answer` if it is valid, else only the target."""
     try:
-        return nq_open.right_answers(row.columns["answer"])
+        return nq_open.correct_answers(row.columns["answer"])
     except (KeyError, ValueError):
         return [row.target]
 

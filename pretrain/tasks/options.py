@@ -162,7 +162,7 @@ class AnswerTask(RowTask):
         for key in finetune or {}:
             if key not in TrainConfig.model_fields:
                 nearest = difflib.get_close_matches(key, TrainConfig.model_fields, 1, 0.0)[0]
-                raise ValueError(f"unknown key {key!r} of train; the nearest known one is {nearest!r}")
+                raise ValueError(f"unknown key {key!r} of train; the nearest known key is {nearest!r}")
         return finetune
 
     @model_validator(mode="after")

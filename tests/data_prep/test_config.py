@@ -136,11 +136,11 @@ def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path):
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(changes, unknown, nearest):
-    assert error_message(**changes) == f"unknown key {unknown!r}; the nearest known one is {nearest!r}"
+    assert error_message(**changes) == f"unknown key {unknown!r}; the nearest known key is {nearest!r}"
 
 
 def test_an_unknown_section_names_the_nearest_known_one(config):
-    with pytest.raises(UserError, match=r"unknown key 'chekpoint' in .*; the nearest known one is 'checkpoint'"):
+    with pytest.raises(UserError, match=r"unknown key 'chekpoint' in .*; the nearest known key is 'checkpoint'"):
         load_yaml(config, ["chekpoint.every=3"])
 
 
@@ -225,7 +225,7 @@ def test_the_data_sections_of_the_configs_are_valid():
 def test_configuration_errors_are_one_line(config, run_expecting_user_error, tmp_path):
     assert "No such file" in run_expecting_user_error(tmp_path / "absent.yaml")
     assert run_expecting_user_error(config, "data.tokenizer.vocab_sise=3") == (
-        "unknown key 'data.tokenizer.vocab_sise'; the nearest known one is 'data.tokenizer.vocab_size'"
+        "unknown key 'data.tokenizer.vocab_sise'; the nearest known key is 'data.tokenizer.vocab_size'"
     )
     config.write_text("name: x\n")
     assert "no `data` section" in run_expecting_user_error(config)
@@ -258,7 +258,7 @@ def test_a_source_without_a_known_type_is_reported(source, message):
         ({"path": "a.jsonl"}, "evaluation.tasks.0.test.type is missing"),
         (
             {"type": "json", "paht": "a"},
-            "unknown key 'evaluation.tasks.0.test.paht'; the nearest known one is 'evaluation.tasks.0.test.path'",
+            "unknown key 'evaluation.tasks.0.test.paht'; the nearest known key is 'evaluation.tasks.0.test.path'",
         ),
     ],
 )

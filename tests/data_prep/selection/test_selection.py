@@ -192,7 +192,7 @@ def test_task_files_use_the_column_mapping_of_the_corpus(tmp_path):
 @pytest.mark.parametrize(
     "evaluation, message",
     [
-        ({"tasks": [{"name": "loss", "tests": "b.jsonl"}]}, "unknown key 'tests'; the nearest known one is 'test'"),
+        ({"tasks": [{"name": "loss", "tests": "b.jsonl"}]}, "unknown key 'tests'; the nearest known key is 'test'"),
         ({"task": []}, "unknown key 'evaluation.task'"),
         ({"tasks": {"name": "loss"}}, "evaluation.tasks"),
         (["b.jsonl"], "evaluation"),

@@ -99,7 +99,7 @@ def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pai
             ["objective={name: semantic_tube, distance: l2}"],
             "objective.distance has no effect with semantic_tube; remove it",
         ),
-        (["objective.distnace=l2"], "unknown key 'objective.distnace'; the nearest known one is 'objective.distance'"),
+        (["objective.distnace=l2"], "unknown key 'objective.distnace'; the nearest known key is 'objective.distance'"),
         (
             ["objective.distance=l2", "objective.temperature=0.1"],
             "objective: temperature has an effect only with distance info_nce; remove it",

@@ -38,7 +38,7 @@ from tests.commands import prepare_corpus, tiny_config, write_config
         ({"name": "geometry", "test": "x", "rows": 1}, "task.rows: the task compares"),
         (
             {"name": "nl_rx", "finetune": {"epoch": 1}},
-            "task.finetune: unknown key 'epoch' of train; the nearest known one is 'epochs'",
+            "task.finetune: unknown key 'epoch' of train; the nearest known key is 'epochs'",
         ),
         ({"name": "gsm9k", "test": "x"}, "task.name: unknown task 'gsm9k': choose one of"),
         ({}, "task.name: unknown task None: choose one of"),
@@ -92,7 +92,7 @@ FINETUNINGS = {
     ),
     "misspelt key of the objective": (
         {"finetune": {}, "finetune_objective": {"name": "llm_jepa", "weigth": 1}},
-        "finetune_objective: unknown key 'objective.weigth'; the nearest known one is 'objective.weight'",
+        "finetune_objective: unknown key 'objective.weigth'; the nearest known key is 'objective.weight'",
     ),
     "spans between views apart": (
         {"finetune": {}, "finetune_objective": {"name": "semantic_tube", "form": "views", "layout": "independent"}},

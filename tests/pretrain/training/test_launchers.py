@@ -102,7 +102,7 @@ def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
 INVALID_CONFIGS = {
     "unknown key": (
         {"objective__wieght": 1},
-        "unknown key 'objective.wieght'; the nearest known one is 'objective.weight'",
+        "unknown key 'objective.wieght'; the nearest known key is 'objective.weight'",
     ),
     "two budgets": ({"train__epochs": 2}, "the budget must be exactly one of"),
     "option without effect": (
@@ -187,7 +187,7 @@ INVALID_CONFIGS = {
     ),
     "misspelt option": (
         {"deepspeed": {"data_types": {"grad_acum_dtype": "fp32"}}},
-        "deepspeed: unknown key 'data_types.grad_acum_dtype'; the nearest known one is 'data_types.grad_accum_dtype'",
+        "deepspeed: unknown key 'data_types.grad_acum_dtype'; the nearest known key is 'data_types.grad_accum_dtype'",
     ),
     "evaluation between checkpoints": (
         {"evaluation": {"every": 30, "tasks": [{"name": "nl_rx"}]}, "checkpoint": {"every": 20}},
@@ -209,7 +209,7 @@ INVALID_CONFIGS = {
     "unknown activation": ({"model__shape__hidden_act": "nonsense"}, "unknown hidden_act 'nonsense'"),
     "misspelt DeepSpeed key": (
         {"deepspeed": {"zero_optimisation": {}}},
-        "the nearest known one is 'zero_optimization'",
+        "the nearest known key is 'zero_optimization'",
     ),
     "misspelt finetune key": (
         {"evaluation": {"tasks": [{"name": "nl_rx", "finetune": {"learnin_rate": 1}}]}},
