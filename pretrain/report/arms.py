@@ -87,7 +87,10 @@ def read_comparison(paths: list[Path], baseline: str | None, metric: str | None)
     runs = [run for arm in arms for run in arm.runs.values()]
     if metric is None:
         chosen = _default_metric(runs)
-        origin = "not chosen in advance: it is the first reported metric with a declared direction, or else the validation loss"
+        origin = (
+            "not chosen in advance: it is the first reported metric with a declared direction, "
+            "or else the validation loss"
+        )
     else:
         chosen = Metric.parse(metric, runs)
         origin = "named on the command line; nothing records whether it was chosen before the runs were seen"

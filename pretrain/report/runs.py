@@ -169,7 +169,7 @@ class Metric:
     def common_settings(self, runs: list[Run]) -> str | None:
         """Return the settings under which results are compared; None if no run has the metric.
 
-        Only results with the same settings and the same scoring version may be compared. The settings returned are those
+        Only results with the same settings and scoring version may be compared. The returned settings are those
         of the newest scoring version; if it has several, the ones that most runs share. Results at the last step of the
         runs are used, or all results if there are none.
         """

@@ -39,7 +39,7 @@ def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, A
         if _records(owner_config) != _records(config):
             raise UserError(
                 f"arms.{arm}: its data settings produce different records than {owner}, but both have the "
-                f"data.path {config.data.path}; give the arm a different data.path, or remove its data.path to have one chosen"
+                f"data.path {config.data.path}; give the arm a different data.path, or remove it to have one chosen"
             )
     return overrides, [config for _, config in corpora.values()]
 

@@ -173,7 +173,8 @@ def _describe_change(unmatched: Plan, matched: Plan, wanted_tokens: float) -> st
     return (
         f"{rows.global_batch_rows} rows per step instead of {rows_before.global_batch_rows} "
         f"(micro batch: {rows.micro_batch_rows} instead of {rows_before.micro_batch_rows}), to match the corpus tokens "
-        f"per step of the base: {matched.step.tokens:,.0f} of {wanted_tokens:,.0f}, instead of {unmatched.step.tokens:,.0f}"
+        f"per step of the base: {matched.step.tokens:,.0f} of {wanted_tokens:,.0f}, "
+        f"instead of {unmatched.step.tokens:,.0f}"
     )
 
 

@@ -70,7 +70,7 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
 
 
 def print_outcome(study: Study, runs: list[Run]) -> None:
-    """Print for each arm the mean and spread of the metric over its seeds, and the mean tokens and seconds of its runs."""
+    """Print for each arm the mean and spread of the metric over seeds, and the mean tokens and seconds of its runs."""
     metric = study.metric
     finished = {run.name: read_run(run.run_dir) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))

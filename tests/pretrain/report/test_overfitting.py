@@ -33,12 +33,12 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
         results.write_text("".join(json.dumps(line) + "\n" for line in (before, last)))
     text, page = render_report(study)
     past = parse_table(text.partition("## Past the best validation loss")[2])
-    assert past["plain"]["lowest validation loss"].startswith("0.5000") and past["plain"]["rise to the end"].startswith(
-        "0.4200"
-    )
-    assert past["plain"]["trained times past it"] == "2.0" and past["plain"]["its change to the end"].startswith(
-        "−0.1000"
-    )
+    assert past["plain"]["lowest validation loss"].startswith("0.5000") and past["plain"][
+        "rise of the loss to the end"
+    ].startswith("0.4200")
+    assert past["plain"]["total tokens / tokens up to that loss"] == "2.0" and past["plain"][
+        "change of the metric to the end"
+    ].startswith("−0.1000")
     sentences = text.partition("## Past the best validation loss")[2]
     assert (
         "steady does better than plain in validation/loss/lm past the best validation loss: change of +0.0667 "
@@ -55,7 +55,7 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
 
 
 def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(study_with_values):
-    """The lowest loss is at step 3, and the report needs evaluations on both sides of it and of the last step."""
+    """The lowest loss is at step 3, and the report needs evaluations before it, after it and at the last step."""
     evaluated = {
         "arm0-1": {2: 0.2, 4: 0.4, 6: 0.7},
         "arm0-2": {4: 0.4, 6: 0.7},
@@ -80,16 +80,16 @@ def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(
     text, page = render_report(study)
     text = text.partition("## Past the best validation loss")[2].replace("\\", "")
     assert (
-        parse_table(text)["plain"]["metric there, interpolated"] == "0.3000"
-        and parse_table(text)["plain"]["its change to the end"] == "0.4000"
+        parse_table(text)["plain"]["metric at that loss, interpolated"] == "0.3000"
+        and parse_table(text)["plain"]["change of the metric to the end"] == "0.4000"
     )
     assert (
-        parse_table(text)["other"]["metric there, interpolated"]
-        == parse_table(text)["other"]["its change to the end"]
+        parse_table(text)["other"]["metric at that loss, interpolated"]
+        == parse_table(text)["other"]["change of the metric to the end"]
         == "–"
     )
     for arm, seed in (("plain", 2), ("other", 1)):
-        reason = "the metric needs evaluated checkpoints on both sides"
+        reason = "the metric needs evaluated checkpoints before and after"
         sentence = f"{arm}: seed {seed} is excluded from nl_rx/exact here: {reason}"
         assert sentence in text and sentence in page
     assert "is interpolated linearly between" in page and "nearest to the lowest validation loss" not in page
