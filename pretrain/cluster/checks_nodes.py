@@ -437,7 +437,7 @@ def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimat
             Finding(
                 "memory",
                 "warn",
-                "the estimate was not checked: with offloading, part of it is memory of the host or space on disk",
+                "the estimate was not checked: with offloading, part of the memory is on the host or on disk",
                 "watch the memory during the first steps of the run",
             )
         ]

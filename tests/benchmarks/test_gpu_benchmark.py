@@ -67,10 +67,10 @@ def test_a_broken_check_does_not_end_the_other_checks(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "CHECKS", checks)
     one = bench(tmp_path)
     for name in checks:
-        one.found[name] = gpu.run_check(one, name)
-    assert [check["result"] for check in one.found.values()] == ["broken", "broken", "fail", "none", "broken"]
-    assert "exit code 1: ValueError: the kernel is missing" in one.found["first"]["meaning"]
-    assert gpu.check_line("third", one.found["third"]) == "fail    third         speed 1.5: too slow"
+        one.results[name] = gpu.run_check(one, name)
+    assert [check["result"] for check in one.results.values()] == ["broken", "broken", "fail", "none", "broken"]
+    assert "exit code 1: ValueError: the kernel is missing" in one.results["first"]["meaning"]
+    assert gpu.check_line("third", one.results["third"]) == "fail    third         speed 1.5: too slow"
 
 
 def test_a_check_ends_at_its_time_limit_and_no_check_starts_without_enough_time(tmp_path, monkeypatch):
