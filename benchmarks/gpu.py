@@ -9,7 +9,7 @@ result, its figures and their meaning. The results are:
 - `pass` or `fail`: the check was judged
 - `ran`: the check was not judged, because there is nothing to compare with, or no GPU
 - `broken`: the check ended without figures
-- `none`: the check did not start, because it needs a GPU or a check without a result, or no time was left
+- `none`: the check did not start: no time was left, or it needs a GPU or the figures of another check
 
 One JSON object is written to stdout, and to results.json in the work folder after each check. The exit code is 1 if
 a check failed or broke, or if one did not start on a GPU. Training runs use all GPUs (or --ranks of them), with one

@@ -152,7 +152,8 @@ def _packed_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 def head(small: bool) -> dict[str, Any]:
     """Time the cross-entropy of the output head for several chunk sizes, and measure the error of the gradient.
 
-    The chunk size is the maximum number of logits that are computed at a time. The reference gradient is computed in fp32.
+    The chunk size is the maximum number of logits that are computed at a time. The reference gradient is computed in
+    fp32.
     """
     if small:
         width, vocabulary, label_count = 64, 1000, 512

@@ -4,8 +4,8 @@
 
 A model of 16 layers of width 32 is trained in one process and one CPU thread, even if there is a GPU. The settings
 are ZeRO stage 1, stage 3 with hooks around every module, and stage 3 with hooks around whole layers. A run uses the
-last setting unless it sets monitor.gradients_every. In every round, each setting is measured once. The figures are processor
-seconds: medians over the rounds, and ratios within a round.
+last setting unless it sets monitor.gradients_every. In every round, each setting is measured once. The figures
+are processor seconds: medians over the rounds, and ratios within a round.
 """
 
 import argparse

@@ -6,9 +6,9 @@
 
 Every rank keeps its micro batch, so the global batch grows with the number of ranks. The compute time is the FLOPs
 that `--dry-run` counts, divided by the FLOP/s of a rank (`--flops`). A collective takes the latency of each hop,
-plus its bytes divided by the bandwidth. In a ring, every rank sends (n - 1) / n of the bytes; in a tree, there are log2 n hops.
-The speeds of the links come from `launcher/doctor.py --json`, or from `--within` and `--between`, in bytes/s
-and seconds per hop. `--ranks-per-node` is the number of ranks on a node. The fraction `--overlap` of the
+plus its bytes divided by the bandwidth. In a ring, every rank sends (n - 1) / n of the bytes; in a tree, there
+are log2 n hops. The speeds of the links come from `launcher/doctor.py --json`, or from `--within` and `--between`,
+in bytes/s and seconds per hop. `--ranks-per-node` is the number of ranks on a node. The fraction `--overlap` of the
 communication is hidden by computation. One JSON object is written to stdout, a table to stderr.
 """
 
@@ -283,8 +283,8 @@ def table(result: dict[str, Any]) -> str:
                 note = ", too big"
             lines.append(
                 f"{entry['ranks']:>6}  {f'{stage}{note}':>12}  {prediction['memory_bytes'] / 1e9:>5.1f} GB  "
-                f"{prediction['seconds']:>7.3f} s  {prediction['tokens_per_second']:>13,.0f}  {prediction['efficiency']:>10.1%}  "
-                f"{prediction['share_of_communication']:>13.1%}"
+                f"{prediction['seconds']:>7.3f} s  {prediction['tokens_per_second']:>13,.0f}  "
+                f"{prediction['efficiency']:>10.1%}  {prediction['share_of_communication']:>13.1%}"
             )
     return "\n".join(lines)
 
