@@ -27,7 +27,8 @@ TOKEN_TARGET = 1.05
 """Upper limit for the arms of ONE_FORWARD: time per record divided by positions per record, relative to the
 baseline."""
 SPEEDUP_TARGETS = {"three_passes_512": 30.0, "three_passes_longest": 2.2}
-"""Lower limit for the records per second of joint_packed, divided by those of a published method."""
+"""Lower limit for the records per second of joint_packed, divided by the records per second of a
+published method."""
 
 
 def run_rank(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """The doctor command: checks all nodes of a run in parallel, and reports what would go wrong.
 
-This module imports little, so that it can start the agents immediately.
+This module imports little, because it must start the agents immediately.
 """
 
 import argparse

@@ -149,8 +149,8 @@ def memory() -> dict[str, Any]:
 def devices() -> dict[str, Any]:
     """Return the GPUs, the CUDA version of the torch build, and the accelerator of DeepSpeed.
 
-    If CUDA_VISIBLE_DEVICES is set, the first GPUs are returned, as many as it lists. The accelerator is DS_ACCELERATOR
-    if that is set. Otherwise, it is cuda if there is a GPU, else cpu.
+    If CUDA_VISIBLE_DEVICES lists n devices, the first n GPUs are returned. The accelerator is DS_ACCELERATOR if that
+    is set. Otherwise, it is cuda if there is a GPU, else cpu.
     """
     found: dict[str, Any] = {"gpus": []}
     if shutil.which("nvidia-smi"):

@@ -50,7 +50,7 @@ class Run:
     def has_pair_term(self) -> bool:
         """Whether the objective has a term on pairs.
 
-        An objective that the current version cannot read counts as having such a term, unless it is next_token.
+        An objective that the current version cannot read counts as having a pair term, unless it is next_token.
         """
         try:
             return objective_configs()[self.objective].model_validate(self.config["objective"]).pairing is not None
@@ -169,8 +169,8 @@ class Metric:
     def common_settings(self, runs: list[Run]) -> str | None:
         """Return the settings under which results are compared; None if no run has the metric.
 
-        Only results with the same settings and scoring version may be compared. The returned settings are those
-        of the newest scoring version; if it has several, the ones that most runs share. Results at the last step of the
+        Only results with the same settings and scoring version may be compared. The returned settings
+        belong to the newest scoring version; if it has several, the ones that most runs share are returned. Results at the last step of the
         runs are used, or all results if there are none.
         """
         run_counts: dict[str, int] = {}

@@ -55,9 +55,9 @@ class Summary:
     flops: float | None
     """FLOPs per corpus token; None if they could not be counted."""
     flops_ratio: float | None
-    """FLOPs per corpus token, divided by those of the baseline."""
+    """FLOPs per corpus token, relative to the baseline."""
     seconds_ratio: Spread | None
-    """Seconds per corpus token, divided by those of the baseline: the ratio of means, and the extremes over seeds."""
+    """Seconds per corpus token, relative to the baseline: the ratio of means, and the extremes over seeds."""
     losses: dict[str, Spread] = field(default_factory=dict)
     monitors: dict[str, Spread] = field(default_factory=dict)
     collapsed: list[int] = field(default_factory=list)
