@@ -169,9 +169,9 @@ class Metric:
     def common_settings(self, runs: list[Run]) -> str | None:
         """Return the settings under which results are compared; None if no run has the metric.
 
-        Only results with the same settings and scoring version may be compared. The returned settings
-        belong to the newest scoring version; if it has several, the ones that most runs share are returned. Results at the last step of the
-        runs are used, or all results if there are none.
+        Only results with the same settings and scoring version may be compared. The returned settings belong to the
+        newest scoring version; if it has several, the ones that most runs share are returned. Results at the last step
+        of the runs are used, or all results if there are none.
         """
         run_counts: dict[str, int] = {}
         for run in runs:

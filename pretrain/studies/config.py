@@ -162,9 +162,10 @@ def load_study(path: Path, overrides: list[str]) -> Study:
     base = study.run_config(config.baseline, config.seeds[0])
     tasks = {task.title: task for task in base.evaluation.tasks}
     if config.metric.task not in tasks:
-        known = f"the tasks {', '.join(tasks)}; name one of its tasks, or" if tasks else "no evaluation.tasks;"
+        existing_tasks = f"the tasks {', '.join(tasks)}; name one of its tasks, or" if tasks else "no evaluation.tasks;"
         raise UserError(
-            f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has {known} add the task"
+            f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has {existing_tasks} "
+            "add the task"
         )
     _resolve_metric(config.metric, tasks[config.metric.task], base.data.views)
     return study
