@@ -1,6 +1,6 @@
 """Checks of individual nodes: pure functions that turn the facts of all nodes into findings.
 
-`facts` maps node names to facts. `here` is what this machine has: its facts, or the value that is compared.
+`facts` maps node names to facts. `local_facts` and `local_value` are the facts and the compared value of this machine.
 """
 
 from collections import Counter
@@ -40,11 +40,11 @@ TIGHT = 0.85
 
 def check_reachable(nodes: list[str], unreachable: Mapping[str, str]) -> list[Finding]:
     """Check that all nodes answered."""
-    found = [
+    findings = [
         Finding("reached", "fail", reason, _reachability_remedy(reason, node), (node,))
         for node, reason in unreachable.items()
     ]
-    return found or [Finding("reached", "ok", f"{len(nodes)} node{'s' * (len(nodes) > 1)}: {shorten_list(nodes)}")]
+    return findings or [Finding("reached", "ok", f"{len(nodes)} node{'s' * (len(nodes) > 1)}: {shorten_list(nodes)}")]
 
 
 def _reachability_remedy(reason: str, node: str) -> str:
@@ -65,7 +65,7 @@ def _reachability_remedy(reason: str, node: str) -> str:
     return f"make `ssh {node} hostname` work from this machine without a prompt, or remove the node from the hostfile"
 
 
-def check_identical(check: str, values: Mapping[str, Any], here: Any, prefix: str, remedy: str) -> list[Finding]:
+def check_identical(check: str, values: Mapping[str, Any], local_value: Any, prefix: str, remedy: str) -> list[Finding]:
     """Check that all nodes have the same value.
 
     The finding names the nodes that differ from this machine. If no node has this machine's value, the finding names
@@ -75,7 +75,7 @@ def check_identical(check: str, values: Mapping[str, Any], here: Any, prefix: st
     if len(counts) <= 1:
         value = next(iter(counts), None)
         return [Finding(check, "ok", str(value))]
-    usual = here if here in counts else counts.most_common(1)[0][0]
+    usual = local_value if local_value in counts else counts.most_common(1)[0][0]
     return [
         Finding(
             check,
@@ -89,20 +89,20 @@ def check_identical(check: str, values: Mapping[str, Any], here: Any, prefix: st
     ]
 
 
-def check_python(facts: Facts, here: dict[str, Any]) -> list[Finding]:
+def check_python(facts: Facts, local_facts: dict[str, Any]) -> list[Finding]:
     """Check that all nodes have the same Python version, operating system and C library."""
-    found = check_identical(
+    findings = check_identical(
         "python",
         {node: node_facts["python"] for node, node_facts in facts.items()},
-        here["python"],
+        local_facts["python"],
         "Python",
         "install the same Python on the node, and create the environment again with it",
     )
     systems = Counter(f"{node_facts['system']}, {node_facts['libc']}" for node_facts in facts.values())
     if len(systems) == 1:
-        return [*found, Finding("system", "ok", next(iter(systems)))]
+        return [*findings, Finding("system", "ok", next(iter(systems)))]
     return [
-        *found,
+        *findings,
         Finding(
             "system",
             "warn",
@@ -115,7 +115,7 @@ def check_python(facts: Facts, here: dict[str, Any]) -> list[Finding]:
 
 def check_packages(facts: Facts) -> list[Finding]:
     """Check that all nodes have the same package versions, and that these are the versions of requirements.lock."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     locked = next(node_facts["locked"] for node_facts in facts.values())
     common = _expected_versions([node_facts["installed"] for node_facts in facts.values()], locked)
     install = "pip install -r requirements.lock, in the environment of that node"
@@ -131,16 +131,16 @@ def check_packages(facts: Facts) -> list[Finding]:
         ]
         missing = [name for name in node_facts["required"] if name not in installed and name not in common]
         if differing:
-            found.append(Finding("packages", "fail", shorten_list(differing), install, (node,)))
+            findings.append(Finding("packages", "fail", shorten_list(differing), install, (node,)))
         if missing:
-            found.append(Finding("packages", "fail", f"{shorten_list(missing)} not installed", install, (node,)))
+            findings.append(Finding("packages", "fail", f"{shorten_list(missing)} not installed", install, (node,)))
     unlocked = [
         f"{name} {version} instead of {locked[name]} of requirements.lock"
         for name, version in common.items()
         if version.split("+")[0] != locked[name]
     ]
     if unlocked:
-        found.append(
+        findings.append(
             Finding(
                 "packages",
                 "warn",
@@ -148,7 +148,7 @@ def check_packages(facts: Facts) -> list[Finding]:
                 "pip install -r requirements.lock, or first try the run with a few steps",
             )
         )
-    return found or [
+    return findings or [
         Finding(
             "packages",
             "ok",
@@ -172,19 +172,19 @@ def _expected_versions(installed: list[dict[str, str]], locked: dict[str, str]) 
     return {name: version for name, version in expected.items() if version is not None}
 
 
-def check_code(facts: Facts, here: dict[str, Any]) -> list[Finding]:
+def check_code(facts: Facts, local_facts: dict[str, Any]) -> list[Finding]:
     """Check that the Python files of the project are the same on all nodes, by comparing hashes."""
-    found = []
+    findings = []
     for node, node_facts in facts.items():
-        names = here["files"].keys() | node_facts["files"].keys()
-        differing = sorted(name for name in names if here["files"].get(name) != node_facts["files"].get(name))
+        names = local_facts["files"].keys() | node_facts["files"].keys()
+        differing = sorted(name for name in names if local_facts["files"].get(name) != node_facts["files"].get(name))
         if differing:
             revision = (
                 ""
-                if node_facts["revision"] == here["revision"]
-                else f" (revision {node_facts['revision']}; this machine has {here['revision']})"
+                if node_facts["revision"] == local_facts["revision"]
+                else f" (revision {node_facts['revision']}; this machine has {local_facts['revision']})"
             )
-            found.append(
+            findings.append(
                 Finding(
                     "code",
                     "fail",
@@ -193,16 +193,18 @@ def check_code(facts: Facts, here: dict[str, Any]) -> list[Finding]:
                     (node,),
                 )
             )
-    return found or [Finding("code", "ok", f"{len(here['files'])} files, revision {here['revision'] or 'unknown'}")]
+    return findings or [
+        Finding("code", "ok", f"{len(local_facts['files'])} files, revision {local_facts['revision'] or 'unknown'}")
+    ]
 
 
 def check_clock(offsets: Mapping[str, float]) -> list[Finding]:
     """Check the clock offsets of the nodes against this machine, in seconds."""
-    found = []
+    findings = []
     for node, offset in offsets.items():
         if abs(offset) > SKEW_WARN:
             level: Level = "fail" if abs(offset) > SKEW_FAIL else "warn"
-            found.append(
+            findings.append(
                 Finding(
                     "clock",
                     level,
@@ -211,12 +213,12 @@ def check_clock(offsets: Mapping[str, float]) -> list[Finding]:
                     (node,),
                 )
             )
-    return found or [Finding("clock", "ok", f"within {max(map(abs, offsets.values()), default=0.0):.3f} s")]
+    return findings or [Finding("clock", "ok", f"within {max(map(abs, offsets.values()), default=0.0):.3f} s")]
 
 
 def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> list[Finding]:
     """Check that /dev/shm exists and is large enough."""
-    found = []
+    findings = []
     for node, node_facts in facts.items():
         free, gpus = node_facts["shm_free"], cuda and slots[node] > 1
         if free < (SHM_GPU_WARN if gpus else SHM_CPU_WARN):
@@ -226,7 +228,7 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
                 if gpus
                 else "the processes of a preparation share data through it"
             )
-            found.append(
+            findings.append(
                 Finding(
                     "shared memory",
                     level,
@@ -235,7 +237,7 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
                     (node,),
                 )
             )
-    return found or [
+    return findings or [
         Finding(
             "shared memory",
             "ok",
@@ -249,7 +251,7 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
 
     `chosen` is the value of DS_ACCELERATOR in this shell.
     """
-    found = [
+    findings = [
         Finding(
             "devices", "fail", node_facts["driver_fault"], "fix the driver: nvidia-smi must work on the node", (node,)
         )
@@ -259,7 +261,7 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
     accelerators = {node: node_facts["accelerator"] for node, node_facts in facts.items()}
     if differing := tuple(node for node, accelerator in accelerators.items() if chosen and accelerator != chosen):
         return [
-            *found,
+            *findings,
             Finding(
                 "devices",
                 "fail",
@@ -269,7 +271,7 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
             ),
         ]
     if len(set(accelerators.values())) > 1:
-        return found + check_identical(
+        return findings + check_identical(
             "devices",
             accelerators,
             None,
@@ -277,12 +279,12 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
             "set DS_ACCELERATOR to the same value on all nodes, or remove the nodes without GPUs",
         )
     if set(accelerators.values()) != {"cuda"}:
-        return found or [
+        return findings or [
             Finding("devices", "ok", f"{sum(slots.values())} ranks on {next(iter(accelerators.values()), 'cpu')}")
         ]
     for node, node_facts in facts.items():
         if len(node_facts["gpus"]) < slots[node]:
-            found.append(
+            findings.append(
                 Finding(
                     "devices",
                     "fail",
@@ -291,14 +293,14 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
                     (node,),
                 )
             )
-        found += _check_driver(node, node_facts)
+        findings += _check_driver(node, node_facts)
         in_use = [
             f"GPU {index} has {format_bytes(gpu['used'])} of {format_bytes(gpu['memory'])} in use"
             for index, gpu in enumerate(node_facts["gpus"])
             if gpu["used"] > IN_USE * gpu["memory"]
         ]
         if in_use:
-            found.append(
+            findings.append(
                 Finding(
                     "devices",
                     "warn",
@@ -318,8 +320,8 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
         (kinds, "use GPUs of one kind: the slowest one limits the speed, and the smallest one the memory"),
         (drivers, "install one driver version on all nodes"),
     ):
-        found += [item for item in check_identical("devices", values, None, "has", remedy) if item.level != "ok"]
-    return found or [
+        findings += [item for item in check_identical("devices", values, None, "has", remedy) if item.level != "ok"]
+    return findings or [
         Finding(
             "devices",
             "ok",
@@ -356,7 +358,7 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
     A killed build leaves its lock, and every later build waits for it. FlexAttention is compiled on CUDA even with
     train.compile=false. Triton compiles it, and needs a C compiler and Python.h.
     """
-    found = []
+    findings = []
     for node, node_facts in facts.items():
         stale = [lock for lock in node_facts["locks"] if not node_facts["compiling"] and lock["age"] > LOCK_SECONDS]
         for lock in stale:
@@ -365,9 +367,9 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
                 "a process that builds or loads that op hangs silently"
                 + ("" if cuda else " (runs of this project on CPU load no ops)")
             )
-            found.append(Finding("compiled ops", "fail" if cuda else "warn", seen, f"rm {lock['path']}", (node,)))
+            findings.append(Finding("compiled ops", "fail" if cuda else "warn", seen, f"rm {lock['path']}", (node,)))
         if compiles and not node_facts["compiler"]:
-            found.append(
+            findings.append(
                 Finding(
                     "compiled ops",
                     "fail",
@@ -385,7 +387,7 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
                 )
                 if not available
             )
-            found.append(
+            findings.append(
                 Finding(
                     "compiled ops",
                     "fail",
@@ -395,7 +397,7 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
                 )
             )
         if recent := [lock["path"] for lock in node_facts["locks"] if lock not in stale]:
-            found.append(
+            findings.append(
                 Finding(
                     "compiled ops",
                     "warn",
@@ -405,14 +407,14 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
                 )
             )
     ops = sorted({op for node_facts in facts.values() for op in node_facts["ops"]})
-    return found or [
+    return findings or [
         Finding("compiled ops", "ok", f"{shorten_list(ops)} built, no lock" if ops else "no op built, no lock")
     ]
 
 
 def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimate: ResourceEstimate) -> list[Finding]:
     """Check the estimated memory of a rank against the memory available to it on its node."""
-    found = []
+    findings = []
     smallest_room = float("inf")
     for node in facts.keys() & devices.keys():
         cuda = devices[node]["accelerator"] == "cuda" and devices[node]["gpus"]
@@ -421,7 +423,7 @@ def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimat
         place = "on its GPU" if cuda else f"of host memory ({slots[node]} ranks share the node's)"
         smallest_room = min(smallest_room, room)
         if need > TIGHT * room and not estimate.offloads:
-            found.append(
+            findings.append(
                 Finding(
                     "memory",
                     "fail" if need > room else "warn",
@@ -442,7 +444,7 @@ def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimat
             )
         ]
     device = "cuda" if any(node_facts["accelerator"] == "cuda" for node_facts in devices.values()) else "cpu"
-    return found or [
+    return findings or [
         Finding(
             "memory",
             "ok",

@@ -13,9 +13,9 @@ Pairs = list[dict[str, Any]]
 """Measurements of node pairs: `from`, `to`, and either `latency_seconds` and `bytes_per_second`, or `error`."""
 
 
-def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]:
+def check_corpus(facts: Facts, local_facts: dict[str, Any], data: str) -> list[Finding]:
     """Check that the manifest, tokenizer and shards are the same on all nodes. Each node may have its own copy."""
-    found = [
+    findings = [
         Finding(
             "corpus",
             "fail",
@@ -26,7 +26,7 @@ def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]
         for node, fact in facts.items()
         if "unreadable" in fact
     ]
-    found += [
+    findings += [
         Finding(
             "corpus",
             "fail",
@@ -43,11 +43,11 @@ def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]
         comparisons += check_identical(
             check,
             {node: fact[part] for node, fact in readable.items()},
-            here.get(part),
+            local_facts.get(part),
             "its SHA-256 is",
             f"copy the same {data} to all nodes: rsync -a --delete, or a shared file system",
         )
-    return found + [item for item in comparisons if not found or item.level != "ok"]
+    return findings + [item for item in comparisons if not findings or item.level != "ok"]
 
 
 def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: int) -> list[Finding]:
@@ -55,25 +55,25 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
 
     `existing` is the number of checkpoints that are already in the run folder.
     """
-    found = []
+    findings = []
     for node, fact in facts.items():
         if "unwritable" in fact:
-            found.append(
+            findings.append(
                 Finding(
                     "run folder",
                     "fail",
                     f"cannot write to {fact['folder']}: {fact['unwritable']}",
-                    "mount it writable for this user, or choose another output_dir",
+                    "mount it writable for this user, or choose a different output_dir",
                     (node,),
                 )
             )
     if locked := tuple(node for node, fact in facts.items() if fact["locked"]):
-        found.append(
+        findings.append(
             Finding(
                 "run folder",
                 "fail",
                 "another run holds the lock of the run folder",
-                "wait for that run, end it, or choose another `name`",
+                "wait for that run, end it, or choose a different `name`",
                 locked,
             )
         )
@@ -87,17 +87,17 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
                     f"{format_bytes(free)} free in {fact['folder']}, "
                     f"but {estimate.checkpoints} checkpoints need at least {format_bytes(missing)}"
                 )
-                found.append(
+                findings.append(
                     Finding(
                         "free space",
                         level,
                         problem,
-                        "free some space, lower checkpoint.keep, or choose another output_dir",
+                        "free some space, lower checkpoint.keep, or choose a different output_dir",
                         (node,),
                     )
                 )
-        if not any(item.check == "free space" for item in found):
-            found.append(
+        if not any(item.check == "free space" for item in findings):
+            findings.append(
                 Finding(
                     "free space",
                     "ok",
@@ -105,9 +105,9 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
                     f"{estimate.checkpoints} checkpoints need about {format_bytes(missing)}",
                 )
             )
-    if not any(item.check == "run folder" for item in found):
-        found.insert(0, Finding("run folder", "ok", f"writable: {next(iter(facts.values()))['folder']}"))
-    return found
+    if not any(item.check == "run folder" for item in findings):
+        findings.insert(0, Finding("run folder", "ok", f"writable: {next(iter(facts.values()))['folder']}"))
+    return findings
 
 
 def check_shared_run_folder(
@@ -126,21 +126,21 @@ def check_shared_run_folder(
         first = next(iter(seen))
         separate = [node for node, visible in seen.items() if first in authors and first not in visible]
         reference = first
-    found = [
+    findings = [
         Finding("shared run folder", "fail", f"{folder} is not the folder that {reference} sees", remedy, (node,))
         for node in separate
     ]
     shared_views = [visible for node, visible in seen.items() if node not in separate]
     candidates = [author for author in authors if author not in separate and author != here]
     unseen = [author for author in candidates if any(author not in visible for visible in shared_views)]
-    found += [
+    findings += [
         Finding(
             "shared run folder", "fail", f"other nodes do not see the files of this node in {folder}", remedy, (node,)
         )
         for node in unseen
     ]
-    if not found and set(authors) - set(seen_here) - {here}:
-        found.append(
+    if not findings and set(authors) - set(seen_here) - {here}:
+        findings.append(
             Finding(
                 "shared run folder",
                 "warn",
@@ -148,7 +148,7 @@ def check_shared_run_folder(
                 "start supervise.py and report.py on a node: both need that folder",
             )
         )
-    return found or [Finding("shared run folder", "ok", "every node sees the files of all nodes")]
+    return findings or [Finding("shared run folder", "ok", "every node sees the files of all nodes")]
 
 
 def check_environment(
@@ -159,9 +159,9 @@ def check_environment(
     `faults` describe the lines of .deepspeed_env that DeepSpeed cannot read. A missing variable is only a warning,
     because other checks detect whether ranks use the wrong device or network without that variable.
     """
-    found = []
+    findings = []
     if faults:
-        found.append(
+        findings.append(
             Finding(
                 "environment",
                 "fail",
@@ -176,7 +176,7 @@ def check_environment(
                 state = f"{values[name]} on the node" if name in values else "not set on the node"
                 differing.setdefault(state, []).append(node)
         for state, nodes in differing.items():
-            found.append(
+            findings.append(
                 Finding(
                     "environment",
                     "warn",
@@ -185,7 +185,7 @@ def check_environment(
                     tuple(nodes),
                 )
             )
-    return found or [
+    return findings or [
         Finding("environment", "ok", f"{len(local_env)} relevant variables of this shell are the same on all nodes")
     ]
 
@@ -257,23 +257,23 @@ def check_rendezvous(
                 "rendezvous",
                 "fail",
                 f"port {port} is taken ({held['error']})",
-                "end the process that listens there, or pass a different --master_port to deepspeed and doctor.py",
+                "end the process that listens on it, or pass a different --master_port to deepspeed and doctor.py",
                 (first,),
             )
         ]
-    found = [
+    findings = [
         Finding(
             "rendezvous",
             "fail",
             f"cannot connect to {first} ({address}) at port {port}: {answer['error']}",
             f"open port {port} of {first} for the nodes, or pass a different --master_port; "
-            "if the address belongs to another network, pass --master_addr to deepspeed",
+            "if the address belongs to a different network, pass --master_addr to deepspeed",
             (node,),
         )
         for node, answer in connections.items()
         if "error" in answer
     ]
-    return found or [
+    return findings or [
         Finding(
             "rendezvous", "ok", f"{address}:{port} is free" + (" and reachable from all nodes" if connections else "")
         )
@@ -282,7 +282,7 @@ def check_rendezvous(
 
 def check_node_pairs(pairs: Pairs) -> list[Finding]:
     """Check that every node can connect to every other node, and that no pair is much slower than the median."""
-    found = [
+    findings = [
         Finding(
             "network",
             "fail",
@@ -295,7 +295,7 @@ def check_node_pairs(pairs: Pairs) -> list[Finding]:
     ]
     measured = sorted((pair for pair in pairs if "error" not in pair), key=lambda pair: pair["bytes_per_second"])
     if not measured:
-        return found
+        return findings
     worst, median = measured[0], measured[len(measured) // 2]["bytes_per_second"]
     latency = max(pair["latency_seconds"] for pair in measured)
     summary = (
@@ -304,7 +304,7 @@ def check_node_pairs(pairs: Pairs) -> list[Finding]:
     )
     if len(measured) > 2 and worst["bytes_per_second"] < SLOW_PAIR * median:
         return [
-            *found,
+            *findings,
             Finding(
                 "network",
                 "warn",
@@ -312,19 +312,19 @@ def check_node_pairs(pairs: Pairs) -> list[Finding]:
                 "check the link and its error counters with ethtool -S: every step waits for the slowest link",
             ),
         ]
-    return found or [Finding("network", "ok", f"{len(pairs)} directions; {summary}")]
+    return findings or [Finding("network", "ok", f"{len(pairs)} directions; {summary}")]
 
 
 def check_all_reduce(
     answers: Mapping[str, dict[str, Any]], measured: list[dict[str, Any]], bucket: int
 ) -> list[Finding]:
     """Check that all ranks connected and reduced a bucket of gradients; `bucket` is the size of the bucket in bytes."""
-    found = []
+    findings = []
     for node, answer in answers.items():
         errors = {"": answer["error"]} if "error" in answer else answer["errors"]
         if errors:
             rank, error = next(iter(errors.items()))
-            found.append(
+            findings.append(
                 Finding(
                     "all-reduce",
                     "fail",
@@ -334,8 +334,8 @@ def check_all_reduce(
                     (node,),
                 )
             )
-    if found or not measured:
-        return found or [Finding("all-reduce", "fail", "rank 0 returned no measurement", "run doctor.py again")]
+    if findings or not measured:
+        return findings or [Finding("all-reduce", "fail", "rank 0 returned no measurement", "run doctor.py again")]
     small, large = measured[0], measured[-1]
     size = (
         f"a bucket of {format_bytes(bucket)}"

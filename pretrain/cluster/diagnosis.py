@@ -174,14 +174,14 @@ class Diagnosis:
         has_several_nodes = len(self.agents.hosts) > 1
         existing = len(list_steps(config.run_dir / "checkpoints"))
 
-        def here(topic: str) -> dict[str, Any]:
+        def local_facts(topic: str) -> dict[str, Any]:
             return facts.TOPICS[topic](**_topic_arguments(config, topic))
 
         checks = {
-            "python_and_system": lambda valid: checks_nodes.check_python(valid, here("python_and_system")),
+            "python_and_system": lambda valid: checks_nodes.check_python(valid, local_facts("python_and_system")),
             "packages": checks_nodes.check_packages,
-            "code": lambda valid: checks_nodes.check_code(valid, here("code")),
-            "corpus": lambda valid: checks_run.check_corpus(valid, here("corpus"), config.data.path),
+            "code": lambda valid: checks_nodes.check_code(valid, local_facts("code")),
+            "corpus": lambda valid: checks_run.check_corpus(valid, local_facts("corpus"), config.data.path),
             "run_folder": lambda valid: (
                 checks_run.check_run_folder(valid, estimate, existing)
                 + (checks_run.check_shared_run_folder(**self.markers) if has_several_nodes else [])

@@ -25,11 +25,11 @@ def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
     candidates = (run.root / config.data.path, run.folder.parent / config.data.path)
     folder = next((path for path in candidates if path.is_dir()), None)
     if folder is None:
-        raise UserError(f"the corpus {config.data.path} does not exist; prepare it again, or copy it there")
+        raise UserError(f"the corpus {config.data.path} does not exist; prepare it again, or copy it to that path")
     corpus = Corpus(folder, split)
     model_dir = run.folder / MODEL_DIR
     if model_dir.is_dir() and Tokenizer.load(model_dir).fingerprint != corpus.tokenizer.fingerprint:
-        raise UserError(f"{folder} holds the corpus of a different run: its tokenizer is not the one of {run.folder}")
+        raise UserError(f"{folder} holds the corpus of a different run: it has a different tokenizer")
     if not was_trained_on(run.folder, corpus.manifest):
         raise UserError(f"{folder} does not hold the corpus that {run.folder} was trained on")
     return corpus

@@ -57,7 +57,7 @@ def _report(arguments: argparse.Namespace) -> None:
         write_text(folder / "report.html", page)
     except OSError as error:
         raise UserError(
-            f"cannot write the report to {folder}: {error.strerror}; choose another folder with --output"
+            f"cannot write the report to {folder}: {error.strerror}; choose a different folder with --output"
         ) from None
     print(table)
     _say(f"report written to {folder / 'report.html'}")

@@ -117,8 +117,8 @@ def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
     sentences = [
         f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from "
-        f"{metric} here: the metric needs evaluated checkpoints before and after the lowest validation loss and at "
-        "the last step."
+        f"{metric} in this section: the metric needs evaluated checkpoints before and after the lowest validation loss "
+        "and at the last step."
         for name, arm in past.arms.items()
         if arm.not_bracketed
     ]

@@ -122,7 +122,7 @@ def _untested(differences: dict[int, float], baseline: dict[int, float], toleran
             0.0,
             "no verdict",
             reason=f"all runs have the same value, {baseline[seeds[0]]:g} (for example, no answer is right yet, or "
-            "every answer is), so this metric cannot distinguish them, but another one may (--metric)",
+            "every answer is), so this metric cannot distinguish them, but a different metric may (--metric)",
         )
     if all_equal:
         return PairedTest(seeds, 0.0, "no difference found", 0.0, reason="both arms have the same values in every seed")

@@ -30,15 +30,15 @@ class Spread(NamedTuple):
 
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Summarise the values that are not None; return None if there are none."""
-    known = np.array([value for value in values if value is not None], dtype=float)
-    if not len(known):
+    present = np.array([value for value in values if value is not None], dtype=float)
+    if not len(present):
         return None
     return Spread(
-        float(known.mean()),
-        float(known.std(ddof=1)) if len(known) > 1 else None,
-        float(known.min()),
-        float(known.max()),
-        len(known),
+        float(present.mean()),
+        float(present.std(ddof=1)) if len(present) > 1 else None,
+        float(present.min()),
+        float(present.max()),
+        len(present),
     )
 
 

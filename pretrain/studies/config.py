@@ -64,7 +64,7 @@ class StudyConfig(Section):
     launch: str = ""
     """Command in front of `launcher/run.py`, such as `deepspeed --num_gpus 8`. The default is python: one process."""
     slurm: SlurmConfig | None = None
-    """Slurm options; if set, the runs are submitted as jobs instead of being run here."""
+    """Slurm options; if set, the runs are submitted as jobs instead of running on this machine."""
 
     @field_validator("arms")
     @classmethod

@@ -42,7 +42,7 @@ def _main(launcher_dir: Path, arguments: argparse.Namespace) -> None:
     if lock is None:
         raise UserError(
             f"this study is already running in {study.folder}, or a process of it is still saving; "
-            "wait for it to end, or choose another name"
+            "wait for it to end, or choose a different name"
         )
     with lock, ignore_output_errors():
         sys.exit(_run(study, launcher_dir, lock))

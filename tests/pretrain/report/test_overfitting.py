@@ -90,6 +90,6 @@ def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(
     )
     for arm, seed in (("plain", 2), ("other", 1)):
         reason = "the metric needs evaluated checkpoints before and after"
-        sentence = f"{arm}: seed {seed} is excluded from nl_rx/exact here: {reason}"
+        sentence = f"{arm}: seed {seed} is excluded from nl_rx/exact in this section: {reason}"
         assert sentence in text and sentence in page
     assert "is interpolated linearly between" in page and "nearest to the lowest validation loss" not in page
