@@ -3,8 +3,8 @@
     python benchmarks/arms.py --train train.jsonl --test test.jsonl [--jobs 2] [--seeds 1 2 3] [--arms NAME ...]
 
 Every arm is a run of configs/nlrx_synth.yaml. All arms train 4 epochs on the same records, with windows in the same
-order, in one process and one thread. Each run appends a line to the file --results. A run that has its line is
-skipped, so the command can be stopped and started again. The table is printed at the end.
+order, in one process and one thread. Each run appends a line to the file --results. A run whose line
+exists is skipped, so the command can be stopped and started again. The table is printed at the end.
 """
 
 import argparse
@@ -47,10 +47,10 @@ def main() -> None:
     """Parse the command line, run the arms and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", required=True, help="JSON lines with the training rows of NL-RX-SYNTH")
-    parser.add_argument("--test", required=True, help="JSON lines with its test rows")
+    parser.add_argument("--test", required=True, help="JSON lines with the test rows of NL-RX-SYNTH")
     parser.add_argument("--work", default="runs/arms", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.jsonl")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
         "--arms", nargs="+", default=list(ARMS), metavar="NAME", help="names of arms, or objectives as YAML"
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], lock: Lock) -> None:
-    """Train and evaluate one arm with one seed, and append its line to the results."""
+    """Train and evaluate one arm with one seed, and append a line to the results."""
     objective = ARMS.get(arm, arm)
     rows = PAIR_ROWS if "llm_jepa" in objective or "regularizers" in objective else PLAIN_ROWS
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{arm}-{seed}").strip("-")
@@ -115,7 +115,7 @@ def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], loc
 
 
 def run_command(*command: object) -> None:
-    """Run a command of the project on one thread; exit with the end of its output if it fails."""
+    """Run a command of the project on one thread; if the command fails, exit with the end of its output."""
     completed = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -131,7 +131,7 @@ def run_command(*command: object) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """Return the lines of a JSON lines file; none if it does not exist."""
+    """Return the objects of a JSON lines file; empty if the file does not exist."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 

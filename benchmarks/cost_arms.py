@@ -1,6 +1,6 @@
-"""Arms that objective_cost.py times: methods to compute the language-model loss and the term on pairs.
+"""Arms that objective_cost.py times: methods to compute the language-model loss and the JEPA term.
 
-An arm makes one or more forward passes over the same records. The packed arms are the project's own. The padded
+An arm makes one or more forward passes over the same records. The packed arms are the project's methods. The padded
 arms put one record in a row, as the public implementations of LLM-JEPA do (arXiv 2509.14252). They use the fastest
 attention that is correct for them.
 """
@@ -59,7 +59,7 @@ class AllPositions:
 
 
 class Embeddings:
-    """Embeddings that a pass computes, (P, D) each, as terms that `combine` turns into one."""
+    """Embeddings that a pass computes, (P, D) each. `combine` turns them into the JEPA term."""
 
     def __init__(self, *names: Literal["prediction", "target"]):
         self.names = names
@@ -79,7 +79,7 @@ class Embeddings:
 
 
 def combine(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the sums of both terms, whichever passes they come from."""
+    """Return the sums of the language-model loss and the JEPA term, whichever passes they come from."""
     if "prediction" not in terms:
         return terms
     return {"lm": terms["lm"], "jepa": cosine_distance(terms["prediction"], terms["target"]).sum()}
@@ -93,8 +93,8 @@ class Pass:
     read: Callable[..., ObjectiveOutput]
     """Function that reads the losses or embeddings from the hidden states."""
     mask: Literal["visibility", "causal", "additive"] = "visibility"
-    """Attention mask: the project's (`visibility`), only the kernel's causal mask (`causal`, enough for one
-    encoding per row), or a dense mask in the model's type (`additive`)."""
+    """Attention mask: the project's mask (`visibility`), the causal mask of the attention implementation (`causal`,
+    enough for one encoding per row), or a dense mask in the model's type (`additive`)."""
     padded_to: int | Literal["longest"] | None = None
     """Length of a row that holds one record, in positions; None for packed rows."""
 
@@ -113,9 +113,9 @@ class Pass:
         )
         return rows, longest if self.padded_to == "longest" else self.padded_to
 
-    def prepare(self, batch: Batch, model: LanguageModel, kernel: str) -> Batch:
-        """Set the model's attention for this pass; `kernel` is the project's choice for packed rows."""
-        attention = kernel if self.padded_to is None else "sdpa"
+    def prepare(self, batch: Batch, model: LanguageModel, packed_attention: str) -> Batch:
+        """Set the model's attention for this pass; `packed_attention` is the implementation for packed rows."""
+        attention = packed_attention if self.padded_to is None else "sdpa"
         if model.attention != attention:
             model.attention = attention
             model.causal_lm.set_attn_implementation(attention)
@@ -143,16 +143,16 @@ MASKS: dict[str, Any] = {"visibility": LanguageModel.mask, "causal": _no_mask, "
 
 @dataclass(frozen=True)
 class Arm:
-    """One method to compute the loss and the term."""
+    """One method to compute the language-model loss and the JEPA term."""
 
     passes: tuple[Pass, ...]
     dropout: float = 0.0
-    """Fraction of the records that are trained without the term on pairs."""
+    """Fraction of the records that are trained without the JEPA term."""
 
     @property
     def predictor_tokens(self) -> int:
-        """Return the number of predictor tokens that the model needs."""
-        return max(one.layout.predictor_tokens for one in self.passes)
+        """Number of predictor tokens that the model needs."""
+        return max(forward_pass.layout.predictor_tokens for forward_pass in self.passes)
 
 
 def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
@@ -197,16 +197,16 @@ def _three_passes(
     )
 
 
-def _part(layout: Layout, *kept: int) -> Layout:
-    """Return a layout of some segments of a layout, without labels and with one pair.
+def _part(layout: Layout, *selected: int) -> Layout:
+    """Return a layout with the selected segments of a layout, without labels and with one pair.
 
-    The prediction is read at the last predictor token. Without predictor tokens it is read at the last token. The
-    target is the last token.
+    The prediction is read at the last predictor token, or at the last token if there are no predictor tokens. The
+    target is read at the last token.
     """
-    renumbered = {segment: number for number, segment in enumerate(kept)} | {None: None}
+    renumbered = {segment: number for number, segment in enumerate(selected)} | {None: None}
     segments = tuple(
         replace(layout.segments[segment], parent=renumbered[layout.segments[segment].parent], lm_start=None)
-        for segment in kept
+        for segment in selected
     )
     predictors = [number for number, segment in enumerate(segments) if segment.view is None]
     last = len(segments) - 1

@@ -1,4 +1,4 @@
-"""Optimizer steps of the arms of cost_arms.py on the project's engine, with their time and memory."""
+"""Time and memory of optimizer steps on the project's engine, for the arms of cost_arms.py."""
 
 import argparse
 import ctypes
@@ -25,8 +25,8 @@ from pretrain.training.engine import build_engine
 WEIGHTS = {"lm": 1.0, "jepa": 1.0}
 UNITS = {"lm": "targets", "jepa": "pairs"}
 WARMUP_STEPS = {"cpu": 0, "cuda": 2}
-"""Untimed steps after a change of arm: DeepSpeed prefetches partitioned parameters in the order of the previous
-step."""
+"""Number of untimed steps after a change of arm, because DeepSpeed prefetches partitioned parameters in the order of
+the previous step."""
 
 
 @dataclass
@@ -34,8 +34,9 @@ class Measurement:
     """Measurements of an arm."""
 
     rows: list[Rows]
-    """Rows of a step, by pass."""
+    """Rows of a step, one entry per pass."""
     row_lengths: list[int]
+    """Length of a row, one entry per pass."""
     targets: int
     micro_steps: int
     losses: dict[str, float] = field(default_factory=dict)
@@ -47,12 +48,12 @@ class Measurement:
 
     @property
     def positions(self) -> int:
-        """Return the tokens that a step computes, without padding."""
+        """Number of positions of a step, without padding."""
         return sum(int(rows.segment_lengths.sum()) for rows in self.rows)
 
     @property
     def slots(self) -> int:
-        """Return the positions of a step, with padding."""
+        """Number of slots of a step: its positions and the padding."""
         return sum(rows.count * length for rows, length in zip(self.rows, self.row_lengths, strict=True))
 
 
@@ -66,11 +67,12 @@ class Bench:
     specials: SpecialTokenIds
     arms: dict[str, Arm]
     engines: dict[int, deepspeed.DeepSpeedEngine]
-    """Engines by number of predictor tokens; the baseline's model has no predictor tokens."""
-    kernel: str
+    """Engines by number of predictor tokens. The model of the baseline has no predictor tokens."""
+    attention: str
+    """Attention implementation for packed rows."""
     records: np.ndarray
     random_bits: np.ndarray
-    micro_slots: int
+    slots_per_micro_step: int
     measured: dict[str, Measurement]
 
     @staticmethod
@@ -79,8 +81,8 @@ class Bench:
         corpus = Corpus(config.data.path, "train")
         plain = load_config(arguments.folder / "config.yaml", ["objective={name: next_token}"])
         engines = {
-            tokens: build_engine(one, corpus.tokenizer, build_objective(one.objective), world)
-            for tokens, one in ((0, plain), (PREDICTOR_TOKENS, config))
+            tokens: build_engine(run_config, corpus.tokenizer, build_objective(run_config.objective), world)
+            for tokens, run_config in ((0, plain), (PREDICTOR_TOKENS, config))
         }
         for engine in engines.values():
             for group in engine.optimizer.param_groups:
@@ -102,32 +104,33 @@ class Bench:
             arguments.micro_slots,
             {},
         )
-        bench.measured = {name: bench.count(arm) for name, arm in bench.arms.items()}
+        bench.measured = {name: bench.start_measurement(arm) for name, arm in bench.arms.items()}
         return bench
 
     def plan(self, arm: Arm) -> tuple[list[Rows], list[int]]:
-        """Return the rows of a step and their lengths, by pass."""
+        """Return the packed rows of a step and the row length of each pass."""
         paired = self.random_bits >= np.uint64(arm.dropout * 2**64)
         length = self.config.data.sequence_length
         plans = [
-            one.plan(self.corpus, self.records, length, paired & bool(one.layout.read_outs), self.random_bits)
-            for one in arm.passes
+            forward_pass.plan(
+                self.corpus, self.records, length, paired & bool(forward_pass.layout.read_outs), self.random_bits
+            )
+            for forward_pass in arm.passes
         ]
         return [rows for rows, _ in plans], [row_length for _, row_length in plans]
 
     def split(self, rows: list[Rows], lengths: list[int]) -> tuple[list[Rows], int]:
-        """Return the rows padded with empty ones to equal micro batches on all ranks, and the number of micro steps."""
-        slots = sum(one.count * length for one, length in zip(rows, lengths, strict=True))
-        micro_steps = -(-slots // (self.micro_slots * self.world.size))
-        while len(rows) > 1 and len(self.records) % (
-            micro_steps * self.world.size
-        ):  # one record per row: avoid empty rows
+        """Add empty rows until all ranks have equal micro batches; return the rows and the number of micro steps."""
+        slots = sum(pass_rows.count * length for pass_rows, length in zip(rows, lengths, strict=True))
+        micro_steps = -(-slots // (self.slots_per_micro_step * self.world.size))
+        # Padded arms have one record per row: choose a number of micro steps that needs no empty rows.
+        while len(rows) > 1 and len(self.records) % (micro_steps * self.world.size):
             micro_steps += 1
         unit = micro_steps * self.world.size
-        return [Rows.join([one], -(-one.count // unit) * unit) for one in rows], micro_steps
+        return [Rows.join([pass_rows], -(-pass_rows.count // unit) * unit) for pass_rows in rows], micro_steps
 
-    def count(self, arm: Arm) -> Measurement:
-        """Return the rows, targets and micro steps of a step of an arm."""
+    def start_measurement(self, arm: Arm) -> Measurement:
+        """Return a new measurement with the rows, targets and micro steps of an optimizer step of an arm."""
         rows, lengths = self.plan(arm)
         rows, micro_steps = self.split(rows, lengths)
         return Measurement(rows, lengths, loss_denominators(rows[0], arm.passes[0].layout)["targets"], micro_steps)
@@ -143,24 +146,26 @@ class Bench:
         }
         streams = [
             micro_batches(
-                part,
+                pass_rows,
                 self.corpus,
-                one.layout,
+                forward_pass.layout,
                 self.specials,
                 length,
-                micro_batch_rows=part.count // (micro_steps * self.world.size),
+                micro_batch_rows=pass_rows.count // (micro_steps * self.world.size),
                 rank=self.world.rank,
                 ranks=self.world.size,
             )
-            for one, part, length in zip(arm.passes, rows, lengths, strict=True)
+            for forward_pass, pass_rows, length in zip(arm.passes, rows, lengths, strict=True)
         ]
         sums: dict[str, torch.Tensor] = {}
         for micro_step, batches in enumerate(zip(*streams, strict=True)):
             engine.set_gradient_accumulation_boundary(micro_step == micro_steps - 1)
             terms: dict[str, torch.Tensor] = {}
-            for one, batch in zip(arm.passes, batches, strict=True):
-                engine.module.objective = one.read
-                terms |= engine(one.prepare(batch.to(self.world.device), engine.module.model, self.kernel)).terms
+            for forward_pass, batch in zip(arm.passes, batches, strict=True):
+                engine.module.objective = forward_pass.read
+                terms |= engine(
+                    forward_pass.prepare(batch.to(self.world.device), engine.module.model, self.attention)
+                ).terms
             terms = combine(terms)
             engine.backward(
                 total_loss(terms, {term: units[UNITS[term]] for term in terms}, WEIGHTS, self.world.size),
@@ -172,10 +177,10 @@ class Bench:
         totals = self.world.sum(list(sums.values()))
         return {term: total / units[UNITS[term]] for term, total in zip(sums, totals, strict=True)}
 
-    def time(self, name: str, number: int, steps: int) -> None:
+    def time(self, name: str, round_number: int, steps: int) -> None:
         """Record the mean duration of a step in this round.
 
-        The number of steps is chosen to take about as long as `steps` steps of the baseline.
+        As many steps are run as take about as long as `steps` steps of the baseline.
         """
         measured = self.measured[name]
         steps = max(1, round(steps * self.measured[BASELINE].slots / measured.slots))
@@ -186,15 +191,15 @@ class Bench:
         for _ in range(steps):
             self.step(name)
         self._wait()
-        measured.seconds[number] = (time.perf_counter() - started) / steps
-        measured.processor_seconds[number] = self._total(time.process_time() - cpu_started) / steps
+        measured.seconds[round_number] = (time.perf_counter() - started) / steps
+        measured.processor_seconds[round_number] = self._total(time.process_time() - cpu_started) / steps
 
-    def peak_memory(self, name: str) -> float | None:
+    def measure_peak_memory(self, name: str) -> float | None:
         """Return the peak memory of a step above the memory held before it, in bytes, summed over ranks.
 
-        The losses of the step are kept.
+        Also stores the losses of the step in the measurement of the arm.
         """
-        before = held_memory(self.world.device)
+        before = reset_peak_memory(self.world.device)
         self.measured[name].losses = self.step(name)
         peak = peak_memory(self.world.device)
         return None if before is None or peak is None else self._total(peak - before)
@@ -209,10 +214,10 @@ class Bench:
         self.world.barrier()
 
 
-def held_memory(device: torch.device) -> int | None:
-    """Return the bytes held now, and restart the measurement of the peak.
+def reset_peak_memory(device: torch.device) -> int | None:
+    """Reset the recorded peak, and return the number of bytes that are held now.
 
-    On CUDA only tensors are counted, on CPU the whole process. Return None if the system does not report them.
+    On CUDA, only tensors are counted; on CPU, the complete process. Returns None if the system does not report them.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -227,10 +232,10 @@ def held_memory(device: torch.device) -> int | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the largest number of bytes held since `held_memory`."""
+    """Return the largest number of bytes held since `reset_peak_memory`."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
 
 
 def _status_bytes(key: str) -> int | None:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else None
+    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(match[1]) * 1024 if match else None

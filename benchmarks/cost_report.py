@@ -1,4 +1,4 @@
-"""One rank of objective_cost.py: times the arms of cost_arms.py in turns and writes the measurements as JSON."""
+"""One rank of objective_cost.py: times the arms of cost_arms.py alternately and writes the measurements as JSON."""
 
 import argparse
 import hashlib
@@ -19,15 +19,16 @@ from pretrain.training.distributed import init_world
 from pretrain.training.engine import parameter_count
 from pretrain.training.throughput import Throughput, count_parameters
 
-ROUNDS_APART = {"three_passes_512": 3}
+ROUND_INTERVALS = {"three_passes_512": 3}
 """Interval between the rounds that include an arm. A step of this arm takes longer than a round of all others, and
-its ratio needs less precision, so it is timed in every third round."""
+its ratio needs less precision, so it is timed in every third round only."""
 ONE_FORWARD = ("joint_packed", "independent_packed", "joint_dropout_0.75")
 TOKEN_TARGET = 1.05
-"""Upper limit for the arms of ONE_FORWARD: their time per record over the baseline's, divided by the same ratio of
-positions."""
+"""Upper limit for the arms of ONE_FORWARD: time per record divided by positions per record, relative to the
+baseline."""
 SPEEDUP_TARGETS = {"three_passes_512": 30.0, "three_passes_longest": 2.2}
-"""Lower limit for the records per second of joint_packed divided by the ones of a published method."""
+"""Lower limit for the records per second of joint_packed, divided by the records per second of a
+published method."""
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
@@ -38,13 +39,13 @@ def run_rank(arguments: argparse.Namespace) -> None:
     for engine in bench.engines.values():  # the first step allocates the optimizer state and the gradient buffers
         bench.step(next(name for name, arm in bench.arms.items() if bench.engines[arm.predictor_tokens] is engine))
     for name, measured in bench.measured.items():
-        measured.peak_memory = bench.peak_memory(name)
+        measured.peak_memory = bench.measure_peak_memory(name)
         log(f"{name}: losses {measured.losses}, {measured.micro_steps} micro steps")
     names = list(bench.arms)
     for number in range(arguments.rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            if number % ROUNDS_APART.get(name, 1) == 0:
+            if number % ROUND_INTERVALS.get(name, 1) == 0:
                 bench.time(name, number, arguments.steps)
                 seconds = bench.measured[name].seconds[number]
                 log(f"round {number + 1} of {arguments.rounds}: {name} {seconds:.2f} s per step")
@@ -100,12 +101,12 @@ def report(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(bench: Bench, name: str) -> dict[str, Any]:
-    """Return the measurements of an arm, and its ratios to the baseline of the same rounds."""
+    """Return the measurements of an arm, and the ratios to the baseline in the same rounds."""
     measured, baseline, records = bench.measured[name], bench.measured[BASELINE], len(bench.records)
     times = time_ratios(measured, baseline)
     positions = measured.positions / baseline.positions
-    numbers = [np.sort(rows.records) for rows in measured.rows]
-    assert all(np.array_equal(numbers[0], pass_records) for pass_records in numbers)
+    record_numbers = [np.sort(rows.records) for rows in measured.rows]
+    assert all(np.array_equal(record_numbers[0], pass_records) for pass_records in record_numbers)
     return {
         "records_per_second": round(records / statistics.median(measured.seconds.values()), 2),
         "seconds_per_step": spread(measured.seconds.values()),
@@ -116,7 +117,7 @@ def describe(bench: Bench, name: str) -> dict[str, Any]:
         "slots_per_record": round(measured.slots / records, 2),
         **({"mfu": mfu} if (mfu := model_flops_utilisation(bench, measured)) is not None else {}),
         "losses_at_start": measured.losses,
-        "records": {"count": len(numbers[0]), "sha256": hashlib.sha256(numbers[0].tobytes()).hexdigest()},
+        "records": {"count": len(record_numbers[0]), "sha256": hashlib.sha256(record_numbers[0].tobytes()).hexdigest()},
         "to_baseline": {
             "records_per_second": spread([1 / ratio for ratio in times]),
             "time": spread(times),
@@ -129,7 +130,7 @@ def describe(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def model_flops_utilisation(bench: Bench, measured: Measurement) -> float | None:
-    """Return the MFU by the formula that training uses; None if the device's peak is unknown."""
+    """Return the MFU, computed with the formula that training uses; None if the device's peak is unknown."""
     throughput = Throughput(
         count_parameters(bench.engines[0].module.model), bench.world.size, bench.config.data.sequence_length
     )
@@ -141,7 +142,7 @@ def model_flops_utilisation(bench: Bench, measured: Measurement) -> float | None
 
 
 def time_ratios(measured: Measurement, other: Measurement) -> list[float]:
-    """Return the time of one arm divided by the time of another, by round."""
+    """Return the time of one arm divided by the time of another arm in each round."""
     return [seconds / other.seconds[number] for number, seconds in measured.seconds.items()]
 
 
@@ -151,7 +152,7 @@ def spread(values: Collection[float]) -> dict[str, float]:
 
 
 def check_target(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
-    """Return a measured value with its limit, and whether it is met."""
+    """Return a measured value, its limit, and whether the value meets the limit."""
     return {
         "measured": value,
         **({"at_most": most} if least == 0 else {"at_least": least}),

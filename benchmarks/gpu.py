@@ -3,17 +3,17 @@
     python benchmarks/gpu.py [--ranks 8] [--checks train head ...] [--seconds 600] [--work FOLDER] > gpu.json
 
 All checks together take at most ten minutes on one GPU. Each check is a separate process with a time limit and a
-log in the work folder. A failing check does not stop the next ones. Each check prints a line to stderr with its
+log in the work folder. The next checks run even if a check fails. Each check prints a line to stderr with its
 result, its figures and their meaning. The results are:
 
-- `pass` or `fail`: a check with a judgement
-- `ran`: a check without a judgement, because there is nothing to compare with, or no GPU
-- `broken`: a check that ended without figures
-- `none`: a check that did not start, because another check failed or no time was left
+- `pass` or `fail`: the check was judged
+- `ran`: the check was not judged, because there is nothing to compare with, or no GPU
+- `broken`: the check ended without figures
+- `none`: the check did not start: no time was left, or it needs a GPU or the figures of another check
 
 One JSON object is written to stdout, and to results.json in the work folder after each check. The exit code is 1 if
 a check failed or broke, or if one did not start on a GPU. Training runs use all GPUs (or --ranks of them), with one
-rank on each, and as many rows as fit by the estimate of --dry-run. By that estimate a GPU needs about 30 GB.
+rank on each, and as many rows as fit according to --dry-run, which estimates that a GPU needs about 30 GB.
 `--small` uses a tiny model to test this command on CPU; its figures are meaningless.
 """
 
@@ -66,11 +66,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 PROFILED_STEP = 7
 BUSY = 0.85
-"""Lowest accepted fraction of a step in which the GPU computes."""
+"""Smallest accepted fraction of a step in which the GPU computes."""
 STOPPED = (75, 1)
-"""Exit codes of a run that was stopped by a signal: its own, and torchrun's."""
+"""Exit codes of a run that was stopped by a signal: the code of the run, and the code of torchrun."""
 FILLED = 0.85
-"""Fraction of a GPU's memory below which an estimate is expected to fit."""
+"""Fraction of a GPU's memory below which an estimate is considered to fit."""
 
 
 class Failed(Exception):
@@ -95,11 +95,11 @@ class Bench:
     ends: float = 0.0
     """Time (time.monotonic()) at which the current check must end."""
     process: subprocess.Popen[bytes] | None = None
-    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
-        """Return the positions of a row."""
+        """Number of positions of a row."""
         return 256 if self.small else 4096
 
     def write_config(self, name: str, **changes: Any) -> Path:
@@ -189,26 +189,28 @@ class Bench:
         launcher = (
             [] if self.ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         )
-        found: dict[str, Any] = self.python(*launcher, *words)
-        return found
+        results: dict[str, Any] = self.python(*launcher, *words)
+        return results
 
 
 def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Return the training processes of a command that is run.py or starts it."""
+    """Return the training processes of a command that runs or starts launcher/run.py."""
     started = psutil.Process(process.pid)
-    commands = {one: one.cmdline() for one in [started, *started.children(recursive=True)]}
+    commands = {process: process.cmdline() for process in [started, *started.children(recursive=True)]}
     return [
-        one for one, words in commands.items() if "launcher/run.py" in words and "torch.distributed.run" not in words
+        process
+        for process, words in commands.items()
+        if "launcher/run.py" in words and "torch.distributed.run" not in words
     ]
 
 
 def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command and all its descendants, including those in other sessions."""
+    """Kill a command and all its descendants, including processes in other sessions."""
     with contextlib.suppress(psutil.NoSuchProcess):
         started = psutil.Process(process.pid)
-        for one in [*started.children(recursive=True), started]:
+        for descendant in [*started.children(recursive=True), started]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+                descendant.kill()
     process.wait()
 
 
@@ -224,7 +226,7 @@ def last_json(printed: str) -> str:
 
 
 Result = tuple[dict[str, Any], bool | None, str]
-"""Figures of a check, whether it passed (None if it is not judged), and the meaning."""
+"""Figures of a check, whether the check passed (None if it was not judged), and the meaning of the figures."""
 
 
 def check_corpus(bench: Bench) -> Result:
@@ -257,9 +259,9 @@ def check_corpus(bench: Bench) -> Result:
 
 
 def estimated_bytes(bench: Bench, rows: tuple[int, ...]) -> dict[int, float]:
-    """Return the estimate of --dry-run for a rank on CUDA in bytes, by rows of a micro batch."""
-    found = bench.python("-c", ESTIMATE, bench.write_config("estimate"), bench.ranks, *rows)
-    return {int(number): needed for number, needed in found.items()}
+    """Return the estimated bytes of a rank on CUDA, as in --dry-run, for several numbers of rows of a micro batch."""
+    results = bench.python("-c", ESTIMATE, bench.write_config("estimate"), bench.ranks, *rows)
+    return {int(number): needed for number, needed in results.items()}
 
 
 def check_attention(bench: Bench) -> Result:
@@ -281,19 +283,19 @@ def check_attention(bench: Bench) -> Result:
 
 def check_train(bench: Bench) -> Result:
     """Train Llama 1B under ZeRO-3."""
-    found = bench.train(bench.write_config("train"), profile=PROFILED_STEP)["train"]
-    figures = run_figures(found)
-    sound = figures["finite"] and figures["last_loss"] < figures["first_loss"] and not found["graphs_after_settling"]
-    profile = found["profile"]
-    figures |= {"graphs_after_settling": found["graphs_after_settling"], "profile": profile}
+    results = bench.train(bench.write_config("train"), profile=PROFILED_STEP)["train"]
+    figures = run_figures(results)
+    passed = figures["finite"] and figures["last_loss"] < figures["first_loss"] and not results["graphs_after_settling"]
+    profile = results["profile"]
+    figures |= {"graphs_after_settling": results["graphs_after_settling"], "profile": profile}
     meaning = "the loss falls, and nothing compiles after step 2"
     if not bench.memory:
-        return figures, None if sound else False, meaning
+        return figures, None if passed else False, meaning
     busy = profile.get("busy_share", 0.0)
-    figures |= {"busy_share": busy, "fused_optimizer": found["fused_optimizer"]}
+    figures |= {"busy_share": busy, "fused_optimizer": results["fused_optimizer"]}
     return (
         figures,
-        sound and busy > BUSY and found["fused_optimizer"],
+        passed and busy > BUSY and results["fused_optimizer"],
         f"{meaning}; the GPU computes in {BUSY:.0%} of a step; AdamW is fused",
     )
 
@@ -313,14 +315,14 @@ def check_head(bench: Bench) -> Result:
 def check_compiled(bench: Bench) -> Result:
     """Train Llama 1B under ZeRO stage 1 with compiled layers."""
     path = bench.write_config("compiled", deepspeed={"zero_optimization": {"stage": 1}}, train__compile=not bench.small)
-    found = bench.train(path)["compiled"]
-    figures = run_figures(found) | {"graph_breaks": found["graph_breaks"]}
-    before = bench.found.get("train", {}).get("figures", {}).get("tokens_per_second")
-    ratio = figures["tokens_per_second"] / before if before else None
+    results = bench.train(path)["compiled"]
+    figures = run_figures(results) | {"graph_breaks": results["graph_breaks"]}
+    uncompiled = bench.results.get("train", {}).get("figures", {}).get("tokens_per_second")
+    ratio = figures["tokens_per_second"] / uncompiled if uncompiled else None
     judged = ratio is not None and not bench.small
     return (
         figures | {"of_train": ratio},
-        figures["finite"] and not found["graph_breaks"] and ratio > 1 if judged and ratio else None,
+        figures["finite"] and not results["graph_breaks"] and ratio > 1 if judged and ratio else None,
         "compiled layers with stage 1 are faster than the run of `train`, without graph breaks"
         if judged
         else "compiled layers with stage 1, not compared",
@@ -328,31 +330,31 @@ def check_compiled(bench: Bench) -> Result:
 
 
 def check_objectives(bench: Bench) -> Result:
-    """Compare each layout of the term with next-token training on the same records."""
+    """Compare each layout of the JEPA term with next-token training on the same records."""
     paths = {
         name: bench.write_config(f"objective-{number}", objective=objective)
         for number, (name, objective) in enumerate(OBJECTIVES.items())
     }
-    found = bench.train(*paths.values())
-    figures: dict[str, Any] = {name: run_figures(found[path.stem]) for name, path in paths.items()}
+    results = bench.train(*paths.values())
+    figures: dict[str, Any] = {name: run_figures(results[path.stem]) for name, path in paths.items()}
     base = figures["next_token"]["records_per_second"]
-    for each in figures.values():
-        each["seconds_a_record_of_next_token"] = base / each["records_per_second"]
-        each["seconds_a_position_of_next_token"] = (
-            figures["next_token"]["positions_per_second"] / each["positions_per_second"]
+    for run_values in figures.values():
+        run_values["seconds_a_record_of_next_token"] = base / run_values["records_per_second"]
+        run_values["seconds_a_position_of_next_token"] = (
+            figures["next_token"]["positions_per_second"] / run_values["positions_per_second"]
         )
-    ratios = {name: each["seconds_a_record_of_next_token"] for name, each in figures.items()}
-    sound = all(each["finite"] for each in figures.values())
-    dearest = max(each["seconds_a_position_of_next_token"] for each in figures.values())
+    ratios = {name: run_values["seconds_a_record_of_next_token"] for name, run_values in figures.items()}
+    passed = all(run_values["finite"] for run_values in figures.values())
+    dearest = max(run_values["seconds_a_position_of_next_token"] for run_values in figures.values())
     return (
         ratios | {"dearest_position": dearest, "runs": figures},
-        (None if sound else False) if bench.small else sound and dearest < 1.15,
+        (None if passed else False) if bench.small else passed and dearest < 1.15,
         "seconds per record, relative to next-token training; a position costs at most 15% more",
     )
 
 
 def check_memory(bench: Bench) -> Result:
-    """Compare the peak memory, with as many rows as fit, with the estimate of --dry-run."""
+    """Compare the peak memory of as many rows as fit with the estimate of --dry-run."""
     estimates = estimated_bytes(bench, (bench.rows, 2 * bench.rows))
     rows = max(
         (rows for rows, needed in estimates.items() if bench.memory and needed < FILLED * bench.memory),
@@ -377,13 +379,13 @@ import json, sys
 from pretrain.config import load_config
 from pretrain.training.dry_run import non_state_memory, checked_plan, model_states_per_rank
 path, ranks, *rows = sys.argv[1:]
-found = {}
+results = {}
 for number in map(int, rows):
     overrides = [f"train.micro_batch_rows={number}", f"train.global_batch_rows={number * int(ranks)}"]
     plan = checked_plan(load_config(path, overrides), int(ranks))
     states = model_states_per_rank(plan, int(plan.zero.stage), int(ranks))
-    found[number] = max(states.held + sum(whole for _, whole, _ in non_state_memory(plan, "cuda")), states.in_step)
-print(json.dumps(found))
+    results[number] = max(states.held + sum(whole for _, whole, _ in non_state_memory(plan, "cuda")), states.in_step)
+print(json.dumps(results))
 """
 
 
@@ -392,17 +394,17 @@ def check_pieces(bench: Bench) -> Result:
     figures = bench.python("benchmarks/gpu_kernels.py", "pieces", *(["--small"] if bench.small else []))
     faster = figures["adamw_foreach_milliseconds"] / figures["adamw_fused_milliseconds"]
     slowest = max(value for name, value in figures.items() if name.startswith("monitors"))
-    sound = figures["copies_are_unchanged"]
+    passed = figures["copies_are_unchanged"]
     return (
         {"fused_adamw_is_faster_by": faster, **figures},
-        (None if sound else False) if bench.small else sound and faster > 1.5 and slowest < 0.5,
+        (None if passed else False) if bench.small else passed and faster > 1.5 and slowest < 0.5,
         "a checkpoint copy does not change with the weights, fused AdamW is 1.5 times as fast, "
         "and monitors take less than half a second",
     )
 
 
 def check_stop(bench: Bench) -> Result:
-    """Stop a run by a signal to one of its ranks: all ranks must save and exit."""
+    """Send a stop signal to one of the ranks of a run: all ranks must save and exit."""
     path = bench.write_config("stop", train__steps=10**5, checkpoint__every=5, model__shape=TINY, monitor__log_every=1)
     metrics = bench.folder / "runs" / "stop" / "metrics.jsonl"
     bench.call(
@@ -440,27 +442,27 @@ def check_resume(bench: Bench) -> Result:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     jump = lines[len(before)]["loss/lm"] - before[-1]["loss/lm"]
     steps = [line["step"] for line in lines]
-    sound = steps == list(range(1, len(steps) + 1)) and abs(jump) < 0.5 and is_resumable(bench, path)
-    return {"jump_of_the_loss": jump}, sound, "no step is lost or repeated, and the loss does not jump"
+    passed = steps == list(range(1, len(steps) + 1)) and abs(jump) < 0.5 and is_resumable(bench, path)
+    return {"jump_of_the_loss": jump}, passed, "no step is lost or repeated, and the loss does not jump"
 
 
 def check_gemma2(bench: Bench) -> Result:
-    """Train Gemma 2, with soft-capping and a sliding window, and validate it."""
+    """Train and validate Gemma 2, which uses soft-capping and a sliding window."""
     shape = TINY | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64} if bench.small else GEMMA
     path = bench.write_config(
         "gemma2", model={"family": "gemma2", "shape": shape}, train__steps=3, monitor__validate_every=1
     )
-    found = bench.train(path)["gemma2"]
-    figures = run_figures(found) | {"graphs_after_settling": found["graphs_after_settling"]}
+    results = bench.train(path)["gemma2"]
+    figures = run_figures(results) | {"graphs_after_settling": results["graphs_after_settling"]}
     return (
         figures,
-        figures["finite"] and not found["graphs_after_settling"],
+        figures["finite"] and not results["graphs_after_settling"],
         "the losses are finite, and nothing compiles after step 2",
     )
 
 
 def check_accumulation(bench: Bench) -> Result:
-    """Compare the gradient norms of a first step of 64 micro steps, accumulated in bf16 and in fp32."""
+    """Compare the gradient norms of one step of 64 micro steps, accumulated in bf16 and in fp32."""
     shape = TINY if bench.small else yaml.safe_load(LLAMA_1B.read_text()) | {"num_hidden_layers": 4}
     paths = [
         bench.write_config(
@@ -473,8 +475,8 @@ def check_accumulation(bench: Bench) -> Result:
         )
         for dtype in ("fp32", "bf16")
     ]
-    found = bench.train(*paths)
-    fp32, bf16 = (found[path.stem]["metrics"][0]["optimizer/grad_norm"] for path in paths)
+    results = bench.train(*paths)
+    fp32, bf16 = (results[path.stem]["metrics"][0]["optimizer/grad_norm"] for path in paths)
     return (
         {"fp32": fp32, "bf16": bf16, "difference": bf16 / fp32 - 1},
         None,
@@ -482,13 +484,13 @@ def check_accumulation(bench: Bench) -> Result:
     )
 
 
-def run_figures(found: dict[str, Any]) -> dict[str, Any]:
+def run_figures(results: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of a run: losses, and the median speed of the steps after the first two."""
-    lines = found["metrics"]
-    settled = [line for line in lines[2:] if "throughput/tokens_per_second" in line] or lines[-1:]
+    lines = results["metrics"]
+    timed_lines = [line for line in lines[2:] if "throughput/tokens_per_second" in line] or lines[-1:]
 
     def median(tag: str) -> float | None:
-        values = sorted(line[tag] for line in settled if tag in line)
+        values = sorted(line[tag] for line in timed_lines if tag in line)
         return values[len(values) // 2] if values else None
 
     losses = [line["loss/lm"] for line in lines]
@@ -500,12 +502,12 @@ def run_figures(found: dict[str, Any]) -> dict[str, Any]:
         "records_per_second": median("throughput/records_per_second"),
         "positions_per_second": positions_per_second(lines),
         "mfu": median("throughput/mfu"),
-        "peak_gib": found["peak_bytes"] / 2**30 if "peak_bytes" in found else None,
+        "peak_gib": results["peak_bytes"] / 2**30 if "peak_bytes" in results else None,
     }
 
 
 def positions_per_second(lines: list[dict[str, Any]]) -> float | None:
-    """Return the positions per second of the steps after the first one, without padding."""
+    """Return the positions per second, without padding, of the steps after the first step."""
     if len(lines) < 2:
         return None
     return (lines[-1]["positions"] - lines[0]["positions"]) / (lines[-1]["seconds"] - lines[0]["seconds"])
@@ -534,7 +536,8 @@ CHECKS: dict[str, tuple[Callable[[Bench], Result], float, tuple[str, ...]]] = {
     "accumulation": (check_accumulation, 70, ("corpus",)),
 }
 """Check functions by name, most important first, with their time limits in seconds and the checks that they need."""
-ON_GPU_ALONE = {"attention"}
+GPU_ONLY = {"attention"}
+"""Names of the checks that need a GPU."""
 
 
 def main() -> None:
@@ -553,7 +556,7 @@ def main() -> None:
         "--seconds",
         type=positive_seconds,
         default=600.0,
-        help="time for all checks; a check starts only if a third of its own limit is left (default: 600)",
+        help="time for all checks; a check starts only if a third of its time limit is left (default: 600)",
     )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="folder of logs and runs")
     parser.add_argument("--small", action="store_true", help="use a tiny model, also on CPU, to test this command")
@@ -589,14 +592,14 @@ def main() -> None:
     interrupted = False
     try:
         for name in wanted:
-            bench.found[name] = run_check(bench, name)
-            print(check_line(name, bench.found[name]), file=sys.stderr, flush=True)
-            (folder / "results.json").write_text(json.dumps(about | {"checks": bench.found}, indent=1))
+            bench.results[name] = run_check(bench, name)
+            print(check_line(name, bench.results[name]), file=sys.stderr, flush=True)
+            (folder / "results.json").write_text(json.dumps(about | {"checks": bench.results}, indent=1))
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted", file=sys.stderr)
-    print(json.dumps(about | {"interrupted": interrupted, "checks": bench.found}, indent=1))
-    results = [check["result"] for check in bench.found.values()]
+    print(json.dumps(about | {"interrupted": interrupted, "checks": bench.results}, indent=1))
+    results = [check["result"] for check in bench.results.values()]
     print(", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(results)), file=sys.stderr)
     bad = {"fail", "broken"} | (set() if bench.small else {"none"})
     sys.exit(130 if interrupted else int(any(result in bad for result in results)))
@@ -621,11 +624,11 @@ def positive_seconds(text: str) -> float:
 def run_check(bench: Bench, name: str) -> dict[str, Any]:
     """Run a check if it can start, and return its result. An exception becomes the result `broken`."""
     check, limit, needed = CHECKS[name]
-    missing = [other for other in needed if bench.found.get(other, {}).get("result") not in ("pass", "fail", "ran")]
+    missing = [other for other in needed if bench.results.get(other, {}).get("result") not in ("pass", "fail", "ran")]
     started = time.monotonic()
     bench.limit, bench.log = min(limit, bench.deadline - started), bench.folder / f"{name}.log"
     bench.ends = started + bench.limit
-    if name in ON_GPU_ALONE and not bench.memory:
+    if name in GPU_ONLY and not bench.memory:
         return {"result": "none", "meaning": "needs a GPU"}
     if missing:
         return {"result": "none", "meaning": f"needs {' and '.join(missing)}"}
@@ -651,18 +654,18 @@ def run_check(bench: Bench, name: str) -> dict[str, Any]:
 def describe_machine() -> dict[str, Any]:
     """Return the GPUs and the versions of the packages that the checks depend on."""
     code = (
-        "import json, torch; found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count())); "
-        "gpus = [{'name': gpu.name, 'bytes': gpu.total_memory} for gpu in found]; "
+        "import json, torch; devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count())); "
+        "gpus = [{'name': gpu.name, 'bytes': gpu.total_memory} for gpu in devices]; "
         "print(json.dumps({'gpus': gpus, 'cuda': torch.version.cuda}))"
     )
-    found: dict[str, Any] = json.loads(
+    results: dict[str, Any] = json.loads(
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     )
-    return found | {"python": platform.python_version(), **{name: version(name) for name in PINNED}}
+    return results | {"python": platform.python_version(), **{name: version(name) for name in PINNED}}
 
 
 def machine_lines(machine: dict[str, Any], bench: Bench) -> Iterator[str]:
-    """Yield a line about the machine, and one for each package version that differs from the project's."""
+    """Yield a line about the machine, and a line for each package version that differs from requirements.lock."""
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
     yield f"{gpus}; {bench.ranks} rank{'s' * (bench.ranks > 1)}; logs in {bench.folder}"
     locked = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)

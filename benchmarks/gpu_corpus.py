@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 SPECIALS = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
 SHORTEST = 200
-"""Shortest record in tokens, or a twentieth of the longest if that is fewer."""
+"""Tokens of the shortest record, or a twentieth of the positions of a row if that is fewer."""
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, required=True)
-    parser.add_argument("--words", type=int, required=True, help="words of the vocabulary")
-    parser.add_argument("--longest", type=int, required=True, help="positions of a row")
+    parser.add_argument("--words", type=int, required=True, help="number of words in the vocabulary")
+    parser.add_argument("--longest", type=int, required=True, help="number of positions of a row")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(arguments.folder / "tokenizer.json", arguments.words)
@@ -45,7 +45,7 @@ def write_tokenizer(path: Path, words: int) -> None:
 
 
 def record(number: int, words: int, longest: int) -> dict[str, str]:
-    """Return a record: an odd number is a document, an even one a pair of a context and every third word of it.
+    """Return a record: a document if the number is odd, else a pair of a context and every third word of the context.
 
     The number of tokens is log-uniform between SHORTEST and the longest text that fits in a row. Words follow
     Zipf's law, as in a natural language.

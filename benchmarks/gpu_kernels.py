@@ -1,7 +1,7 @@
 """Checks of single operations for benchmarks/gpu.py: `gpu_kernels.py attention|head|pieces [--small]`.
 
-The last line of the output is a JSON object. `--small` uses sizes that a CPU can compute; attention needs a GPU
-anyway.
+The last line of the output is a JSON object. `--small` uses sizes that a CPU can handle. It has no
+effect on attention, which always needs a GPU.
 """
 
 import argparse
@@ -27,11 +27,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of attention: query heads, key heads, head width, positions, soft-capping and window."""
+    """The shape of an attention layer."""
 
-    queries: int
-    keys: int
-    width: int
+    query_heads: int
+    key_heads: int
+    head_width: int
     length: int
     softcap: float | None = None
     window: int | None = None
@@ -57,8 +57,8 @@ def main() -> None:
     print(json.dumps(CHECKS[arguments.check](arguments.small)), flush=True)
 
 
-def seconds_of(call: Callable[[], object], times: int = 3) -> float:
-    """Return the mean duration of a call in seconds, without the first call."""
+def mean_seconds(call: Callable[[], object], times: int = 3) -> float:
+    """Call once to warm up, then return the mean duration of `times` further calls in seconds."""
     call()
     _wait()
     started = time.perf_counter()
@@ -73,9 +73,9 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the norm of the difference divided by the norm of the expected tensor."""
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def attention(small: bool) -> dict[str, Any]:
@@ -93,112 +93,121 @@ def attention(small: bool) -> dict[str, Any]:
 
 def _attention_case(case: Case) -> dict[str, float]:
     visible_until, positions = _packed_rows(2, case.length)
-    where: dict[str, Any] = {"positions": positions, "window": case.window} if case.window else {}
+    mask_options: dict[str, Any] = {"positions": positions, "window": case.window} if case.window else {}
     inputs = [
-        torch.randn(2, heads, case.length, case.width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        for heads in (case.queries, case.keys, case.keys)
+        torch.randn(2, heads, case.length, case.head_width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (case.query_heads, case.key_heads, case.key_heads)
     ]
 
     def flex() -> list[torch.Tensor]:
-        mask = visibility_mask(visible_until, "flex_attention", **where)
+        mask = visibility_mask(visible_until, "flex_attention", **mask_options)
         query, key, value = inputs
         output, _ = flex_attention_forward(
-            nn.Identity(), query, key, value, mask, scaling=case.width**-0.5, softcap=case.softcap
+            nn.Identity(), query, key, value, mask, scaling=case.head_width**-0.5, softcap=case.softcap
         )
         output = output.transpose(1, 2)
         return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
 
     started = time.perf_counter()
-    found = flex()
+    outputs = flex()
     _wait()
     compiling = time.perf_counter() - started
-    query, key, value = exact = [each.detach().float().requires_grad_() for each in inputs]
-    repeats = case.queries // case.keys
-    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * case.width**-0.5
+    fp32_inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    query, key, value = fp32_inputs
+    repeats = case.query_heads // case.key_heads
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * case.head_width**-0.5
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
-    visible = visibility_mask(visible_until, "sdpa", **where)
+    visible = visibility_mask(visible_until, "sdpa", **mask_options)
     assert isinstance(visible, torch.Tensor)
     scores = scores.masked_fill(~visible, float("-inf"))
     output = scores.softmax(dim=-1) @ value.repeat_interleave(repeats, 1)
-    expected = [output, *torch.autograd.grad(output.square().sum(), exact)]
-    errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
-    mask_seconds = seconds_of(lambda: visibility_mask(visible_until, "flex_attention", **where))
+    expected = [output, *torch.autograd.grad(output.square().sum(), fp32_inputs)]
+    errors = [relative_error(actual, exact) for actual, exact in zip(outputs, expected, strict=True)]
+    mask_seconds = mean_seconds(lambda: visibility_mask(visible_until, "flex_attention", **mask_options))
     return {
         "error_of_output": errors[0],
         "error_of_gradients": max(errors[1:]),
         "compile_seconds": compiling,
-        "milliseconds": 1e3 * seconds_of(flex),
+        "milliseconds": 1e3 * mean_seconds(flex),
         "mask_milliseconds": 1e3 * mask_seconds,
     }
 
 
 def _packed_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return visible_until and positions, (rows, length) each, of rows with texts of about 60 tokens.
+    """Return visible_until and positions, both (rows, length), for rows packed with texts of about 60 tokens.
 
-    Each text sees only itself.
+    A token sees only its own text.
     """
-    begins = torch.rand(rows, length) < 1 / 60
-    begins[:, 0] = True
-    place = torch.arange(length).expand(rows, length)
-    start = torch.where(begins, place, 0).cummax(dim=1).values
-    later = torch.where(begins, place, length)
-    following = torch.cat([later[:, 1:], torch.full((rows, 1), length)], dim=1)
-    end = following.flip(1).cummin(dim=1).values.flip(1)
-    return end.to(DEVICE), (place - start).to(DEVICE)
+    is_start = torch.rand(rows, length) < 1 / 60
+    is_start[:, 0] = True
+    index = torch.arange(length).expand(rows, length)
+    start = torch.where(is_start, index, 0).cummax(dim=1).values
+    start_or_length = torch.where(is_start, index, length)
+    next_start_or_length = torch.cat([start_or_length[:, 1:], torch.full((rows, 1), length)], dim=1)
+    end = next_start_or_length.flip(1).cummin(dim=1).values.flip(1)
+    return end.to(DEVICE), (index - start).to(DEVICE)
 
 
 def head(small: bool) -> dict[str, Any]:
-    """Time the cross-entropy of the output head by chunk size, and measure the error of its weight gradient.
+    """Time the cross-entropy of the output head for several chunk sizes, and measure the error of the gradient.
 
-    A chunk size is a number of logits. The reference gradient is computed in fp32.
+    The chunk size is the maximum number of logits that are computed at a time. The reference gradient is computed in
+    fp32.
     """
-    width, vocabulary, labels, powers = (
-        (64, 1000, 512, (14, 16, 18)) if small else (2048, 128_256, 16_384, (26, 27, 28, 29, 30))
-    )
+    if small:
+        width, vocabulary, label_count = 64, 1000, 512
+        log2_chunk_sizes = [14, 16, 18]
+    else:
+        width, vocabulary, label_count = 2048, 128_256, 16_384
+        log2_chunk_sizes = [26, 27, 28, 29, 30]
     weight = 0.02 * torch.randn(vocabulary, width, device=DEVICE)
-    hidden, label_ids = torch.randn(labels, width, device=DEVICE), torch.randint(vocabulary, (labels,), device=DEVICE)
+    hidden = torch.randn(label_count, width, device=DEVICE)
+    label_ids = torch.randint(vocabulary, (label_count,), device=DEVICE)
 
-    def gradient(dtype: torch.dtype, max_logits: int) -> tuple[torch.Tensor, float, float]:
+    def measure_gradient(dtype: torch.dtype, max_logits: int) -> tuple[torch.Tensor, float, float]:
+        """Return the weight gradient, the seconds of a call and its peak memory in bytes."""
         linear = nn.Linear(width, vocabulary, bias=False, device=DEVICE, dtype=dtype)
         linear.weight.data.copy_(weight)
         layer, inputs = Head(linear, None, max_logits), hidden.to(dtype).requires_grad_()
 
         def call() -> None:
             linear.weight.grad = None
-            (layer(inputs, label_ids) / labels).backward()
+            (layer(inputs, label_ids) / label_count).backward()
 
         call()
         before = _reset_peak()
-        seconds = seconds_of(call)
+        seconds = mean_seconds(call)
         assert linear.weight.grad is not None
         return linear.weight.grad, seconds, _peak() - before
 
-    exact, _, _ = gradient(torch.float32, 2 ** powers[-2])
+    exact, _, _ = measure_gradient(torch.float32, 2 ** log2_chunk_sizes[-2])
     results = {}
-    for power in powers:
-        found, seconds, peak = gradient(torch.bfloat16, 2**power)
+    for power in log2_chunk_sizes:
+        weight_gradient, seconds, peak = measure_gradient(torch.bfloat16, 2**power)
         results[f"2^{power}"] = {
             "milliseconds": 1e3 * seconds,
-            "teraflops": 6 * labels * width * vocabulary / seconds / 1e12,
-            "error_of_weight_gradient": relative_error(found, exact),
+            "teraflops": 6 * label_count * width * vocabulary / seconds / 1e12,
+            "error_of_weight_gradient": relative_error(weight_gradient, exact),
             "peak_gib": peak / 2**30,
         }
         print(power, results[f"2^{power}"], flush=True)
     return results
 
 
-def pieces(small: bool) -> dict[str, Any]:
-    """Time the optimizer step, the copy of a checkpoint, and the embedding monitors."""
-    numbers, width, pairs = (10**5, 64, (64,)) if small else (10**9, 2048, (728, 4096))
+def step_parts(small: bool) -> dict[str, Any]:
+    """Time the optimizer step, copies to the host and the monitors, and check that a copy survives a change."""
+    parameter_count, width = (10**5, 64) if small else (10**9, 2048)
+    pair_counts = [64] if small else [728, 4096]
     results: dict[str, Any] = {}
     for name in ("foreach", "fused"):
-        weights = torch.zeros(numbers, device=DEVICE, requires_grad=True)
+        weights = torch.zeros(parameter_count, device=DEVICE, requires_grad=True)
         weights.grad = torch.randn_like(weights)
         optimizer = torch.optim.AdamW([weights], lr=1e-3, foreach=name == "foreach", fused=name == "fused")
-        results[f"adamw_{name}_milliseconds"] = 1e3 * seconds_of(optimizer.step)
+        results[f"adamw_{name}_milliseconds"] = 1e3 * mean_seconds(optimizer.step)
         del weights, optimizer
-    state, copies = torch.randn(numbers, device=DEVICE), HostCopies(DEVICE)
+    state = torch.randn(parameter_count, device=DEVICE)
+    copies = HostCopies(DEVICE)
 
     def copy_state() -> None:
         copies.begin()
@@ -206,18 +215,21 @@ def pieces(small: bool) -> dict[str, Any]:
         copies.wait()
 
     copies.begin()
-    copied, kept = copies.copy(state), state.cpu().clone()
+    host_copy = copies.copy(state)
+    expected = state.cpu().clone()
     copies.before_change()
     state.zero_()
     copies.wait()
-    results["copies_are_unchanged"] = torch.equal(copied, kept)
-    results["checkpoint_copy_gb_per_second"] = 4 * numbers / seconds_of(copy_state) / 1e9
-    results["plain_copy_gb_per_second"] = 4 * numbers / seconds_of(lambda: state.to("cpu", copy=True), 1) / 1e9
-    for count in pairs:
+    results["copies_are_unchanged"] = torch.equal(host_copy, expected)
+    results["checkpoint_copy_gb_per_second"] = 4 * parameter_count / mean_seconds(copy_state) / 1e9
+    results["plain_copy_gb_per_second"] = (
+        4 * parameter_count / mean_seconds(lambda: state.to("cpu", copy=True), 1) / 1e9
+    )
+    for count in pair_counts:
         key = torch.arange(count, device=DEVICE)
         prediction, target = torch.randn(2, count, width, device=DEVICE)
         pool = Pool(prediction, target, key, key, torch.zeros_like(key), key >= 0, slice(0, 0))
-        results[f"monitors_of_{count}_pairs_seconds"] = seconds_of(partial(embedding_monitors, pool), 1)
+        results[f"monitors_of_{count}_pairs_seconds"] = mean_seconds(partial(embedding_monitors, pool), 1)
     return results
 
 
@@ -232,7 +244,7 @@ def _peak() -> float:
     return float(torch.cuda.max_memory_allocated()) if DEVICE.type == "cuda" else 0.0
 
 
-CHECKS = {"attention": attention, "head": head, "pieces": pieces}
+CHECKS = {"attention": attention, "head": head, "pieces": step_parts}
 
 if __name__ == "__main__":
     main()

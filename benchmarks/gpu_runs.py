@@ -1,4 +1,4 @@
-"""Training runs of the checks of benchmarks/gpu.py, one after another in the same ranks, with their GPU activity.
+"""Training runs for the checks of benchmarks/gpu.py, one after another in the same processes, optionally profiled.
 
     python benchmarks/gpu_runs.py CONFIG [CONFIG ...] [--profile STEP]
 
@@ -24,41 +24,42 @@ from pretrain.training.setup import set_up
 
 SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 LISTED_KERNELS = 10
-"""Number of kernels to list, those with the longest total time first."""
+"""Number of kernels to list, in descending order of total time."""
 WARMUP_STEPS = 2
-"""Steps in which everything is compiled; later compilation is an error."""
+"""Number of steps in which graphs may be compiled; the checks fail if graphs are compiled later."""
 
 
 @dataclass
 class Profiler:
-    """Profiler of one step of a run; it also counts compiled graphs.
+    """A hook that profiles one step of a run and records the number of compiled graphs after the warm-up.
 
     A step starts at the forward pass of its first micro batch and ends where the next step starts.
     """
 
-    step: int | None
+    profiled_step: int | None
+    """Step to profile, counted from 1; None for no profile."""
     micro_steps: int
     passes: int = 0
     profile: Any = None
     started: float = 0.0
-    settled_graphs: int = 0
-    found: dict[str, Any] = field(default_factory=dict)
+    graphs_after_warmup: int = 0
+    activity: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, *_: Any) -> None:
         """Start or stop profiling; called before each forward pass."""
         self.passes += 1
-        step, first = divmod(self.passes - 1, self.micro_steps)
-        if first:
+        step, micro_step = divmod(self.passes - 1, self.micro_steps)
+        if micro_step > 0:
             return
         if step == WARMUP_STEPS:
-            self.settled_graphs = graphs()
+            self.graphs_after_warmup = compiled_graph_count()
         if self.profile is not None:
             torch.cuda.synchronize()
             seconds = time.perf_counter() - self.started
             self.profile.__exit__(None, None, None)
-            self.found = describe(self.profile.events(), seconds)
+            self.activity = summarize_gpu_activity(self.profile.events(), seconds)
             self.profile = None
-        if step + 1 == self.step and torch.cuda.is_available():
+        if step + 1 == self.profiled_step and torch.cuda.is_available():
             torch.cuda.synchronize()
             self.profile = torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -68,10 +69,12 @@ class Profiler:
 
 
 def main() -> None:
-    """Train each run, and print the results on rank 0."""
+    """Run all trainings, and print the results on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", type=Path, nargs="+")
-    parser.add_argument("--profile", type=int, help="the step of the first run to profile")
+    parser.add_argument(
+        "--profile", type=int, help="step to profile in the first run, counted from 1; not the last step"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     world = init_world()
@@ -84,7 +87,7 @@ def main() -> None:
 
 
 def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
-    """Train one run and return its results, with the memory of this rank in bytes."""
+    """Run one training and return its results, including this rank's memory use in bytes."""
     config = load_config(path)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -93,37 +96,37 @@ def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
     profiler = Profiler(profiled_step, config.train.global_batch_rows // (config.train.micro_batch_rows * world.size))
     trainer.engine.register_forward_pre_hook(profiler)
     trainer.train()
-    found: dict[str, Any] = {
-        "profile": profiler.found,
-        "graphs_after_settling": graphs() - profiler.settled_graphs,
+    results: dict[str, Any] = {
+        "profile": profiler.activity,
+        "graphs_after_settling": compiled_graph_count() - profiler.graphs_after_warmup,
         "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         "fused_optimizer": bool(trainer.engine.optimizer.optimizer.defaults["fused"]),
     }
     if torch.cuda.is_available():
         statistics = torch.cuda.memory_stats()
-        found |= {
+        results |= {
             "peak_bytes": torch.cuda.max_memory_allocated(),
             "reserved_bytes": torch.cuda.max_memory_reserved(),
             "allocator_retries": statistics.get("num_alloc_retries", 0),
         }
     if trainer.metrics:
         trainer.metrics.close()
-        found["metrics"] = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+        results["metrics"] = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     trainer.engine.destroy()
     del trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return found
+    return results
 
 
-def graphs() -> int:
+def compiled_graph_count() -> int:
     """Return the number of graphs that torch._dynamo has compiled in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def describe(events: Any, seconds: float) -> dict[str, Any]:
-    """Return the GPU activity in a step: the busy fraction, synchronisations, and the longest kernels."""
+def summarize_gpu_activity(events: Any, seconds: float) -> dict[str, Any]:
+    """Summarize the GPU activity in a step: busy fraction, number of synchronisations, longest kernels."""
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     busy, end = 0.0, 0.0
     for start, stop in sorted((event.time_range.start, event.time_range.end) for event in on_device):

@@ -1,11 +1,11 @@
-"""Host time of ZeRO's hooks: the time of a forward and a backward pass of a model that costs almost nothing itself.
+"""Host time of ZeRO's hooks, measured in passes through a model that itself needs almost no time.
 
     python benchmarks/host_time.py [--rounds 15]
 
 A model of 16 layers of width 32 is trained in one process and one CPU thread, even if there is a GPU. The settings
 are ZeRO stage 1, stage 3 with hooks around every module, and stage 3 with hooks around whole layers. A run uses the
-last one unless it sets monitor.gradients_every. The settings take turns within a round. The figures are processor
-seconds: medians over the rounds, and ratios within a round.
+last setting unless it sets monitor.gradients_every. In every round, each setting is measured once. The figures
+are processor seconds: medians over the rounds, and ratios within a round.
 """
 
 import argparse
@@ -46,7 +46,7 @@ BASELINE = "stage 3, every module"
 def main() -> None:
     """Measure all settings and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="number of measurements of each setting (default: 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of each setting (default: 15)")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be positive")
@@ -70,7 +70,7 @@ def main() -> None:
             print(f"round {number + 1} of {arguments.rounds}", end="\r", flush=True)
     print(f"{'':40}{'milliseconds':>14}{'relative to ' + BASELINE:>37}")
     for setting, setting_seconds in seconds.items():
-        ratios = [one / other for one, other in zip(setting_seconds, seconds[BASELINE], strict=True)]
+        ratios = [value / baseline for value, baseline in zip(setting_seconds, seconds[BASELINE], strict=True)]
         print(
             f"{setting:40}{1e3 * statistics.median(setting_seconds):14.1f}{statistics.median(ratios):22.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
@@ -113,7 +113,7 @@ def build(folder: Path, number: int, changes: dict, world: World) -> Trainer:
 
 
 def pass_seconds(trainer: Trainer, batch: Batch) -> float:
-    """Return the processor seconds of a forward and a backward pass, without the optimizer step after them."""
+    """Return the processor seconds of a forward and a backward pass, without the optimizer step."""
     started = time.process_time()
     output = trainer.engine(batch)
     trainer.engine.backward(sum(output.terms.values()), scale_wrt_gas=False)

@@ -3,11 +3,11 @@
     python benchmarks/loader.py [--rounds 5] > loader.json
 
 The loader packs, plans, reads with all checksums, and makes tensors. It runs in one process and one thread, on
-files in the page cache. For each record size, a corpus of equally long records is written. The loader then makes
+files in the page cache. For each record size, a corpus of records of about that size is written. The loader then makes
 all micro batches of a step as the only rank. It does not prefetch, so all of its time is spent on one core. Rounds
-of the loader and of plain reads of the same shards alternate. Start-up is measured in a fresh process on a corpus
-of 10^9 records, whose manifest lists hard links to one shard. The fraction of the demo's step is measured in a
-short run of configs/demo.yaml on two processes. One JSON object is written to stdout, progress to stderr.
+of the loader and of plain reads of the same shards alternate. Start-up is measured in fresh processes on a corpus
+of 10^9 records, made of hard links to one shard. The fraction of a training step that is spent waiting for data is
+measured in a short run of configs/demo.yaml on two processes. One JSON object is written to stdout, progress to stderr.
 """
 
 import argparse
@@ -37,12 +37,14 @@ ROOT = Path(__file__).parent.parent
 VOCABULARY = 512
 VIEWS = ("text", "code")
 RECORD_SIZES = {"500": (250, 250, 2048), "26": (13, 13, 512)}
-"""Tokens of a record -> tokens of each view, and positions of a row."""
+"""Tokens of the first view, tokens of the second view, and positions of a row, by the tokens of a record."""
 STEP_ROWS, MICRO_ROWS = 64, 16
-BILLION = 10**9
+START_UP_RECORDS = 10**9
 SHARD_RECORDS = 100_000
-TOKENS_PER_SECOND = {"500": 5e6, "26": 1.5e6}
-START_SECONDS, START_BYTES, STEP_SHARE = 1.0, 300e6, 0.01
+MIN_TOKENS_PER_SECOND = {"500": 5e6, "26": 1.5e6}
+MAX_START_SECONDS = 1.0
+MAX_START_BYTES = 300e6
+MAX_STEP_SHARE = 0.01
 
 
 def main() -> None:
@@ -50,10 +52,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--tokens", type=int, default=8_000_000, help="tokens of each corpus that is timed for an epoch"
+        "--tokens",
+        type=int,
+        default=8_000_000,
+        help="number of tokens in each throughput corpus; a round reads it once",
     )
     parser.add_argument("--demo-steps", type=int, default=60, help="steps of the demo; 0 skips it")
-    parser.add_argument("--start-up", help=argparse.SUPPRESS)  # a configuration; this process measures its start
+    parser.add_argument("--start-up", help=argparse.SUPPRESS)  # configuration whose start-up this process measures
     arguments = parser.parse_args()
     if arguments.start_up:
         return start_up(arguments.start_up)
@@ -61,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train([text for index in range(2000) for text in generate(0, "train", index)], VOCABULARY, folder / "tokenizer")
-        throughputs = {name: throughput(folder / name, *RECORD_SIZES[name], arguments) for name in RECORD_SIZES}
+        throughputs = {size: throughput(folder / size, *RECORD_SIZES[size], arguments) for size in RECORD_SIZES}
         start = start_of_a_billion(folder)
         demo = demo_share(folder, arguments.demo_steps) if arguments.demo_steps else None
     print(json.dumps(report(throughputs, start, demo, arguments), indent=1))
@@ -73,14 +78,14 @@ def report(
     """Return the JSON object with all measurements and targets."""
     targets = {
         f"tokens per second with {name}-token records": check_target(
-            throughputs[name]["tokens_per_second"]["median"], least=TOKENS_PER_SECOND[name]
+            throughputs[name]["tokens_per_second"]["median"], least=MIN_TOKENS_PER_SECOND[name]
         )
         for name in throughputs
     }
-    targets["start-up seconds"] = check_target(start["seconds"], most=START_SECONDS)
-    targets["start-up bytes"] = check_target(start["bytes"], most=START_BYTES)
+    targets["start-up seconds"] = check_target(start["seconds"], most=MAX_START_SECONDS)
+    targets["start-up bytes"] = check_target(start["bytes"], most=MAX_START_BYTES)
     if demo is not None:
-        targets["share of the demo's step spent waiting"] = check_target(demo["waiting"], most=STEP_SHARE)
+        targets["share of the demo's step spent waiting"] = check_target(demo["waiting"], most=MAX_STEP_SHARE)
     return {
         "cores": 1,
         "rounds": arguments.rounds,
@@ -98,7 +103,7 @@ def report(
 def throughput(
     folder: Path, context: int, target: int, row_length: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Write a corpus of records of about equal length, and time the loader and plain reads of its shards in turns."""
+    """Write a corpus of records of about equal length, and time the loader and plain reads of the shards in rounds."""
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
     from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
@@ -111,8 +116,9 @@ def throughput(
     shards = [folder / shard["file"] for shard in corpus.entry["shards"]]
 
     def load() -> int:
-        """Load one epoch and return its tokens; the loader plans whole windows."""
-        tokens, epoch = 0, loader.epoch
+        """Load one epoch, because the loader plans complete windows, and return the number of tokens."""
+        tokens = 0
+        epoch = loader.epoch
         while loader.epoch == epoch:
             rows = loader.next_rows(STEP_ROWS)
             tokens += int(rows.lengths.sum())
@@ -145,14 +151,14 @@ def throughput(
 
 
 def rate(work: Callable[[], int]) -> float:
-    """Return the amount of work per processor second of this process, which has one thread."""
+    """Return the result of `work` divided by the CPU seconds that it took in this single-threaded process."""
     started = time.process_time()
     done = work()
     return done / (time.process_time() - started)
 
 
 def write_corpus(folder: Path, context: int, target: int, records: int, shard_records: int, links: int = 1) -> None:
-    """Write records whose views have about the given numbers of tokens, and link the same shards `links` times."""
+    """Write records whose views have about the given numbers of tokens, and list every shard `links` times."""
     shutil.copytree(folder.parent / "tokenizer", folder / "tokenizer")
     rng = np.random.default_rng(0)
     shards: list[dict[str, Any]] = []
@@ -197,12 +203,12 @@ def write_corpus(folder: Path, context: int, target: int, records: int, shard_re
 
 
 def start_of_a_billion(folder: Path) -> dict[str, float]:
-    """Return the seconds from a configuration to the first micro batches, and the growth of memory in bytes.
+    """Return the seconds and bytes of making the corpus and the loader, with and without the first micro batches.
 
-    The start is measured in fresh processes, as the median of three.
+    The values are medians of three fresh processes.
     """
     corpus = folder / "billion"
-    write_corpus(corpus, 13, 13, SHARD_RECORDS, SHARD_RECORDS, links=BILLION // SHARD_RECORDS)
+    write_corpus(corpus, 13, 13, SHARD_RECORDS, SHARD_RECORDS, links=START_UP_RECORDS // SHARD_RECORDS)
     config = folder / "billion.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -236,7 +242,7 @@ def start_of_a_billion(folder: Path) -> dict[str, float]:
 
 
 def start_up(path: str) -> None:
-    """Measure the start in this process, without imports."""
+    """Print the seconds and bytes of a start-up in this process, without imports and loading the configuration."""
     from pretrain.config import load_config
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
@@ -273,7 +279,7 @@ def resident_bytes() -> int:
 
 
 def demo_share(folder: Path, steps: int) -> dict[str, float]:
-    """Return the fractions of a step of the demo that are spent waiting for data and in the loader's thread.
+    """Return the fractions of a demo step for waiting for data and for the loader's CPU time, and the step's seconds.
 
     The demo runs on two processes.
     """
@@ -344,12 +350,13 @@ def log(text: str) -> None:
 def spread(values: list[float]) -> dict[str, float]:
     """Return the median, minimum and maximum over the rounds."""
     return {
-        name: float(f"{of(values):.5g}") for name, of in (("median", statistics.median), ("min", min), ("max", max))
+        name: float(f"{summarize(values):.5g}")
+        for name, summarize in (("median", statistics.median), ("min", min), ("max", max))
     }
 
 
 def check_target(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
-    """Return a measured value with its limit, and whether it is met."""
+    """Return a measured value, its limit, and whether the value meets the limit."""
     return {
         "measured": value,
         **({"at_most": most} if least == 0 else {"at_least": least}),

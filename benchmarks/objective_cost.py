@@ -1,11 +1,11 @@
-"""Cost of the term on pairs: throughput and memory of the project's forward pass and of the published methods.
+"""Cost of the JEPA term: throughput and memory of the project's forward pass and of the published methods.
 
     python benchmarks/objective_cost.py [--rounds 6] [--ranks 2] > cost.json
 
 Every arm takes the same records in each optimizer step, with the same engine (ZeRO-3), optimizer and model. On CPU
 the model is configs/models/llama_2m.yaml in fp32. On CUDA it is a Llama of 1B parameters in bf16, if
-configs/models/llama_1b.yaml exists. The learning rate is 0, so each step starts from the same weights. The arms are
-timed in turns, in rounds, and compared within a round: a temporary slowdown of the machine then affects all arms.
+configs/models/llama_1b.yaml exists. The learning rate is 0, so each step starts from the same weights. In every
+round, all arms are timed and compared: a temporary slowdown of the machine then affects all arms.
 One JSON object is written to stdout, progress to stderr.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
         "--micro-slots",
         type=int,
         default=16384,
-        help="maximum of positions, with padding, of a rank in a micro step, summed over all passes",
+        help="maximum number of positions, with padding, of a rank in a micro step, summed over all passes",
     )
     parser.add_argument("--model", type=Path, default=large if on_gpu and large.exists() else MODELS / "llama_2m.yaml")
     parser.add_argument(
@@ -58,7 +58,7 @@ def main() -> None:
         default=ARMS,
         choices=ARMS,
         metavar="NAME",
-        help=f"some of: {', '.join(ARMS)}; the first is always included",
+        help=f"some of: {', '.join(ARMS)}; the first arm is always included",
     )
     parser.add_argument(
         "--folder", type=Path, help=argparse.SUPPRESS

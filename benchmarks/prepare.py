@@ -2,8 +2,8 @@
 
     python benchmarks/prepare.py [--megabytes 128] [--rounds 3] > prepare.json
 
-The text is JSON lines with the docstring/function pairs of Python's standard library, repeated with a number in
-each copy. The tokenizer, BPE with 8,192 pieces, is trained before the measurement and imported. `raw` is
+The text is JSON lines with the docstring/function pairs of Python's standard library, repeated with a different
+number in each copy. A BPE tokenizer with 8,192 pieces is trained before the measurement and imported. `raw` is
 sentencepiece's batch encoding of the same texts on one thread, without reading, writing or anything else. Every
 method is timed once per round, and ratios are taken within a round: a temporary slowdown of the machine then
 affects all methods. One JSON object is written to stdout, progress to stderr.
@@ -44,7 +44,7 @@ SPEEDUP_TARGET = 1.8
 def main() -> None:
     """Parse the command line, measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=128, help="text to prepare")
+    parser.add_argument("--megabytes", type=float, default=128, help="megabytes of text to prepare")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -92,7 +92,7 @@ def read_texts(path: Path) -> list[str]:
         return [text for line in file for text in json.loads(line).values()]
 
 
-def measure_round(folder: Path, number: int, of: int) -> dict[str, float]:
+def measure_round(folder: Path, number: int, rounds: int) -> dict[str, float]:
     """Return the duration of each method in seconds."""
     seconds = {}
     for workers in WORKERS:
@@ -109,12 +109,12 @@ def measure_round(folder: Path, number: int, of: int) -> dict[str, float]:
             },
         )
         seconds[f"prepare_{workers}"] = timed(functools.partial(prepare, data, say=lambda line: None))
-    log(f"round {number} of {of}: " + ", ".join(f"{way} {value:.1f} s" for way, value in seconds.items()))
+    log(f"round {number} of {rounds}: " + ", ".join(f"{method} {value:.1f} s" for method, value in seconds.items()))
     return seconds
 
 
 def raw_seconds(folder: Path, workers: int) -> float:
-    """Return the seconds that `workers` processes take to encode the texts, which they have read before."""
+    """Return the seconds that `workers` processes take to encode texts that are already in memory."""
     context = multiprocessing.get_context("spawn")
     ready, go = context.Barrier(workers + 1), context.Barrier(workers + 1)
     processes = [
@@ -130,10 +130,10 @@ def raw_seconds(folder: Path, workers: int) -> float:
     return time.perf_counter() - started
 
 
-def encode_share(folder: Path, share: int, of: int, ready: Barrier, go: Barrier) -> None:
-    """Encode every `of`-th text in batches, beginning with text number `share`."""
+def encode_share(folder: Path, share: int, shares: int, ready: Barrier, go: Barrier) -> None:
+    """Encode every `shares`-th text in batches, beginning with text number `share`."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
-    texts = read_texts(folder / "pairs.jsonl")[share::of]
+    texts = read_texts(folder / "pairs.jsonl")[share::shares]
     ready.wait()
     go.wait()
     for start in range(0, len(texts), BATCH):
@@ -150,20 +150,21 @@ def timed(action: Callable[[], object]) -> float:
 def report(rounds: list[dict[str, float]], size: int, records: int) -> dict:
     """Return the JSON object: medians over the rounds, and medians of the ratios within a round."""
     over_raw = {
-        workers: statistics.median(one["raw_1"] / workers / one[f"prepare_{workers}"] for one in rounds)
+        workers: statistics.median(seconds["raw_1"] / workers / seconds[f"prepare_{workers}"] for seconds in rounds)
         for workers in WORKERS
     }
     speedup = {
-        way: statistics.median(one[f"{way}_1"] / one[f"{way}_2"] for one in rounds) for way in ("prepare", "raw")
+        method: statistics.median(seconds[f"{method}_1"] / seconds[f"{method}_2"] for seconds in rounds)
+        for method in ("prepare", "raw")
     }
-    seconds = {way: statistics.median(one[way] for one in rounds) for way in rounds[0]}
+    medians = {method: statistics.median(seconds[method] for seconds in rounds) for method in rounds[0]}
     return {
         "text_megabytes": round(size / 1e6, 1),
         "records": records,
         "rounds": len(rounds),
-        "megabytes_per_second": {way: round(size / 1e6 / value, 4) for way, value in seconds.items()},
+        "megabytes_per_second": {method: round(size / 1e6 / value, 4) for method, value in medians.items()},
         "prepare_over_raw_times_workers": {str(workers): round(ratio, 3) for workers, ratio in over_raw.items()},
-        "speedup_of_2_workers": {way: round(ratio, 2) for way, ratio in speedup.items()},
+        "speedup_of_2_workers": {method: round(ratio, 2) for method, ratio in speedup.items()},
         "targets": {
             **{
                 f"prepare over raw times workers, {workers}": target(ratio, OVER_RAW_TARGET)
@@ -175,7 +176,7 @@ def report(rounds: list[dict[str, float]], size: int, records: int) -> dict:
 
 
 def target(measured: float, at_least: float) -> dict[str, float | bool]:
-    """Return a measured ratio with its target, and whether it is met."""
+    """Return a measured ratio, its target, and whether the ratio meets the target."""
     return {"measured": round(measured, 3), "at_least": at_least, "met": measured >= at_least}
 
 

@@ -18,8 +18,10 @@ import yaml
 from scaling_model import Cluster, Link, Work, estimate_work, fit_link, step_seconds
 
 ROOT = Path(__file__).parent.parent
-STEPS, WARMUP_STEPS = 14, 4
-"""Steps of a run, and the first steps that are not timed."""
+STEPS = 14
+"""Number of steps of a run."""
+WARMUP_STEPS = 4
+"""Number of initial steps that are not timed."""
 SIZES = [1 << power for power in range(12, 27, 2)]
 REPEATS = 9
 SHAPE = {
@@ -33,9 +35,9 @@ SHAPE = {
 
 
 def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
-    """Measure a step on one process and on two, and predict the latter from the former.
+    """Measure a step on one process and on two processes, and predict the step on two from the step on one.
 
-    One process is measured both alone and while another one trains.
+    One process is measured alone, and also while a second process trains next to it.
     """
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
@@ -53,15 +55,15 @@ def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
     gathering, reducing = links["all_gather"], links["reduce_scatter"]
     work = estimate_work(plan, 1.0, 1)
     predicted = {}
-    for how, seconds in (("from one process alone", alone), ("from one process beside another", beside)):
+    for source, seconds in (("from one process alone", alone), ("from one process beside another", beside)):
         measured = Work(**(vars(work) | {"compute_seconds": seconds}))
-        # The model has one link for all collectives, but gloo's collectives differ.
-        both = [
+        # The model has one link for all collectives, but gloo's collectives differ in speed.
+        gather_seconds, reduce_seconds = [
             step_seconds(measured, 3, 2, Cluster(link, None, 2), 0.0)["communication_seconds"]
             for link in (gathering, reducing)
         ]
-        communication = (2 * both[0] + both[1]) / 3
-        predicted[how] = {
+        communication = (2 * gather_seconds + reduce_seconds) / 3
+        predicted[source] = {
             "compute_seconds": seconds,
             "communication_seconds": communication,
             "seconds": seconds + communication,
@@ -129,13 +131,13 @@ def _steps(folder: Path, running: list[subprocess.Popen], names: list[str]) -> f
     """Return the median duration of the steps of runs that are training at the same time, in seconds."""
     if any([process.wait() for process in running]):
         raise RuntimeError(f"a run of {names} failed: see its output above")
-    found = []
+    durations = []
     for name in names:
         seconds = [json.loads(line)["seconds"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        found += [
+        durations += [
             after - before for before, after in zip(seconds[WARMUP_STEPS - 1 : -1], seconds[WARMUP_STEPS:], strict=True)
         ]
-    return statistics.median(found)
+    return statistics.median(durations)
 
 
 def _plan(config: Path) -> Any:
@@ -165,7 +167,7 @@ def collectives() -> dict[str, Link]:
     times = results.get(timeout=300)
     for process in ranks:
         process.join()
-    return {name: fit_link(of, 2) for name, of in times.items()}
+    return {name: fit_link(collective_times, 2) for name, collective_times in times.items()}
 
 
 def _rank(rank: int, port: int, results: Any) -> None:

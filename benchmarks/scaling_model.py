@@ -1,14 +1,14 @@
-"""Model of the duration of a step on many GPUs. It predicts, and measures nothing.
+"""Model of the duration of a step on many GPUs. It only predicts; it does not measure.
 
     python benchmarks/scaling_model.py CONFIG [key=value ...] --doctor doctor.json --flops 4e14 > scaling.json
     python benchmarks/scaling_model.py CONFIG [key=value ...] --within 300e9 5e-6 --between 200e9 10e-6 > scaling.json
-    python benchmarks/scaling_model.py --check > check.json        # compare with 1 and 2 measured CPU processes
+    python benchmarks/scaling_model.py --check > check.json        # compare with measurements of 1 and 2 CPU processes
 
 Every rank keeps its micro batch, so the global batch grows with the number of ranks. The compute time is the FLOPs
-that `--dry-run` counts, divided by `--flops` of a rank. A collective takes a latency for each hop, and its bytes
-divided by the bandwidth. In a ring, every rank sends (n - 1) / n of the bytes; in a tree, there are log2 n hops.
-The speeds of the links come from `launcher/doctor.py --json`, or from `--within` and `--between`, in bytes/s
-and seconds per hop. `--ranks-per-node` is the number of ranks on a node. The fraction `--overlap` of the
+that `--dry-run` counts, divided by the FLOP/s of a rank (`--flops`). A collective takes the latency of each hop,
+plus its bytes divided by the bandwidth. In a ring, every rank sends (n - 1) / n of the bytes; in a tree, there
+are log2 n hops. The speeds of the links come from `launcher/doctor.py --json`, or from `--within` and `--between`,
+in bytes/s and seconds per hop. `--ranks-per-node` is the number of ranks on a node. The fraction `--overlap` of the
 communication is hidden by computation. One JSON object is written to stdout, a table to stderr.
 """
 
@@ -28,12 +28,12 @@ RANKS = (1, 2, 8, 64, 256, 1000)
 STAGES = (0, 1, 2, 3)
 FLOPS = 0.4 * 989e12
 """FLOP/s of a rank, including recomputation: 40% of the dense bf16 peak of an H100. This is an assumption for
-machines that were not measured."""
+machines without a measurement."""
 USABLE_MEMORY_FRACTION = 0.9
 """Fraction of a GPU's memory that a rank can use; the remainder is for the context, buffers of collectives, and
 fragmentation."""
 OVERLAP = 0.5
-"""Fraction of the communication that overlaps with computation, as long as there is any: an assumption."""
+"""Fraction of the communication that overlaps with computation, as far as there is computation: an assumption."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class Work:
     tokens: float
     """Positions of a micro step."""
     gathered: float
-    """Bytes of the parameters that ZeRO-3 gathers for each pass: all but the small ones."""
+    """Bytes of the parameters that ZeRO-3 gathers for each pass: all parameters except the small ones."""
     tensors: int
-    """Number of these parameters; each is gathered separately."""
+    """Number of parameters that ZeRO-3 gathers; each parameter is gathered separately."""
     small: float
     """Bytes of the parameters that ZeRO-3 does not partition, and gathers once after the optimizer step."""
     bucket: float
@@ -114,14 +114,14 @@ def step_seconds(work: Work, stage: int, ranks: int, cluster: Cluster, overlap: 
     - Stage 3 gathers the parameters for the forward pass and again for the backward pass of every micro step, and
       reduces the gradients in each.
     """
-    whole = work.gathered + work.small
-    reduce = cluster.collective_seconds(whole, math.ceil(whole / work.bucket), ranks)
+    parameter_bytes = work.gathered + work.small
+    reduce = cluster.collective_seconds(parameter_bytes, math.ceil(parameter_bytes / work.bucket), ranks)
     if stage == 3:
         passes = 2 * cluster.collective_seconds(work.gathered, work.tensors, ranks)
         communication = work.micro_steps * (passes + reduce) + cluster.collective_seconds(work.small, 1, ranks)
     else:
         communication = (work.micro_steps if stage == 2 else 1) * reduce + cluster.collective_seconds(
-            whole, math.ceil(whole / work.bucket), ranks
+            parameter_bytes, math.ceil(parameter_bytes / work.bucket), ranks
         )
     compute = work.micro_steps * work.compute_seconds
     exposed = communication - min(overlap * communication, compute)
@@ -158,7 +158,7 @@ def read_doctor_links(path: Path) -> tuple[Link | None, Link | None, int]:
     pairs = [pair for pair in measured["pairs"] if "error" not in pair]
     if not pairs:
         raise UserError(
-            f"--doctor {path}: has neither an all-reduce over several ranks nor pairs of nodes: "
+            f"--doctor {path}: contains neither an all-reduce over several ranks nor pairs of nodes: "
             "set --within and --between"
         )
     return (
@@ -172,7 +172,7 @@ def read_doctor_links(path: Path) -> tuple[Link | None, Link | None, int]:
 
 
 def fit_link(times: list[tuple[float, float]], ranks: int, rounds: int = 1) -> Link:
-    """Return the link for which a ring fits (bytes, seconds) best.
+    """Return the link with which a ring fits the measured (bytes, seconds) best.
 
     The fit minimises the squared relative error of latency + bytes / bandwidth.
     """
@@ -209,7 +209,7 @@ def estimate_work(plan: Any, flops: float, micro_steps: int) -> Work:
 
 
 def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
-    """Return the memory of a rank in bytes, by the estimates of --dry-run."""
+    """Return the memory of a rank in bytes, estimated as in --dry-run."""
     from pretrain.training.dry_run import model_states_per_rank, non_state_memory
 
     states = model_states_per_rank(plan, stage, ranks)
@@ -265,7 +265,7 @@ def predict(plan: Any, cluster: Cluster, arguments: argparse.Namespace) -> dict[
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a table of the best stage and of ZeRO-3, by number of ranks."""
+    """Return a table of the best stage and of ZeRO-3 for each number of ranks."""
     lines = [
         f"{'ranks':>6}  {'stage':>12}  {'memory':>8}  {'step':>9}  {'tokens/s':>13}  {'efficiency':>10}  "
         f"{'communication':>13}"
@@ -275,12 +275,16 @@ def table(result: dict[str, Any]) -> str:
             if stage is None:
                 lines.append(f"{entry['ranks']:>6}  no stage fits")
                 continue
-            one = entry["stages"][stage]
-            note = ", best" if stage == entry["best_stage"] else "" if one["fits"] else ", too big"
+            prediction = entry["stages"][stage]
+            note = ""
+            if stage == entry["best_stage"]:
+                note = ", best"
+            elif not prediction["fits"]:
+                note = ", too big"
             lines.append(
-                f"{entry['ranks']:>6}  {f'{stage}{note}':>12}  {one['memory_bytes'] / 1e9:>5.1f} GB  "
-                f"{one['seconds']:>7.3f} s  {one['tokens_per_second']:>13,.0f}  {one['efficiency']:>10.1%}  "
-                f"{one['share_of_communication']:>13.1%}"
+                f"{entry['ranks']:>6}  {f'{stage}{note}':>12}  {prediction['memory_bytes'] / 1e9:>5.1f} GB  "
+                f"{prediction['seconds']:>7.3f} s  {prediction['tokens_per_second']:>13,.0f}  "
+                f"{prediction['efficiency']:>10.1%}  {prediction['share_of_communication']:>13.1%}"
             )
     return "\n".join(lines)
 
@@ -292,7 +296,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
     parser.add_argument("--doctor", type=Path, help="file with the output of launcher/doctor.py --json")
     parser.add_argument(
-        "--within", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link between ranks of a node"
+        "--within",
+        nargs=2,
+        type=float,
+        metavar=("BYTES_PER_SECOND", "SECONDS"),
+        help="link between the ranks of a node",
     )
     parser.add_argument(
         "--between", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link of a node to other nodes"
@@ -302,7 +310,7 @@ def main() -> None:
         "--flops",
         type=float,
         default=FLOPS,
-        help=f"FLOP/s of a rank, as measured on a single one (default {FLOPS:.3g}, 40%% of an H100)",
+        help=f"FLOP/s of a rank, as measured on a single rank (default {FLOPS:.3g}, 40%% of an H100)",
     )
     parser.add_argument("--memory", type=float, default=80, help="GB of a GPU (default 80)")
     parser.add_argument("--micro-steps", type=int, default=1, help="micro batches of a rank in a step (default 1)")
@@ -314,7 +322,7 @@ def main() -> None:
     )
     parser.add_argument("--tree", action="store_true", help="collectives with log2 n hops instead of a ring's n - 1")
     parser.add_argument(
-        "--check", action="store_true", help="compare the model with 1 and 2 measured CPU processes instead"
+        "--check", action="store_true", help="instead, compare the model with measurements of 1 and 2 CPU processes"
     )
     arguments = parser.parse_intermixed_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -323,7 +331,7 @@ def main() -> None:
 
         return print(json.dumps(check(), indent=1))
     if arguments.config is None:
-        raise UserError("CONFIG is missing: give the configuration of a run, or --check")
+        raise UserError("CONFIG is missing: pass the configuration of a run, or --check")
     within, between, per_node = read_doctor_links(arguments.doctor) if arguments.doctor else (None, None, 8)
     cluster = Cluster(
         Link(*arguments.within) if arguments.within else within,

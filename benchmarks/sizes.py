@@ -3,9 +3,9 @@
     python benchmarks/sizes.py > sizes.json
 
 The estimates are made as in `--dry-run`: model states, activations with checkpointing, logits and buffers. They are
-for bf16 and rows of 4,096 positions, or fewer if the family does not allow so many. A rank can use 90% of a GPU's
-memory. Offloading moves the optimizer's 12 bytes per parameter to the host. One JSON object is written to stdout, a
-table to stderr.
+for bf16 and rows of 4,096 positions, or of max_position_embeddings if the shape has fewer. A rank can use 90% of a
+GPU's memory. Offloading moves the optimizer's 12 bytes per parameter to the host. One JSON object is written
+to stdout, a table to stderr.
 """
 
 import json
@@ -28,7 +28,7 @@ RANKS = (1, 8, 64)
 
 
 def main() -> None:
-    """Print the choices for each model as JSON."""
+    """Print the estimates for all model shapes: JSON to stdout, a table to stderr."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     result = []
     for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
@@ -36,7 +36,9 @@ def main() -> None:
         if plan.parameters.total < 10**8:
             continue  # a shape for tests and the demo
         sizes = [
-            {"memory_gb": memory, "ranks": ranks} | choice(plan, memory, ranks) for memory in MEMORY for ranks in RANKS
+            {"memory_gb": memory, "ranks": ranks} | choose_stage_and_rows(plan, memory, ranks)
+            for memory in MEMORY
+            for ranks in RANKS
         ]
         result.append(
             {
@@ -46,7 +48,7 @@ def main() -> None:
                 "sizes": sizes,
             }
         )
-        print(line(result[-1]), file=sys.stderr, flush=True)
+        print(table_row(result[-1]), file=sys.stderr, flush=True)
     print(
         json.dumps(
             {
@@ -61,7 +63,7 @@ def main() -> None:
 
 
 def make_plan(path: Path) -> Any:
-    """Return the plan of a run of this shape without a corpus."""
+    """Return the plan of a run with this model shape; the plan needs no corpus."""
     from pretrain.config import RunConfig
     from pretrain.training.dry_run import checked_plan
 
@@ -93,10 +95,10 @@ def make_plan(path: Path) -> Any:
     )
 
 
-def choice(plan: Any, memory: float, ranks: int) -> dict[str, Any]:
-    """Return the lowest stage in which a row fits, and the largest number of rows that fits then.
+def choose_stage_and_rows(plan: Any, memory: float, ranks: int) -> dict[str, Any]:
+    """Return the lowest ZeRO stage at which a row fits, and the most rows that fit at that stage.
 
-    Offloading is chosen only if no stage fits without it.
+    Offloading is chosen only if no stage fits without offloading. The stage is None if nothing fits.
     """
     for offload in (False, True):
         for stage in (1, 2, 3) if ranks > 1 else (3,):
@@ -109,12 +111,20 @@ def choice(plan: Any, memory: float, ranks: int) -> dict[str, Any]:
     return {"stage": None}
 
 
-def line(entry: dict[str, Any]) -> str:
+def table_row(entry: dict[str, Any]) -> str:
     """Return a row of the table."""
     cells = []
     for size in entry["sizes"]:
-        stage = "offload" if size.get("offload_optimizer") else f"ZeRO {size['stage']}" if size["ranks"] > 1 else "any"
-        cells.append("no" if size["stage"] is None else f"{stage}, {size['micro_batch_rows']}")
+        if size["stage"] is None:
+            cells.append("no")
+            continue
+        if size["offload_optimizer"]:
+            stage = "offload"
+        elif size["ranks"] > 1:
+            stage = f"ZeRO {size['stage']}"
+        else:
+            stage = "any"
+        cells.append(f"{stage}, {size['micro_batch_rows']}")
     return f"| {entry['shape']} | {entry['parameters'] / 1e9:.2f} | " + " | ".join(cells) + " |"
 
 

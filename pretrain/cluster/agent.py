@@ -1,7 +1,7 @@
 """The agent that runs on each node: `python -m pretrain.cluster.agent`.
 
-It answers JSON requests, one per line, on standard input until standard input closes. It imports little, because every
-diagnosis waits for the agents to start.
+It answers JSON requests, one per line, on standard input until standard input closes. This module imports little,
+because every diagnosis waits for the agents to start.
 """
 
 import json
@@ -21,7 +21,7 @@ IDLE_SECONDS = 600.0
 
 
 def _environment(values: dict[str, str], names: list[str]) -> dict[str, str]:
-    """Set variables like a launcher exports them, and return the values of the `names` that are set now."""
+    """Set the variables that a launcher would export, and return the values of those `names` that are now set."""
     os.environ.update(values)
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -45,11 +45,12 @@ CALLS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     """Answer requests in order until standard input closes.
 
-    A separate thread answers them. The main thread only reads, and therefore notices at once when the caller is gone.
+    A separate thread computes the answers. The main thread only reads, so it notices immediately when the caller exits.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # other output goes to standard error and does not mix with the answers
-    unread, available = b"", threading.Semaphore(0)
+    unread = b""
+    available = threading.Semaphore(0)
     requests: list[dict[str, Any]] = []
 
     def work() -> None:
@@ -64,15 +65,15 @@ def main() -> None:
 
     threading.Thread(target=work, daemon=True).start()
     while select.select([0], [], [], IDLE_SECONDS)[0]:
-        read = os.read(0, 1 << 16)
-        if not read:
+        received = os.read(0, 1 << 16)
+        if not received:
             break
-        *lines, unread = (unread + read).split(b"\n")
+        *lines, unread = (unread + received).split(b"\n")
         for line in lines:
             requests.append(json.loads(line))
             available.release()
     sys.stderr.flush()
-    os._exit(0)  # the ranks of an all-reduce exit too when their standard input closes
+    os._exit(0)  # this also closes the standard input of all-reduce ranks, which then exit
 
 
 if __name__ == "__main__":

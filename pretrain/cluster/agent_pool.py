@@ -21,7 +21,7 @@ from pretrain.cluster.hosts import Host
 
 MODULE = "pretrain.cluster.agent"
 START_TIMEOUT_SECONDS = 60.0
-"""Timeout for the first answer of a node, in seconds: it starts Python, possibly from a slow file system."""
+"""Timeout for the first answer of a node, in seconds. It includes starting Python, maybe from a slow file system."""
 CONNECT_TIMEOUT_SECONDS = 10
 """ssh connect timeout, in seconds."""
 CONNECTION_LOST = "the connection was lost"
@@ -95,7 +95,8 @@ class AgentPool:
     """The agents of all nodes. A node that fails to answer is added to `unreachable` and not called again."""
 
     def __init__(self, hosts: list[Host], command: Callable[[Host], list[str]]):
-        self.hosts, self.command = hosts, command
+        self.hosts = hosts
+        self.command = command
         self.unreachable: dict[str, str] = {}
         """Error of each node that did not answer."""
         self._pool = ThreadPoolExecutor(max(1, len(hosts)))
@@ -103,7 +104,7 @@ class AgentPool:
 
     @property
     def nodes(self) -> list[str]:
-        """The nodes that answer, in the order of the hosts."""
+        """Nodes that answer, in the order of `hosts`."""
         return [host.name for host in self.hosts if host.name not in self.unreachable]
 
     def call_nodes(
@@ -113,9 +114,9 @@ class AgentPool:
         arguments: Callable[[str], dict[str, Any]] = lambda node: {},
         nodes: Iterable[str] | None = None,
     ) -> dict[str, Any]:
-        """Call a function on the given nodes (default: all) in parallel, and return the result of each that answered.
+        """Call a function on the given nodes (default: all) in parallel, and return the results by node.
 
-        `arguments` returns the arguments for a node. Each node has `seconds` to answer.
+        `arguments` returns the arguments for a node. Nodes that do not answer within `seconds` have no result.
         """
         called = [node for node in self.nodes if nodes is None or node in set(nodes)]
         answers = self._pool.map(lambda node: self._call_node(node, function, seconds, arguments(node)), called)

@@ -1,6 +1,6 @@
-"""Checks of the single nodes: pure functions from the facts of all nodes to findings.
+"""Checks of individual nodes: pure functions that turn the facts of all nodes into findings.
 
-Facts are given by node name. `here` holds the facts of this machine.
+`facts` maps node names to facts. `local_facts` and `local_value` are the facts and the compared value of this machine.
 """
 
 from collections import Counter
@@ -15,34 +15,36 @@ Facts = Mapping[str, dict[str, Any]]
 SKEW_WARN, SKEW_FAIL = 1.0, 30.0
 """Limits of the clock offset, in seconds.
 
-Build tools and file systems compare modification times to the second. Above the second limit, credentials and logs go
-wrong.
+Build tools and file systems compare modification times to the second. Above the second limit, credentials may be
+rejected and logs are misleading.
 """
 SHM_GPU_FAIL, SHM_GPU_WARN = 64 * 2**20, 2**30
-"""Limits of the free bytes of /dev/shm for ranks on several GPUs.
+"""Minimum free bytes of /dev/shm for ranks on several GPUs. Less is a failure, or a warning.
 
-NCCL passes data through it. A container has 64 MiB by default.
+NCCL passes data through /dev/shm. A container has 64 MiB by default.
 """
 SHM_CPU_WARN = 64 * 2**20
-"""Limit of the free bytes of /dev/shm on CPU. Only the processes of a preparation or a loader use it there."""
+"""Minimum free bytes of /dev/shm on CPU, where only the processes of a preparation or a loader use it."""
 LOCK_SECONDS = 600.0
-"""Age from which a lock counts as stale, in seconds; longer than the build of an op takes."""
+"""Age above which a lock counts as stale, in seconds. No build of an op takes that long."""
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
 """Major version of the oldest NVIDIA driver that works with each major version of CUDA.
 
 Source: CUDA Compatibility, "minor version compatibility".
 """
+IN_USE = 0.05
+"""Fraction of a GPU's memory above which the GPU counts as in use."""
 TIGHT = 0.85
 """Fraction of the memory above which an estimate causes a warning."""
 
 
 def check_reachable(nodes: list[str], unreachable: Mapping[str, str]) -> list[Finding]:
     """Check that all nodes answered."""
-    found = [
+    findings = [
         Finding("reached", "fail", reason, _reachability_remedy(reason, node), (node,))
         for node, reason in unreachable.items()
     ]
-    return found or [Finding("reached", "ok", f"{len(nodes)} node{'s' * (len(nodes) > 1)}: {shorten_list(nodes)}")]
+    return findings or [Finding("reached", "ok", f"{len(nodes)} node{'s' * (len(nodes) > 1)}: {shorten_list(nodes)}")]
 
 
 def _reachability_remedy(reason: str, node: str) -> str:
@@ -50,7 +52,7 @@ def _reachability_remedy(reason: str, node: str) -> str:
         return f"make the environment and the project of this machine available under the same paths on {node}"
     if reason.startswith(CONNECTION_LOST):
         return f"inspect {node}: the node or its network failed during the checks"
-    if "answer" in reason and "`time`" not in reason:
+    if "answer" in reason and "`time`" not in reason:  # no answer in time to a call after the first one, `time`
         return (
             f"inspect {node} for a hanging file system or an overloaded machine: "
             "unmount or remount the file system, or remove the node from the hostfile"
@@ -60,20 +62,20 @@ def _reachability_remedy(reason: str, node: str) -> str:
             f"make the working folder and the Python of this machine available on {node} under the same paths: "
             "mount or install them there"
         )
-    return f"make `ssh {node} hostname` work from here without a prompt, or remove the node from the hostfile"
+    return f"make `ssh {node} hostname` work from this machine without a prompt, or remove the node from the hostfile"
 
 
-def check_identical(check: str, values: Mapping[str, Any], here: Any, prefix: str, remedy: str) -> list[Finding]:
+def check_identical(check: str, values: Mapping[str, Any], local_value: Any, prefix: str, remedy: str) -> list[Finding]:
     """Check that all nodes have the same value.
 
-    The finding names the nodes that differ from this machine. If no node has the value of this machine, it names the
-    nodes that differ from the most common value. `prefix` is the text in front of the value.
+    The finding names the nodes that differ from this machine. If no node has this machine's value, the finding names
+    the nodes that differ from the most common value. `prefix` is the text in front of the value.
     """
     counts = Counter(values.values())
     if len(counts) <= 1:
         value = next(iter(counts), None)
         return [Finding(check, "ok", str(value))]
-    usual = here if here in counts else counts.most_common(1)[0][0]
+    usual = local_value if local_value in counts else counts.most_common(1)[0][0]
     return [
         Finding(
             check,
@@ -87,24 +89,24 @@ def check_identical(check: str, values: Mapping[str, Any], here: Any, prefix: st
     ]
 
 
-def check_python(facts: Facts, here: dict[str, Any]) -> list[Finding]:
+def check_python(facts: Facts, local_facts: dict[str, Any]) -> list[Finding]:
     """Check that all nodes have the same Python version, operating system and C library."""
-    found = check_identical(
+    findings = check_identical(
         "python",
-        {node: fact["python"] for node, fact in facts.items()},
-        here["python"],
+        {node: node_facts["python"] for node, node_facts in facts.items()},
+        local_facts["python"],
         "Python",
-        "install the same Python there, and create the environment again with it",
+        "install the same Python on the node, and create the environment again with it",
     )
-    systems = Counter(f"{fact['system']}, {fact['libc']}" for fact in facts.values())
+    systems = Counter(f"{node_facts['system']}, {node_facts['libc']}" for node_facts in facts.values())
     if len(systems) == 1:
-        return [*found, Finding("system", "ok", next(iter(systems)))]
+        return [*findings, Finding("system", "ok", next(iter(systems)))]
     return [
-        *found,
+        *findings,
         Finding(
             "system",
             "warn",
-            "; ".join(f"{system} on {count}" for system, count in systems.items()),
+            "; ".join(f"{system} on {count} node{'s' * (count > 1)}" for system, count in systems.items()),
             "use one system image, and a separate extension folder for each system: "
             "compiled packages may not load on all of them",
         ),
@@ -113,32 +115,32 @@ def check_python(facts: Facts, here: dict[str, Any]) -> list[Finding]:
 
 def check_packages(facts: Facts) -> list[Finding]:
     """Check that all nodes have the same package versions, and that these are the versions of requirements.lock."""
-    found: list[Finding] = []
-    locked = next(fact["locked"] for fact in facts.values())
-    common = _expected_versions([fact["installed"] for fact in facts.values()], locked)
+    findings: list[Finding] = []
+    locked = next(node_facts["locked"] for node_facts in facts.values())
+    common = _expected_versions([node_facts["installed"] for node_facts in facts.values()], locked)
     install = "pip install -r requirements.lock, in the environment of that node"
-    for node, fact in facts.items():
-        installed = fact["installed"]
+    for node, node_facts in facts.items():
+        installed = node_facts["installed"]
         differing = [
-            f"{name} {installed.get(name, 'is missing')} instead of {version}"
+            f"{name} {installed[name]} instead of {version}" if name in installed else f"{name} {version} is missing"
             for name, version in common.items()
             if installed.get(name) != version
         ]
         differing += [
             f"{name} {version}, which the other nodes lack" for name, version in installed.items() if name not in common
         ]
-        missing = [name for name in fact["required"] if name not in installed and name not in common]
+        missing = [name for name in node_facts["required"] if name not in installed and name not in common]
         if differing:
-            found.append(Finding("packages", "fail", shorten_list(differing), install, (node,)))
+            findings.append(Finding("packages", "fail", shorten_list(differing), install, (node,)))
         if missing:
-            found.append(Finding("packages", "fail", f"{shorten_list(missing)} not installed", install, (node,)))
+            findings.append(Finding("packages", "fail", f"{shorten_list(missing)} not installed", install, (node,)))
     unlocked = [
         f"{name} {version} instead of {locked[name]} of requirements.lock"
         for name, version in common.items()
         if version.split("+")[0] != locked[name]
     ]
     if unlocked:
-        found.append(
+        findings.append(
             Finding(
                 "packages",
                 "warn",
@@ -146,7 +148,7 @@ def check_packages(facts: Facts) -> list[Finding]:
                 "pip install -r requirements.lock, or first try the run with a few steps",
             )
         )
-    return found or [
+    return findings or [
         Finding(
             "packages",
             "ok",
@@ -170,19 +172,19 @@ def _expected_versions(installed: list[dict[str, str]], locked: dict[str, str]) 
     return {name: version for name, version in expected.items() if version is not None}
 
 
-def check_code(facts: Facts, here: dict[str, Any]) -> list[Finding]:
-    """Check that the Python files of the project are the same on all nodes, by their hashes."""
-    found = []
-    for node, fact in facts.items():
-        names = here["files"].keys() | fact["files"].keys()
-        differing = sorted(name for name in names if here["files"].get(name) != fact["files"].get(name))
+def check_code(facts: Facts, local_facts: dict[str, Any]) -> list[Finding]:
+    """Check that the Python files of the project are the same on all nodes, by comparing hashes."""
+    findings = []
+    for node, node_facts in facts.items():
+        names = local_facts["files"].keys() | node_facts["files"].keys()
+        differing = sorted(name for name in names if local_facts["files"].get(name) != node_facts["files"].get(name))
         if differing:
             revision = (
                 ""
-                if fact["revision"] == here["revision"]
-                else f" (revision {fact['revision']}, {here['revision']} here)"
+                if node_facts["revision"] == local_facts["revision"]
+                else f" (revision {node_facts['revision']}; this machine has {local_facts['revision']})"
             )
-            found.append(
+            findings.append(
                 Finding(
                     "code",
                     "fail",
@@ -191,32 +193,34 @@ def check_code(facts: Facts, here: dict[str, Any]) -> list[Finding]:
                     (node,),
                 )
             )
-    return found or [Finding("code", "ok", f"{len(here['files'])} files, revision {here['revision'] or 'unknown'}")]
+    return findings or [
+        Finding("code", "ok", f"{len(local_facts['files'])} files, revision {local_facts['revision'] or 'unknown'}")
+    ]
 
 
 def check_clock(offsets: Mapping[str, float]) -> list[Finding]:
     """Check the clock offsets of the nodes against this machine, in seconds."""
-    found = []
+    findings = []
     for node, offset in offsets.items():
         if abs(offset) > SKEW_WARN:
             level: Level = "fail" if abs(offset) > SKEW_FAIL else "warn"
-            found.append(
+            findings.append(
                 Finding(
                     "clock",
                     level,
                     f"{abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} this machine",
-                    "synchronize it: chronyc makestep, or systemctl restart systemd-timesyncd",
+                    "synchronise it: chronyc makestep, or systemctl restart systemd-timesyncd",
                     (node,),
                 )
             )
-    return found or [Finding("clock", "ok", f"within {max(map(abs, offsets.values()), default=0.0):.3f} s")]
+    return findings or [Finding("clock", "ok", f"within {max(map(abs, offsets.values()), default=0.0):.3f} s")]
 
 
 def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> list[Finding]:
     """Check that /dev/shm exists and is large enough."""
-    found = []
-    for node, fact in facts.items():
-        free, gpus = fact["shm_free"], cuda and slots[node] > 1
+    findings = []
+    for node, node_facts in facts.items():
+        free, gpus = node_facts["shm_free"], cuda and slots[node] > 1
         if free < (SHM_GPU_WARN if gpus else SHM_CPU_WARN):
             level: Level = "fail" if gpus and free < SHM_GPU_FAIL else "warn"
             reason = (
@@ -224,7 +228,7 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
                 if gpus
                 else "the processes of a preparation share data through it"
             )
-            found.append(
+            findings.append(
                 Finding(
                     "shared memory",
                     level,
@@ -233,11 +237,11 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
                     (node,),
                 )
             )
-    return found or [
+    return findings or [
         Finding(
             "shared memory",
             "ok",
-            f"/dev/shm has at least {format_bytes(min(fact['shm_free'] for fact in facts.values()))} free",
+            f"/dev/shm has at least {format_bytes(min(node_facts['shm_free'] for node_facts in facts.values()))} free",
         )
     ]
 
@@ -245,27 +249,29 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
 def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = None) -> list[Finding]:
     """Check that all nodes have the same kind of device, one for each slot, and that no device is in use.
 
-    `chosen` is DS_ACCELERATOR of this shell.
+    `chosen` is the value of DS_ACCELERATOR in this shell.
     """
-    found = [
-        Finding("devices", "fail", fact["driver_fault"], "fix the driver: nvidia-smi must work there", (node,))
-        for node, fact in facts.items()
-        if "driver_fault" in fact
+    findings = [
+        Finding(
+            "devices", "fail", node_facts["driver_fault"], "fix the driver: nvidia-smi must work on the node", (node,)
+        )
+        for node, node_facts in facts.items()
+        if "driver_fault" in node_facts
     ]
-    accelerators = {node: fact["accelerator"] for node, fact in facts.items()}
+    accelerators = {node: node_facts["accelerator"] for node, node_facts in facts.items()}
     if differing := tuple(node for node, accelerator in accelerators.items() if chosen and accelerator != chosen):
         return [
-            *found,
+            *findings,
             Finding(
                 "devices",
                 "fail",
                 f"DeepSpeed uses {accelerators[differing[0]]}, but DS_ACCELERATOR is {chosen} on this machine",
-                "write DS_ACCELERATOR to .deepspeed_env (with --write-env), or unset it here",
+                "write DS_ACCELERATOR to .deepspeed_env (with --write-env), or unset it on this machine",
                 differing,
             ),
         ]
     if len(set(accelerators.values())) > 1:
-        return found + check_identical(
+        return findings + check_identical(
             "devices",
             accelerators,
             None,
@@ -273,43 +279,49 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
             "set DS_ACCELERATOR to the same value on all nodes, or remove the nodes without GPUs",
         )
     if set(accelerators.values()) != {"cuda"}:
-        return found or [
-            Finding("devices", "ok", f"{next(iter(accelerators.values()), 'cpu')}, {sum(slots.values())} ranks")
+        return findings or [
+            Finding("devices", "ok", f"{sum(slots.values())} ranks on {next(iter(accelerators.values()), 'cpu')}")
         ]
-    for node, fact in facts.items():
-        if len(fact["gpus"]) < slots[node]:
-            found.append(
+    for node, node_facts in facts.items():
+        if len(node_facts["gpus"]) < slots[node]:
+            findings.append(
                 Finding(
                     "devices",
                     "fail",
-                    f"{len(fact['gpus'])} GPUs for {slots[node]} slots",
+                    f"{len(node_facts['gpus'])} GPUs for {slots[node]} slots",
                     "correct slots= in the hostfile, or look for a missing GPU with nvidia-smi and dmesg",
                     (node,),
                 )
             )
-        found += _check_driver(node, fact)
+        findings += _check_driver(node, node_facts)
         in_use = [
             f"GPU {index} has {format_bytes(gpu['used'])} of {format_bytes(gpu['memory'])} in use"
-            for index, gpu in enumerate(fact["gpus"])
-            if gpu["used"] > gpu["memory"] / 20
+            for index, gpu in enumerate(node_facts["gpus"])
+            if gpu["used"] > IN_USE * gpu["memory"]
         ]
         if in_use:
-            found.append(
+            findings.append(
                 Finding(
-                    "devices", "warn", shorten_list(in_use), "end the processes that nvidia-smi shows there", (node,)
+                    "devices",
+                    "warn",
+                    shorten_list(in_use),
+                    "end the processes that nvidia-smi shows on the node",
+                    (node,),
                 )
             )
     kinds = {
-        node: ", ".join(sorted({f"{gpu['name']} {format_bytes(gpu['memory'])}" for gpu in fact["gpus"]}))
-        for node, fact in facts.items()
+        node: ", ".join(sorted({f"{gpu['name']} {format_bytes(gpu['memory'])}" for gpu in node_facts["gpus"]}))
+        for node, node_facts in facts.items()
     }
-    drivers = {node: ", ".join(sorted({gpu["driver"] for gpu in fact["gpus"]})) for node, fact in facts.items()}
+    drivers = {
+        node: ", ".join(sorted({gpu["driver"] for gpu in node_facts["gpus"]})) for node, node_facts in facts.items()
+    }
     for values, remedy in (
         (kinds, "use GPUs of one kind: the slowest one limits the speed, and the smallest one the memory"),
         (drivers, "install one driver version on all nodes"),
     ):
-        found += [item for item in check_identical("devices", values, None, "has", remedy) if item.level != "ok"]
-    return found or [
+        findings += [item for item in check_identical("devices", values, None, "has", remedy) if item.level != "ok"]
+    return findings or [
         Finding(
             "devices",
             "ok",
@@ -318,20 +330,22 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
     ]
 
 
-def _check_driver(node: str, fact: dict[str, Any]) -> list[Finding]:
+def _check_driver(node: str, node_facts: dict[str, Any]) -> list[Finding]:
     """Check that torch was built for CUDA, and that the driver of the node is new enough for that build."""
-    if fact["torch_cuda"] is None:
+    if node_facts["torch_cuda"] is None:
         return [
-            Finding("devices", "fail", "torch was built without CUDA", "install a CUDA build of torch there", (node,))
+            Finding(
+                "devices", "fail", "torch was built without CUDA", "install a CUDA build of torch on the node", (node,)
+            )
         ]
-    oldest = OLDEST_DRIVERS.get(int(fact["torch_cuda"].split(".")[0]), 0)
-    drivers = sorted({gpu["driver"] for gpu in fact["gpus"] if int(gpu["driver"].split(".")[0]) < oldest})
+    oldest = OLDEST_DRIVERS.get(int(node_facts["torch_cuda"].split(".")[0]), 0)
+    drivers = sorted({gpu["driver"] for gpu in node_facts["gpus"] if int(gpu["driver"].split(".")[0]) < oldest})
     return [
         Finding(
             "devices",
             "fail",
-            f"driver {driver} is too old: torch was built for CUDA {fact['torch_cuda']}",
-            f"install driver {oldest} or newer there, or a build of torch for an older CUDA",
+            f"driver {driver} is too old: torch was built for CUDA {node_facts['torch_cuda']}",
+            f"install driver {oldest} or newer on the node, or a build of torch for an older CUDA",
             (node,),
         )
         for driver in drivers
@@ -344,18 +358,18 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
     A killed build leaves its lock, and every later build waits for it. FlexAttention is compiled on CUDA even with
     train.compile=false. Triton compiles it, and needs a C compiler and Python.h.
     """
-    found = []
-    for node, fact in facts.items():
-        stale = [lock for lock in fact["locks"] if not fact["compiling"] and lock["age"] > LOCK_SECONDS]
+    findings = []
+    for node, node_facts in facts.items():
+        stale = [lock for lock in node_facts["locks"] if not node_facts["compiling"] and lock["age"] > LOCK_SECONDS]
         for lock in stale:
             seen = (
                 f"{lock['path']} is {lock['age'] / 60:.0f} min old and no compiler is running: "
                 "a process that builds or loads that op hangs silently"
                 + ("" if cuda else " (runs of this project on CPU load no ops)")
             )
-            found.append(Finding("compiled ops", "fail" if cuda else "warn", seen, f"rm {lock['path']}", (node,)))
-        if compiles and not fact["compiler"]:
-            found.append(
+            findings.append(Finding("compiled ops", "fail" if cuda else "warn", seen, f"rm {lock['path']}", (node,)))
+        if compiles and not node_facts["compiler"]:
+            findings.append(
                 Finding(
                     "compiled ops",
                     "fail",
@@ -364,13 +378,16 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
                     (node,),
                 )
             )
-        if cuda and not (fact["c_compiler"] and fact["python_header"]):
+        if cuda and not (node_facts["c_compiler"] and node_facts["python_header"]):
             missing = " and no ".join(
                 name
-                for name, available in (("C compiler", fact["c_compiler"]), ("Python.h", fact["python_header"]))
+                for name, available in (
+                    ("C compiler", node_facts["c_compiler"]),
+                    ("Python.h", node_facts["python_header"]),
+                )
                 if not available
             )
-            found.append(
+            findings.append(
                 Finding(
                     "compiled ops",
                     "fail",
@@ -379,33 +396,34 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
                     (node,),
                 )
             )
-        if young := [lock["path"] for lock in fact["locks"] if lock not in stale]:
-            found.append(
+        if recent := [lock["path"] for lock in node_facts["locks"] if lock not in stale]:
+            findings.append(
                 Finding(
                     "compiled ops",
                     "warn",
-                    f"an op is being built: {shorten_list(young)}",
+                    f"an op seems to be being built; lock files: {shorten_list(recent)}",
                     "wait until the build has finished, then run doctor.py again",
                     (node,),
                 )
             )
-    ops = sorted({op for fact in facts.values() for op in fact["ops"]})
-    return found or [
-        Finding("compiled ops", "ok", f"{shorten_list(ops)} built, no lock" if ops else "none built, no lock")
+    ops = sorted({op for node_facts in facts.values() for op in node_facts["ops"]})
+    return findings or [
+        Finding("compiled ops", "ok", f"{shorten_list(ops)} built, no lock" if ops else "no op built, no lock")
     ]
 
 
 def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimate: ResourceEstimate) -> list[Finding]:
-    """Check the estimated memory of a rank against the memory that its node has for each rank."""
-    found, smallest = [], float("inf")
+    """Check the estimated memory of a rank against the memory available to it on its node."""
+    findings = []
+    smallest_room = float("inf")
     for node in facts.keys() & devices.keys():
         cuda = devices[node]["accelerator"] == "cuda" and devices[node]["gpus"]
         room = min(gpu["memory"] for gpu in devices[node]["gpus"]) if cuda else facts[node]["available"] / slots[node]
         need = estimate.rank_memory["cuda" if cuda else "cpu"]
-        place = "on its GPU" if cuda else f"of host memory for each of {slots[node]} ranks"
-        smallest = min(smallest, room)
+        place = "on its GPU" if cuda else f"of host memory ({slots[node]} ranks share the node's)"
+        smallest_room = min(smallest_room, room)
         if need > TIGHT * room and not estimate.offloads:
-            found.append(
+            findings.append(
                 Finding(
                     "memory",
                     "fail" if need > room else "warn",
@@ -421,15 +439,15 @@ def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimat
             Finding(
                 "memory",
                 "warn",
-                "not compared: with offloading, part of it is in host memory or on disk",
+                "the estimate was not checked: with offloading, part of the memory is on the host or on disk",
                 "watch the memory during the first steps of the run",
             )
         ]
-    device = "cuda" if any(fact["accelerator"] == "cuda" for fact in devices.values()) else "cpu"
-    return found or [
+    device = "cuda" if any(node_facts["accelerator"] == "cuda" for node_facts in devices.values()) else "cpu"
+    return findings or [
         Finding(
             "memory",
             "ok",
-            f"a rank needs about {format_bytes(estimate.rank_memory[device])} and has {format_bytes(smallest)}",
+            f"a rank needs about {format_bytes(estimate.rank_memory[device])} and has {format_bytes(smallest_room)}",
         )
     ]

@@ -1,4 +1,4 @@
-"""Checks of the nodes together: files, environment variables and network. Pure functions from facts to findings."""
+"""Checks across nodes: files, environment variables and network. Pure functions that turn facts into findings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,25 +13,25 @@ Pairs = list[dict[str, Any]]
 """Measurements of node pairs: `from`, `to`, and either `latency_seconds` and `bytes_per_second`, or `error`."""
 
 
-def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]:
+def check_corpus(facts: Facts, local_facts: dict[str, Any], data: str) -> list[Finding]:
     """Check that the manifest, tokenizer and shards are the same on all nodes. Each node may have its own copy."""
-    found = [
+    findings = [
         Finding(
             "corpus",
             "fail",
             fact["unreadable"],
-            f"mount the corpus there, or prepare it: python -m data_prep CONFIG writes {data}",
+            f"mount the corpus on the node, or prepare it: python -m data_prep CONFIG writes {data}",
             (node,),
         )
         for node, fact in facts.items()
         if "unreadable" in fact
     ]
-    found += [
+    findings += [
         Finding(
             "corpus",
             "fail",
-            f"shards of the manifest are missing: {shorten_list(fact['missing'])}",
-            f"copy {data} again, completely",
+            f"shards that the manifest lists are missing: {shorten_list(fact['missing'])}",
+            f"copy all files of {data} again",
             (node,),
         )
         for node, fact in facts.items()
@@ -43,37 +43,37 @@ def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]
         comparisons += check_identical(
             check,
             {node: fact[part] for node, fact in readable.items()},
-            here.get(part),
+            local_facts.get(part),
             "its SHA-256 is",
             f"copy the same {data} to all nodes: rsync -a --delete, or a shared file system",
         )
-    return found + [item for item in comparisons if not found or item.level != "ok"]
+    return findings + [item for item in comparisons if not findings or item.level != "ok"]
 
 
 def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: int) -> list[Finding]:
     """Check that the run folder is writable, not in use by another run, and has room for the checkpoints.
 
-    `existing` is the number of checkpoints that are already there.
+    `existing` is the number of checkpoints that are already in the run folder.
     """
-    found = []
+    findings = []
     for node, fact in facts.items():
         if "unwritable" in fact:
-            found.append(
+            findings.append(
                 Finding(
                     "run folder",
                     "fail",
                     f"cannot write to {fact['folder']}: {fact['unwritable']}",
-                    "mount it writable for this user, or choose another output_dir",
+                    "mount it writable for this user, or choose a different output_dir",
                     (node,),
                 )
             )
     if locked := tuple(node for node, fact in facts.items() if fact["locked"]):
-        found.append(
+        findings.append(
             Finding(
                 "run folder",
                 "fail",
-                "another run holds its lock",
-                "wait for that run, end it, or choose another `name`",
+                "another run holds the lock of the run folder",
+                "wait for that run, end it, or choose a different `name`",
                 locked,
             )
         )
@@ -83,21 +83,21 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
             free = fact["free"]
             if "unwritable" not in fact and free < missing:
                 level: Level = "fail" if free < min(missing, 2 * estimate.checkpoint) else "warn"
-                seen = (
+                problem = (
                     f"{format_bytes(free)} free in {fact['folder']}, "
                     f"but {estimate.checkpoints} checkpoints need at least {format_bytes(missing)}"
                 )
-                found.append(
+                findings.append(
                     Finding(
                         "free space",
                         level,
-                        seen,
-                        "free some space, lower checkpoint.keep, or choose another output_dir",
+                        problem,
+                        "free some space, lower checkpoint.keep, or choose a different output_dir",
                         (node,),
                     )
                 )
-        if not any(item.check == "free space" for item in found):
-            found.append(
+        if not any(item.check == "free space" for item in findings):
+            findings.append(
                 Finding(
                     "free space",
                     "ok",
@@ -105,9 +105,9 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
                     f"{estimate.checkpoints} checkpoints need about {format_bytes(missing)}",
                 )
             )
-    if not any(item.check == "run folder" for item in found):
-        found.insert(0, Finding("run folder", "ok", f"writable: {next(iter(facts.values()))['folder']}"))
-    return found
+    if not any(item.check == "run folder" for item in findings):
+        findings.insert(0, Finding("run folder", "ok", f"writable: {next(iter(facts.values()))['folder']}"))
+    return findings
 
 
 def check_shared_run_folder(
@@ -115,8 +115,8 @@ def check_shared_run_folder(
 ) -> list[Finding]:
     """Check that every node sees the marker files of all nodes and of this machine.
 
-    `seen` holds the authors whose markers each node sees, and `seen_here` the ones that this machine sees. `authors`
-    are the machines that could write a marker, and `here` is the name of this machine.
+    `seen` maps each node to the authors whose markers it sees. `seen_here` lists the authors whose markers this machine
+    sees. `authors` are the machines that could write a marker. `here` is the name of this machine.
     """
     remedy = f"mount the same file system at {folder} on all nodes and on this machine"
     if here in authors and any(here in visible for visible in seen.values()):
@@ -126,27 +126,29 @@ def check_shared_run_folder(
         first = next(iter(seen))
         separate = [node for node, visible in seen.items() if first in authors and first not in visible]
         reference = first
-    found = [
+    findings = [
         Finding("shared run folder", "fail", f"{folder} is not the folder that {reference} sees", remedy, (node,))
         for node in separate
     ]
     shared_views = [visible for node, visible in seen.items() if node not in separate]
     candidates = [author for author in authors if author not in separate and author != here]
     unseen = [author for author in candidates if any(author not in visible for visible in shared_views)]
-    found += [
-        Finding("shared run folder", "fail", f"other nodes do not see its files in {folder}", remedy, (node,))
+    findings += [
+        Finding(
+            "shared run folder", "fail", f"other nodes do not see the files of this node in {folder}", remedy, (node,)
+        )
         for node in unseen
     ]
-    if not found and set(authors) - set(seen_here) - {here}:
-        found.append(
+    if not findings and set(authors) - set(seen_here) - {here}:
+        findings.append(
             Finding(
                 "shared run folder",
                 "warn",
                 f"this machine does not see the files of the nodes in {folder}",
-                "start supervise.py and report.py on a node, because they need that folder",
+                "start supervise.py and report.py on a node: both need that folder",
             )
         )
-    return found or [Finding("shared run folder", "ok", "every node sees the files of all nodes")]
+    return findings or [Finding("shared run folder", "ok", "every node sees the files of all nodes")]
 
 
 def check_environment(
@@ -154,12 +156,12 @@ def check_environment(
 ) -> list[Finding]:
     """Check that the nodes have the relevant environment variables of this shell.
 
-    `faults` describe the lines of .deepspeed_env that DeepSpeed cannot read. A missing variable is only a warning. The
-    other checks find out whether ranks use the wrong device or network without it.
+    `faults` describe the lines of .deepspeed_env that DeepSpeed cannot read. A missing variable is only a warning,
+    because other checks detect whether ranks use the wrong device or network without that variable.
     """
-    found = []
+    findings = []
     if faults:
-        found.append(
+        findings.append(
             Finding(
                 "environment",
                 "fail",
@@ -171,18 +173,19 @@ def check_environment(
         differing: dict[str, list[str]] = {}
         for node, values in node_envs.items():
             if values.get(name) != value:
-                differing.setdefault(f"{values[name]} there" if name in values else "not set there", []).append(node)
+                state = f"{values[name]} on the node" if name in values else "not set on the node"
+                differing.setdefault(state, []).append(node)
         for state, nodes in differing.items():
-            found.append(
+            findings.append(
                 Finding(
                     "environment",
                     "warn",
-                    f"{name}={value} here, {state}",
-                    "write it to .deepspeed_env (with --write-env), or unset it here",
+                    f"{name}={value} on this machine, {state}",
+                    f"write {name} to .deepspeed_env (with --write-env), or unset it on this machine",
                     tuple(nodes),
                 )
             )
-    return found or [
+    return findings or [
         Finding("environment", "ok", f"{len(local_env)} relevant variables of this shell are the same on all nodes")
     ]
 
@@ -197,7 +200,7 @@ def check_launcher(pdsh: str | None) -> list[Finding]:
                 "launcher",
                 "fail",
                 "pdsh is not installed on this machine",
-                "apt install pdsh, or start deepspeed with another --launcher",
+                "apt install pdsh, or start deepspeed with a different --launcher",
             )
         ]
     )
@@ -206,11 +209,13 @@ def check_launcher(pdsh: str | None) -> list[Finding]:
 def check_hostnames(facts: Facts, cuda: bool, chosen: bool) -> list[Finding]:
     """Check that no node's own host name resolves to its loopback address.
 
-    Peers would try to connect to that address, because gloo announces it to them. `chosen` means that
+    Gloo announces that address to the peers, which would try to connect to it. `chosen` means that
     GLOO_SOCKET_IFNAME is set.
     """
-    wrong = tuple(node for node, fact in facts.items() if fact["own"] is None or fact["own"].startswith("127."))
-    if not wrong or chosen:
+    unreachable_nodes = tuple(
+        node for node, fact in facts.items() if fact["own"] is None or fact["own"].startswith("127.")
+    )
+    if not unreachable_nodes or chosen:
         return [
             Finding(
                 "host names",
@@ -222,9 +227,9 @@ def check_hostnames(facts: Facts, cuda: bool, chosen: bool) -> list[Finding]:
         Finding(
             "host names",
             "warn" if cuda else "fail",
-            "its own name resolves to no address that its peers can reach, but gloo announces that address to them",
+            "the node's own name does not resolve to an address that peers can reach, but gloo announces it to them",
             "correct /etc/hosts, or set GLOO_SOCKET_IFNAME in .deepspeed_env to the interface between the nodes",
-            wrong,
+            unreachable_nodes,
         )
     ]
 
@@ -234,7 +239,7 @@ def check_rendezvous(
 ) -> list[Finding]:
     """Check that the rendezvous port is free on the first node, and that the other nodes can connect to it.
 
-    `held` is the result of listening on the port, and `connections` are the results of the other nodes.
+    `held` is the result of listening on the port. `connections` are the results of the other nodes' connections to it.
     """
     if address is None:
         return [
@@ -252,23 +257,23 @@ def check_rendezvous(
                 "rendezvous",
                 "fail",
                 f"port {port} is taken ({held['error']})",
-                "end the process that listens there, or pass another --master_port to deepspeed and doctor.py",
+                "end the process that listens on it, or pass a different --master_port to deepspeed and doctor.py",
                 (first,),
             )
         ]
-    found = [
+    findings = [
         Finding(
             "rendezvous",
             "fail",
             f"cannot connect to {first} ({address}) at port {port}: {answer['error']}",
-            f"open port {port} of {first} for the nodes, or pass another --master_port; "
-            "if the address belongs to another network, pass --master_addr to deepspeed",
+            f"open port {port} of {first} for the nodes, or pass a different --master_port; "
+            "if the address belongs to a different network, pass --master_addr to deepspeed",
             (node,),
         )
         for node, answer in connections.items()
         if "error" in answer
     ]
-    return found or [
+    return findings or [
         Finding(
             "rendezvous", "ok", f"{address}:{port} is free" + (" and reachable from all nodes" if connections else "")
         )
@@ -276,8 +281,8 @@ def check_rendezvous(
 
 
 def check_node_pairs(pairs: Pairs) -> list[Finding]:
-    """Check that every node can connect to every other one, and that no pair is much slower than the median."""
-    found = [
+    """Check that every node can connect to every other node, and that no pair is much slower than the median."""
+    findings = [
         Finding(
             "network",
             "fail",
@@ -290,7 +295,7 @@ def check_node_pairs(pairs: Pairs) -> list[Finding]:
     ]
     measured = sorted((pair for pair in pairs if "error" not in pair), key=lambda pair: pair["bytes_per_second"])
     if not measured:
-        return found
+        return findings
     worst, median = measured[0], measured[len(measured) // 2]["bytes_per_second"]
     latency = max(pair["latency_seconds"] for pair in measured)
     summary = (
@@ -299,7 +304,7 @@ def check_node_pairs(pairs: Pairs) -> list[Finding]:
     )
     if len(measured) > 2 and worst["bytes_per_second"] < SLOW_PAIR * median:
         return [
-            *found,
+            *findings,
             Finding(
                 "network",
                 "warn",
@@ -307,19 +312,19 @@ def check_node_pairs(pairs: Pairs) -> list[Finding]:
                 "check the link and its error counters with ethtool -S: every step waits for the slowest link",
             ),
         ]
-    return found or [Finding("network", "ok", f"{len(pairs)} directions; {summary}")]
+    return findings or [Finding("network", "ok", f"{len(pairs)} directions; {summary}")]
 
 
 def check_all_reduce(
     answers: Mapping[str, dict[str, Any]], measured: list[dict[str, Any]], bucket: int
 ) -> list[Finding]:
-    """Check that all ranks connected and reduced a bucket of gradients. `bucket` is its size in bytes."""
-    found = []
+    """Check that all ranks connected and reduced a bucket of gradients; `bucket` is the size of the bucket in bytes."""
+    findings = []
     for node, answer in answers.items():
         errors = {"": answer["error"]} if "error" in answer else answer["errors"]
         if errors:
             rank, error = next(iter(errors.items()))
-            found.append(
+            findings.append(
                 Finding(
                     "all-reduce",
                     "fail",
@@ -329,8 +334,8 @@ def check_all_reduce(
                     (node,),
                 )
             )
-    if found or not measured:
-        return found or [Finding("all-reduce", "fail", "rank 0 returned no measurement", "run doctor.py again")]
+    if findings or not measured:
+        return findings or [Finding("all-reduce", "fail", "rank 0 returned no measurement", "run doctor.py again")]
     small, large = measured[0], measured[-1]
     size = (
         f"a bucket of {format_bytes(bucket)}"

@@ -1,4 +1,4 @@
-"""One diagnosis of a run's nodes: collects facts and measurements from the agents, and passes them to the checks."""
+"""Diagnosis of a run's nodes: collects facts and measurements from the agents, and passes them to the checks."""
 
 import math
 import os
@@ -19,11 +19,13 @@ from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import list_steps
 
 FACT_SECONDS = 30.0
-"""Timeout of a node for one group of facts, in seconds. A hanging file system exceeds it."""
+"""Timeout for one group of facts of a node, in seconds. A node with a hanging file system exceeds it."""
 PINGS = 5
+"""Number of round trips per node for the clock offset."""
 STREAM_SECONDS, NETWORK_SECONDS = 0.3, 60.0
-"""Time limits of one bandwidth measurement and of all of them together, in seconds."""
+"""Time limits of one bandwidth measurement and of all bandwidth measurements together, in seconds."""
 REDUCE_SECONDS = 120.0
+"""Timeout of the all-reduce, in seconds."""
 HERE = "this machine"
 PORT = 29500
 """DeepSpeed's default port for the rendezvous."""
@@ -122,11 +124,12 @@ class Diagnosis:
         return {node: offset for node, (_, offset) in best.items()}
 
     def _exchange_markers(self) -> dict[str, Any]:
-        """Let every node and this machine write a marker file to the run folder, and return which machine sees which.
+        """Let every node and this machine write a marker file to the run folder, and find out who sees which markers.
 
-        The result holds the arguments of `checks_run.check_shared_run_folder`. All markers are removed again.
+        Returns the arguments of `checks_run.check_shared_run_folder`. All markers are removed.
         """
-        folder, token = str(sharing.nearest_existing_folder(str(self.config.run_dir))), secrets.token_hex(4)
+        folder = str(sharing.nearest_existing_folder(str(self.config.run_dir)))
+        token = secrets.token_hex(4)
         try:
             written = self.agents.call_nodes(
                 "write_marker", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "author": node}
@@ -158,7 +161,7 @@ class Diagnosis:
                         topic.replace("_", " "),
                         "fail",
                         fact["error"],
-                        "inspect that node: this error is unexpected",
+                        "inspect the node: this error is unexpected",
                         (node,),
                     )
                 )
@@ -167,20 +170,21 @@ class Diagnosis:
         return valid
 
     def _check_facts(self) -> None:
-        config, slots, estimate, several = self.config, self.slots, self.estimate, len(self.agents.hosts) > 1
+        config, slots, estimate = self.config, self.slots, self.estimate
+        has_several_nodes = len(self.agents.hosts) > 1
         existing = len(list_steps(config.run_dir / "checkpoints"))
 
-        def here(topic: str) -> dict[str, Any]:
+        def local_facts(topic: str) -> dict[str, Any]:
             return facts.TOPICS[topic](**_topic_arguments(config, topic))
 
         checks = {
-            "python_and_system": lambda valid: checks_nodes.check_python(valid, here("python_and_system")),
+            "python_and_system": lambda valid: checks_nodes.check_python(valid, local_facts("python_and_system")),
             "packages": checks_nodes.check_packages,
-            "code": lambda valid: checks_nodes.check_code(valid, here("code")),
-            "corpus": lambda valid: checks_run.check_corpus(valid, here("corpus"), config.data.path),
+            "code": lambda valid: checks_nodes.check_code(valid, local_facts("code")),
+            "corpus": lambda valid: checks_run.check_corpus(valid, local_facts("corpus"), config.data.path),
             "run_folder": lambda valid: (
                 checks_run.check_run_folder(valid, estimate, existing)
-                + (checks_run.check_shared_run_folder(**self.markers) if several else [])
+                + (checks_run.check_shared_run_folder(**self.markers) if has_several_nodes else [])
             ),
             "devices": lambda valid: checks_nodes.check_devices(valid, slots, os.environ.get("DS_ACCELERATOR")),
             "memory": lambda valid: (
@@ -202,7 +206,8 @@ class Diagnosis:
 
     def _check_network(self, port: int | None) -> bool:
         """Check the rendezvous and all pairs of nodes, and return whether the ranks can connect."""
-        found, first = [], self.agents.nodes[0]
+        findings = []
+        first = self.agents.nodes[0]
         self.address, self.port = self._rendezvous(first, port)
         held = self.agents.call_nodes("hold_port", FACT_SECONDS, lambda node: {"port": self.port}, [first]).get(
             first, {"error": "no answer"}
@@ -217,14 +222,14 @@ class Diagnosis:
                     self.agents.nodes[1:],
                 )
             self.agents.call_nodes("release_port", FACT_SECONDS, lambda node: {"port": self.port}, [first])
-        found += checks_run.check_rendezvous(first, self.address, self.port, held, connections)
+        findings += checks_run.check_rendezvous(first, self.address, self.port, held, connections)
         if len(self.agents.nodes) > 1:
             chosen = all("GLOO_SOCKET_IFNAME" in values for values in self.node_envs.values())
-            found += checks_run.check_hostnames(self.valid_facts["addresses"], self.cuda, chosen)
+            findings += checks_run.check_hostnames(self.valid_facts["addresses"], self.cuda, chosen)
             self._measure_pairs()
-            found += checks_run.check_node_pairs(self.measurements["pairs"])
-        self.findings += found
-        return all(finding.level != "fail" for finding in found)
+            findings += checks_run.check_node_pairs(self.measurements["pairs"])
+        self.findings += findings
+        return all(finding.level != "fail" for finding in findings)
 
     def _rendezvous(self, first: str, port: int | None) -> tuple[str | None, int]:
         """Return the address (None if unknown) and port of the rendezvous that the launcher would choose."""
@@ -245,15 +250,15 @@ class Diagnosis:
         rounds = network.rounds(list(ports))
         seconds = min(STREAM_SECONDS, NETWORK_SECONDS / 2 / len(rounds))
         for pairs in rounds:
-            for target in (dict(pairs), {other: one for one, other in pairs}):
-                ends = dict(target)
+            for pairing in (dict(pairs), {second: first for first, second in pairs}):
+                targets = dict(pairing)
 
-                def stream_to(node: str, ends: dict[str, str] = ends) -> dict[str, Any]:
-                    return {"host": ends[node], "port": ports[ends[node]], "seconds": seconds}
+                def stream_to(node: str, targets: dict[str, str] = targets) -> dict[str, Any]:
+                    return {"host": targets[node], "port": ports[targets[node]], "seconds": seconds}
 
-                answers = self.agents.call_nodes("measure", FACT_SECONDS, stream_to, ends)
+                answers = self.agents.call_nodes("measure", FACT_SECONDS, stream_to, targets)
                 self.measurements["pairs"] += [
-                    {"from": node, "to": ends[node]} | answer for node, answer in answers.items()
+                    {"from": node, "to": targets[node]} | answer for node, answer in answers.items()
                 ]
 
     def _check_all_reduce(self, ranks_can_connect: bool) -> None:
@@ -266,9 +271,11 @@ class Diagnosis:
             )
             return
         slots, bucket, precision = self.slots, self.estimate.bucket, self.estimate.precision
-        first_rank, world = {}, 0
+        first_rank = {}
+        world = 0
         for node, ranks in slots.items():
-            first_rank[node], world = world, world + ranks
+            first_rank[node] = world
+            world += ranks
         say(f"running an all-reduce over {world} ranks")
         answers = self.agents.call_nodes(
             "all_reduce",

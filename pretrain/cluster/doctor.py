@@ -1,6 +1,6 @@
 """The doctor command: checks all nodes of a run in parallel, and reports what would go wrong.
 
-It imports little, so the agents start immediately.
+This module imports little, because it must start the agents immediately.
 """
 
 import argparse
@@ -18,23 +18,27 @@ from pretrain.cluster.findings import as_json, count_levels, format_table
 from pretrain.cluster.hosts import LOCAL, Host, read_hostfile, slurm_hosts
 
 CPU_SLOTS = 2
-"""Ranks on a single machine without GPUs if neither a hostfile nor --num_gpus sets their number."""
+"""Number of ranks on a single machine without GPUs if neither a hostfile nor --num_gpus sets it."""
 
 
 def main() -> None:
     """Parse the command line and run the diagnosis; exit with code 1 if a check fails."""
     parser = argparse.ArgumentParser(
         description="Report what would go wrong with a run. Checks the nodes of the hostfile if one is given, else the "
-        "nodes of the current Slurm allocation, else this machine. Every process that it starts ends with it."
+        "nodes of the current Slurm allocation, else this machine. All processes that it starts end with this command."
     )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
-    parser.add_argument("--hostfile", help="hostfile of deepspeed: a line `host slots=N` for each node and its ranks")
+    parser.add_argument(
+        "--hostfile", help="DeepSpeed hostfile with a line `host slots=N` for each node; N is its number of ranks"
+    )
     parser.add_argument("--num_gpus", type=int, help="ranks per node, as for deepspeed; on CPU, processes per node")
     parser.add_argument("--master_port", type=int, help="port of the rendezvous, as for deepspeed (default 29500)")
     parser.add_argument("--json", action="store_true", help="print findings and measurements as one JSON object")
     parser.add_argument(
-        "--write-env", action="store_true", help="first write the relevant variables of this shell to .deepspeed_env"
+        "--write-env",
+        action="store_true",
+        help="first write the variables of this shell that must be equal on all nodes to .deepspeed_env",
     )
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: sys.exit(run(arguments)))
@@ -45,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     hosts, command = _nodes(arguments.hostfile, arguments.num_gpus)
     if arguments.write_env and command is not ssh_command:
-        raise UserError("--write-env works only with the nodes of a hostfile: add --hostfile, or remove --write-env")
+        raise UserError(
+            "--write-env works only with a hostfile that lists other nodes than localhost: correct --hostfile, "
+            "or remove --write-env"
+        )
     if arguments.write_env:
         path, skipped = environment.write_env_file(os.environ)
         say(
@@ -81,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _nodes(hostfile: str | None, ranks: int | None) -> tuple[list[Host], Callable[[Host], list[str]]]:
     """Return the nodes and the function that builds the command of an agent.
 
-    `ranks` per node replace the slots of the hostfile or the number of GPUs.
+    If `ranks` is given, it is the number of ranks per node, instead of the hostfile's slots or the number of GPUs.
     """
     if ranks is not None and ranks < 1:
         raise UserError(f"--num_gpus is {ranks}: set it to the number of ranks per node, at least 1")
@@ -93,7 +100,7 @@ def _nodes(hostfile: str | None, ranks: int | None) -> tuple[list[Host], Callabl
     if not hosts:
         gpus = len(facts.devices()["gpus"])
         if not ranks and not gpus:
-            say(f"no GPU on this machine, and neither --hostfile nor --num_gpus: assuming {CPU_SLOTS} ranks")
+            say(f"this machine has no GPU, and neither --hostfile nor --num_gpus is given: assuming {CPU_SLOTS} ranks")
         hosts = [Host(LOCAL, gpus or CPU_SLOTS)]
     if ranks:
         hosts = [Host(host.name, ranks) for host in hosts]

@@ -1,8 +1,8 @@
-"""The environment variables of ranks on other nodes: forwarded by DeepSpeed's launcher, or set in `.deepspeed_env`.
+"""Environment variables of ranks on other nodes: forwarded by DeepSpeed's launcher, or set in `.deepspeed_env`.
 
 Source: deepspeed/launcher/runner.py (0.19.8). The pdsh launcher forwards names that begin with one of
 FORWARDED_PREFIXES. If its accelerator is CUDA, it also forwards names that begin with NCCL. Then it reads
-`.deepspeed_env`, or the file that DS_ENV_FILE names, in the home folder and in the working folder. The later value of a
+`.deepspeed_env`, or the file that DS_ENV_FILE names, in the home folder and in the working folder. The last value of a
 variable wins.
 """
 
@@ -20,19 +20,19 @@ FORWARDED_FROM_CUDA = "NCCL"
 
 
 def env_files() -> list[Path]:
-    """Return the existing environment files that DeepSpeed reads, in its order."""
+    """Return the existing environment files that DeepSpeed reads, in the order in which it reads them."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     paths = dict.fromkeys([Path.home() / name, Path(name)])
     return [path for path in paths if path.is_file()]
 
 
 def invalid_lines(path: Path) -> list[str]:
-    """Return a description of each line that DeepSpeed cannot read, or whose value a shell would change."""
+    """Return a description of each line that DeepSpeed cannot read, and of each value that the shell would change."""
     faults = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         name, equals, value = line.partition("=")
         if not equals:
-            faults.append(f"line {number} ({line!r}) has no =")
+            faults.append(f"line {number}: {line!r} has no =")
         elif not re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name):
             faults.append(f"line {number}: {name!r} is not a variable name")
         elif not _is_forwardable(value):

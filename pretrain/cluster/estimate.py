@@ -10,7 +10,7 @@ PROCESS_BYTES = {"cuda": 2**30, "cpu": 512 * 2**20}
 On a GPU this is the CUDA context and NCCL's buffers, on CPU Python with its libraries.
 """
 CHECKPOINT_BYTES = 12
-"""Size of a trained parameter in a checkpoint: the weight and two moments in fp32. A frozen one keeps its precision."""
+"""Bytes of a trained parameter in a checkpoint: weight and two moments in fp32. Frozen ones keep their precision."""
 
 
 @dataclass(frozen=True)

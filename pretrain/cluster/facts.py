@@ -1,4 +1,4 @@
-"""Facts about this node, as values that JSON can hold. If a function raises, the agent answers with `error` instead."""
+"""Facts about this node, as JSON-serializable values. If a function raises, the agent (agent.py) returns an `error`."""
 
 import contextlib
 import fcntl
@@ -25,11 +25,11 @@ from pretrain.cluster.sharing import nearest_existing_folder
 from pretrain.revision import ROOT, revision, source_hashes
 
 MANIFEST = "manifest.json"
-COMPILERS = ("ninja", "c++", "g++", "cc1plus", "nvcc", "cicc", "ptxas")
-"""Names of the processes that build an extension."""
+BUILD_PROCESSES = ("ninja", "c++", "g++", "cc1plus", "nvcc", "cicc", "ptxas")
+"""Names of processes that run while a DeepSpeed op is being built."""
 GPU_FIELDS = ("name", "memory.total", "memory.used", "driver_version")
-SECONDS = 20.0
-"""Timeout of nvidia-smi and hostname, in seconds."""
+COMMAND_TIMEOUT = 20.0
+"""Timeout of nvidia-smi and of hostname, in seconds."""
 
 
 def python_and_system() -> dict[str, Any]:
@@ -42,7 +42,7 @@ def python_and_system() -> dict[str, Any]:
 
 
 def packages() -> dict[str, Any]:
-    """Return the `installed` and `locked` versions by package, and the names of the `required` packages.
+    """Return `installed` and `locked`, which map each package to a version, and `required`, a list of package names.
 
     Without a lock file, all three are empty.
     """
@@ -74,9 +74,9 @@ def code() -> dict[str, Any]:
 
 
 def corpus(data: str) -> dict[str, Any]:
-    """Return the hashes of the manifest and of the tokenizer's files, and the missing shards of the manifest.
+    """Return a hash of the manifest, a hash of all tokenizer files, and the shards of the manifest that do not exist.
 
-    If the corpus cannot be read, return only the reason, as `unreadable`.
+    If the corpus cannot be read, the only key is `unreadable`, which contains the reason.
     """
     folder = Path(data)
     try:
@@ -98,7 +98,10 @@ def corpus(data: str) -> dict[str, Any]:
 
 
 def run_folder(run_dir: str) -> dict[str, Any]:
-    """Return the free bytes of the run folder, whether a run holds its lock, and the error if writing there fails."""
+    """Return the run folder or its nearest existing parent, its free bytes, and whether a run holds the run's lock.
+
+    If writing to the folder fails, `unwritable` contains the error.
+    """
     folder = nearest_existing_folder(run_dir)
     test_file = folder / f".doctor-{os.getpid()}-{socket.gethostname()}"
     found: dict[str, Any] = {
@@ -119,6 +122,7 @@ def run_folder(run_dir: str) -> dict[str, Any]:
 
 
 def _is_locked(path: Path) -> bool:
+    """Return whether a run holds the lock; False if the lock file cannot be opened."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -130,7 +134,10 @@ def _is_locked(path: Path) -> bool:
 
 
 def memory() -> dict[str, Any]:
-    """Return the free bytes of host memory, within the limit of a container, and of /dev/shm."""
+    """Return the available bytes of host memory and the free bytes of /dev/shm.
+
+    If a container limits the memory, at most the remainder of its limit is available.
+    """
     available = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max": there is no limit
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -140,15 +147,16 @@ def memory() -> dict[str, Any]:
 
 
 def devices() -> dict[str, Any]:
-    """Return the GPUs that ranks may use, the CUDA version of the torch build, and the accelerator of DeepSpeed.
+    """Return the GPUs, the CUDA version of the torch build, and the accelerator of DeepSpeed.
 
-    The accelerator is DS_ACCELERATOR if that is set, else the one that DeepSpeed would detect.
+    If CUDA_VISIBLE_DEVICES lists n devices, the first n GPUs are returned. The accelerator is DS_ACCELERATOR if that
+    is set. Otherwise, it is cuda if there is a GPU, else cpu.
     """
     found: dict[str, Any] = {"gpus": []}
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
         try:
-            listed = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT, check=True).stdout
             found["gpus"] = [_gpu(line) for line in listed.splitlines() if line.strip()]
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             output = getattr(error, "stdout", None) or str(error)
@@ -183,9 +191,9 @@ def _gpu(line: str) -> dict[str, Any]:
 
 
 def extensions() -> dict[str, Any]:
-    """Return the folder of DeepSpeed's compiled ops, their names, their locks and the available compilers.
+    """Return the folder of DeepSpeed's compiled ops, the ops and build locks in it, and the tools for a build.
 
-    Each lock has its age in seconds.
+    `locks` contains the age of each lock in seconds. `compiling` is true while a build is running.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -196,7 +204,7 @@ def extensions() -> dict[str, Any]:
         "folder": str(folder),
         "ops": sorted({path.stem for pattern in ("*/*.so", "*/*/*.so") for path in folder.glob(pattern)}),
         "locks": [{"path": str(path), "age": now - path.stat().st_mtime} for path in locks],
-        "compiling": any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"])),
+        "compiling": any(process.info["name"] in BUILD_PROCESSES for process in psutil.process_iter(["name"])),
         "compiler": shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
         "c_compiler": shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang"),
         "python_header": (Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
@@ -204,11 +212,11 @@ def extensions() -> dict[str, Any]:
 
 
 def addresses() -> dict[str, Any]:
-    """Return the first address of `hostname -I`, the host name, and the address that this name resolves to here.
+    """Return the first address of `hostname -I`, the host name, and the address to which this node resolves its name.
 
     If this is the first node, DeepSpeed uses the first address for the rendezvous.
     """
-    listed = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=SECONDS).stdout.split()
+    listed = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=COMMAND_TIMEOUT).stdout.split()
     name = socket.gethostname()
     try:
         own = socket.gethostbyname(name)

@@ -8,7 +8,7 @@ Level = Literal["ok", "warn", "fail"]
 WIDTH = 24
 """Width of the column of check names, in characters."""
 FEW = 4
-"""Number of names that a line lists. Any further names are only counted."""
+"""Maximum number of names that a line lists. Further names are only counted."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ def merge_findings(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def format_table(findings: Iterable[Finding]) -> str:
-    """Return a table: a line for each finding, its remedy below it, and a last line with the number per level."""
+    """Return a table: each finding with its remedy below it, and a last line with the number of findings per level."""
     lines = []
     for finding in findings:
-        where = f"{', '.join(finding.nodes)}: " if finding.nodes else ""
-        lines.append(f"{finding.level:4}  {finding.check:{WIDTH}}  {where}{finding.seen}")
+        nodes = f"{', '.join(finding.nodes)}: " if finding.nodes else ""
+        lines.append(f"{finding.level:4}  {finding.check:{WIDTH}}  {nodes}{finding.seen}")
         if finding.remedy:
             lines.append(f"{'':{WIDTH + 8}}-> {finding.remedy}")
     counts = count_levels(findings)
@@ -51,7 +51,7 @@ def count_levels(findings: Iterable[Finding]) -> dict[Level, int]:
 
 
 def as_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """Return the findings as values that JSON can hold."""
+    """Return the findings as JSON-serializable values."""
     return [asdict(finding) for finding in findings]
 
 

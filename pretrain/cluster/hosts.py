@@ -25,7 +25,10 @@ class Host:
 
 
 def read_hostfile(path: str) -> list[Host]:
-    """Return the nodes of a hostfile, in its order. Raises UserError, with the line number, for an invalid line."""
+    """Return the nodes of a hostfile, in the order of its lines.
+
+    Raises UserError, with the line number, for an invalid line.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -34,7 +37,7 @@ def read_hostfile(path: str) -> list[Host]:
         ) from None
     if lines and lines[0].startswith(BOM):
         raise UserError(
-            f"{path}, line 1: the file starts with a byte order mark, which DeepSpeed takes for part of the first "
+            f"{path}, line 1: the file starts with a byte order mark, which DeepSpeed reads as part of the first "
             "host name: save it as UTF-8 without a byte order mark, or run: "
             f"sed -i '1s/^\\xef\\xbb\\xbf//' {shlex.quote(path)}"
         )
@@ -48,7 +51,7 @@ def read_hostfile(path: str) -> list[Host]:
             raise UserError(f"{path}, line {number}: {line!r} is not a hostfile entry: write `host slots=N`")
         if entry[1] in hosts:
             raise UserError(
-                f"{path}, line {number}: {entry[1]} is listed twice, which DeepSpeed rejects: keep one of the lines"
+                f"{path}, line {number}: {entry[1]} is listed twice, which DeepSpeed rejects: remove one of the lines"
             )
         hosts[entry[1]] = Host(entry[1], int(entry[2]))
     if not hosts:
@@ -57,7 +60,7 @@ def read_hostfile(path: str) -> list[Host]:
 
 
 def slurm_hosts() -> list[Host]:
-    """Return the nodes of the current Slurm allocation with their numbers of tasks, or an empty list outside of one.
+    """Return the nodes of the current Slurm allocation with their numbers of tasks; empty outside an allocation.
 
     Raises UserError if scontrol cannot expand the list of nodes.
     """
@@ -76,5 +79,5 @@ def slurm_hosts() -> list[Host]:
 
 
 def _expand_tasks(tasks: str) -> list[int]:
-    """Return the number of tasks of each node from Slurm's notation: `2(x3),1` means 2, 2, 2, 1."""
+    """Expand Slurm's notation to the number of tasks of each node: `2(x3),1` means 2, 2, 2, 1."""
     return [int(match[1]) for match in re.finditer(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(match[2] or 1))]

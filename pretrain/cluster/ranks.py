@@ -1,6 +1,6 @@
 """An all-reduce over all ranks, like in training.
 
-The agent of a node starts the ranks of its node. Each of them is a process `python -m pretrain.cluster.ranks`.
+The agent of a node starts the ranks of that node. Each rank is a process `python -m pretrain.cluster.ranks`.
 """
 
 import json
@@ -13,14 +13,15 @@ import time
 from datetime import timedelta
 from typing import Any
 
-SMALL = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
-"""Sizes that are measured in addition to the bucket if they are smaller than it, in bytes."""
+SMALL_SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
+"""Sizes that are measured in addition to the bucket if they are smaller than the bucket, in bytes."""
 REPEATS = 8
+"""Maximum number of timed repetitions of an all-reduce, after the first one."""
 BF16_COUNTS = 256
-"""Largest number of ones whose sum is exact in bf16."""
-SLOW = 1.0
+"""Largest number n for which a sum of n ones is exact in bf16."""
+REPEAT_BELOW_SECONDS = 1.0
 """Duration from which an all-reduce is not repeated, in seconds."""
-LONGEST = 20.0
+MAX_EXPECTED_SECONDS = 20.0
 """Expected duration above which a size is skipped, in seconds."""
 
 
@@ -37,7 +38,8 @@ def run_all_reduce(
     """Start the ranks of this node, and wait until they exit or `seconds` have passed.
 
     `world` is the number of ranks on all nodes. The ranks connect at `address` and `port`. `bucket` is the size of the
-    largest all-reduce, in bytes. Returns the `errors` by rank, and the measurements of rank 0 as `measured`.
+    largest all-reduce, in bytes. Returns `errors`, the messages by rank, and `measured`, the
+    measurements of rank 0.
     """
     processes: list[subprocess.Popen] = []
     rank_input, pipe_end = os.pipe()  # the pipe closes when this process exits, even if it is killed
@@ -102,7 +104,7 @@ def main() -> None:
         device = torch.device("cuda", select_gpu())
     dist.init_process_group("nccl" if settings["cuda"] else "gloo", timeout=timedelta(seconds=settings["init_timeout"]))
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
-    sizes = sorted({size for size in SMALL if size < settings["bucket"]} | {settings["bucket"]})
+    sizes = sorted({size for size in SMALL_SIZES if size < settings["bucket"]} | {settings["bucket"]})
     measured: list[dict[str, Any]] = []
     for size in sizes:
         elements = torch.full((max(1, size // dtype.itemsize),), 1.0, dtype=dtype, device=device)
@@ -126,17 +128,18 @@ def main() -> None:
 def _time(elements: Any, before: list[dict[str, Any]]) -> float | None:
     """Return the median duration of an all-reduce of the tensor in seconds, the same on all ranks.
 
-    Returns None if it would probably take longer than LONGEST; `before` holds the measurements of the smaller sizes.
+    Returns None if it would probably take longer than MAX_EXPECTED_SECONDS. `before` contains the measurements of
+    smaller sizes.
     Raises RuntimeError if the sum is wrong.
     """
     import torch
     import torch.distributed as dist
 
-    expected = before[-1]["seconds"] * elements.nbytes / before[-1]["bytes"] if before else 0.0
-    if expected > LONGEST:
+    expected_seconds = before[-1]["seconds"] * elements.nbytes / before[-1]["bytes"] if before else 0.0
+    if expected_seconds > MAX_EXPECTED_SECONDS:
         return None
     times: list[float] = []
-    while not times or (len(times) <= REPEATS and times[-1] < SLOW):
+    while not times or (len(times) <= REPEATS and times[-1] < REPEAT_BELOW_SECONDS):
         elements.fill_(1.0)
         if elements.is_cuda:
             torch.cuda.synchronize()
@@ -145,7 +148,7 @@ def _time(elements: Any, before: list[dict[str, Any]]) -> float | None:
         if elements.is_cuda:
             torch.cuda.synchronize()
         slowest = torch.tensor(time.perf_counter() - started, device=elements.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks must repeat equally often
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks must repeat the same number of times
         times.append(slowest.item())
         world = dist.get_world_size()
         counted = torch.ones(1, device=elements.device)
@@ -156,7 +159,7 @@ def _time(elements: Any, before: list[dict[str, Any]]) -> float | None:
                 f"an all-reduce of ones over {world} ranks returned "
                 f"{counted.item()}, {elements[0].item()} and {elements[-1].item()}"
             )
-    return statistics.median(times[1:] or times)  # the first one includes setting up connections
+    return statistics.median(times[1:] or times)  # the first duration includes setting up connections
 
 
 def _exit_when_input_closes() -> None:

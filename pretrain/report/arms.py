@@ -1,4 +1,4 @@
-"""Arms to compare, with one run per seed each, read from a study or from run directories."""
+"""Arms of a comparison, each with one run per seed, read from a study or from run directories."""
 
 import json
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from pretrain.tasks.directions import VALIDATION
 
 STUDY = "study.json"
 """File that makes a folder a study."""
-OF_TRAINING = ("data.lm_views", "data.train_end_token", "data.sequence_length")
-"""Keys of `data` that affect the training in addition to the shards."""
-WITHOUT_EFFECT = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
+TRAINING_DATA_KEYS = ("data.lm_views", "data.train_end_token", "data.sequence_length")
+"""Keys of `data` that affect the training and do not follow from the shards."""
+KEYS_IGNORED_BETWEEN_ARMS = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
 """Keys and sections that do not distinguish arms, because they do not change what is trained."""
 NOT_SET = "none"
 """Text for a key that a configuration does not have."""
@@ -55,9 +55,9 @@ class Comparison:
     """Name of the baseline; None if there is only one arm."""
     metric: Metric
     metric_origin: str
-    """Origin of the choice of the metric, as the end of a sentence."""
+    """Text on how the metric was chosen; it completes "The metric M was ..."."""
     matched_by: str | None
-    """Amount that the study matched: tokens, flops, seconds or none; None if there is no study."""
+    """Amount that is equal in all arms of the study: tokens, flops, seconds or none; None if there is no study."""
 
     @property
     def runs(self) -> list[Run]:
@@ -71,10 +71,10 @@ class Comparison:
 
 
 def read_comparison(paths: list[Path], baseline: str | None, metric: str | None) -> Comparison:
-    """Read a study folder, or run directories. `baseline` and `metric` override their own choice. Raises UserError."""
+    """Read a study folder or run directories; `baseline` and `metric` override the defaults. Raises UserError."""
     studies = [path for path in paths if (path / STUDY).is_file()]
     if studies and len(paths) > 1:
-        raise UserError(f"{studies[0]} is a study; name it alone, or name only run directories")
+        raise UserError(f"{studies[0]} is a study; pass it as the only path, or pass only run directories")
     if studies:
         return _read_study(studies[0], baseline, metric)
     for path in paths:
@@ -87,15 +87,18 @@ def read_comparison(paths: list[Path], baseline: str | None, metric: str | None)
     runs = [run for arm in arms for run in arm.runs.values()]
     if metric is None:
         chosen = _default_metric(runs)
-        origin = "not chosen in advance: it is the first metric of the first task that was evaluated"
+        origin = (
+            "not chosen in advance: it is the first reported metric with a declared direction, "
+            "or else the validation loss"
+        )
     else:
         chosen = Metric.parse(metric, runs)
-        origin = "named on the command line; only you know whether it was chosen before the runs were seen"
+        origin = "named on the command line; nothing records whether it was chosen before the runs were seen"
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs of {paths[0].resolve().parent.name}"
     return _comparison(title, arms, baseline, chosen, origin, None)
 
 
-def _read_study(folder: Path, baseline: str | None, given: str | None) -> Comparison:
+def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> Comparison:
     path = folder / STUDY
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
@@ -107,14 +110,14 @@ def _read_study(folder: Path, baseline: str | None, given: str | None) -> Compar
             f"{path} is not a valid study file: {type(error).__name__} {error}; start the study again to rewrite it"
         ) from None
     runs = [run for arm in arms for run in arm.runs.values()]
-    metric = Metric.parse(given, runs, planned) if given else planned
+    metric = Metric.parse(metric_text, runs, planned) if metric_text else planned
     if metric != planned:
         origin = f"named on the command line; the study planned {planned}"
     else:
         origin = f"chosen in {STUDY}"
         if any(run.results for run in runs) and not any(metric.results(run) or metric.curve(run, None) for run in runs):
             raise UserError(
-                f"{path}: no run has the metric {metric}; available: {known_metrics(runs)}. Name one with --metric, "
+                f"{path}: no run has the metric {metric}; available: {known_metrics(runs)}. Choose one with --metric, "
                 "or fix metric in the study file and start the study again; finished runs are kept"
             )
     return _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
@@ -139,11 +142,11 @@ def _comparison(
         if len(next_token_arms) != 1:
             raise UserError(
                 f"the baseline is not clear: {len(next_token_arms)} arms have objective.name=next_token; "
-                f"name one with --baseline: {'; '.join(by_name)}"
+                f"choose one with --baseline: {'; '.join(by_name)}"
             )
         baseline = next_token_arms[0]
     if baseline is not None and baseline not in by_name:
-        raise UserError(f"the baseline {baseline!r} is not an arm; name one of: {'; '.join(by_name)}")
+        raise UserError(f"the baseline {baseline!r} is not an arm; choose one of: {'; '.join(by_name)}")
     if len(arms) == 1:
         baseline = None
     order = sorted(by_name, key=lambda name: name != baseline)
@@ -166,8 +169,8 @@ def group(runs: list[Run]) -> list[Arm]:
         for run in members:
             if run.seed in by_seed:
                 raise UserError(
-                    f"{by_seed[run.seed].folder} and {run.folder} are the same arm with the same seed, {run.seed}; "
-                    "remove one"
+                    f"{by_seed[run.seed].folder} and {run.folder} have the same training settings and the same seed, "
+                    f"{run.seed}; pass only one of them"
                 )
             by_seed[run.seed] = run
         arms.append(Arm(name, dict(sorted(by_seed.items())), {}))
@@ -178,14 +181,14 @@ def _names(first_runs: list[Run]) -> list[str]:
     """Return a unique name for each arm: its objective, and the settings that differ between arms of that objective."""
     names: list[str] = []
     settings = training_settings(first_runs)
-    for run, own in zip(first_runs, settings, strict=True):
+    for run, run_settings in zip(first_runs, settings, strict=True):
         same_objective = [
             values for other, values in zip(first_runs, settings, strict=True) if other.objective == run.objective
         ]
         differences = [
-            f"{key.removeprefix('objective.')}={shorten(own[key])}"
+            f"{key.removeprefix('objective.')}={shorten(run_settings[key])}"
             for key in differing_keys(same_objective)
-            if key in own
+            if key in run_settings
         ]
         name = " ".join([run.objective, *differences])
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
@@ -206,26 +209,30 @@ def differing_keys(settings: list[dict[str, str]]) -> list[str]:
 def training_settings(runs: list[Run]) -> list[dict[str, str]]:
     """Return the settings that determine the training of each run, as dotted keys.
 
-    Runs that recorded the same shards, tokenizer and weights get the same keys of `data`, even if their corpora were in
-    different folders.
+    If runs recorded the same shards, tokenizer and weights, their `data` settings count as equal except for
+    TRAINING_DATA_KEYS. Their corpora may be in different folders.
     """
-    data_of: dict[str, dict[str, str]] = {}
-    found = []
+    data_by_record: dict[str, dict[str, str]] = {}
+    settings_of_runs = []
     for run in runs:
         settings = flatten(run.config)
-        if read := run.environment.get("data"):
-            data = {key: value for key, value in settings.items() if key.startswith("data.") and key not in OF_TRAINING}
+        if recorded := run.environment.get("data"):
+            data = {
+                key: value
+                for key, value in settings.items()
+                if key.startswith("data.") and key not in TRAINING_DATA_KEYS
+            }
             others = {key: value for key, value in settings.items() if key not in data}
-            settings = data_of.setdefault(json.dumps(read, sort_keys=True), data) | others
-        found.append(settings)
-    return found
+            settings = data_by_record.setdefault(json.dumps(recorded, sort_keys=True), data) | others
+        settings_of_runs.append(settings)
+    return settings_of_runs
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the settings that determine the training, as dotted keys and their values as text."""
+    """Flatten a configuration to dotted keys and text values, without the top-level KEYS_IGNORED_BETWEEN_ARMS."""
     flat: dict[str, str] = {}
     for key, value in config.items():
-        if prefix or key not in WITHOUT_EFFECT:
+        if prefix or key not in KEYS_IGNORED_BETWEEN_ARMS:
             flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
     return flat
 
@@ -234,6 +241,7 @@ def _default_metric(runs: list[Run]) -> Metric:
     for run in runs:
         for result in run.results:
             for name in result["metrics"]:
-                if (found := declared_direction(result["task"], name, runs)) in ("higher", "lower"):
-                    return Metric(result["task"], name, found == "higher")
+                better = declared_direction(result["task"], name, runs)
+                if better in ("higher", "lower"):
+                    return Metric(result["task"], name, better == "higher")
     return Metric(VALIDATION, "loss/lm", False)

@@ -12,8 +12,8 @@ from pretrain.training.dry_run import make_plan
 def flops_per_token(run: Run) -> float:
     """Return the forward and backward FLOPs of a run per corpus token.
 
-    Copies and predictor tokens add FLOPs but do not count as tokens. The FLOPs follow from the run's planned steps, and
-    these from the lengths of the records in its corpus. Raises UserError if the corpus is missing or has changed.
+    Copies and predictor tokens add FLOPs but do not count as tokens. The FLOPs are means over steps that are planned
+    from the lengths of the records in the run's corpus. Raises UserError if the corpus is missing or has changed.
     """
     config = load_config(run.folder / "config.yaml")
     plan = make_plan(config, open_corpus(run, config, "train"))
@@ -22,17 +22,14 @@ def flops_per_token(run: Run) -> float:
 
 def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
     """Open the corpus of a run. Raises UserError if it is missing or is not the corpus that the run read."""
-    folder = next(
-        (folder for folder in (run.root / config.data.path, run.folder.parent / config.data.path) if folder.is_dir()),
-        None,
-    )
+    candidates = (run.root / config.data.path, run.folder.parent / config.data.path)
+    folder = next((path for path in candidates if path.is_dir()), None)
     if folder is None:
-        raise UserError(f"the corpus {config.data.path} is not here")
+        raise UserError(f"the corpus {config.data.path} does not exist; prepare it again, or copy it to that path")
     corpus = Corpus(folder, split)
-    if (run.folder / MODEL_DIR).is_dir() and Tokenizer.load(
-        run.folder / MODEL_DIR
-    ).fingerprint != corpus.tokenizer.fingerprint:
-        raise UserError(f"{folder} holds the corpus of another run: its tokenizer is different")
+    model_dir = run.folder / MODEL_DIR
+    if model_dir.is_dir() and Tokenizer.load(model_dir).fingerprint != corpus.tokenizer.fingerprint:
+        raise UserError(f"{folder} holds the corpus of a different run: it has a different tokenizer")
     if not was_trained_on(run.folder, corpus.manifest):
-        raise UserError(f"{folder} holds another corpus than the one that {run.folder} was trained on")
+        raise UserError(f"{folder} does not hold the corpus that {run.folder} was trained on")
     return corpus

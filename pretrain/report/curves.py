@@ -1,4 +1,4 @@
-"""Curves over several seeds: their mean, and the range of the seeds around it."""
+"""Curves over several seeds: the mean, and the range from the lowest to the highest seed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,12 +24,12 @@ class Band(NamedTuple):
 
 
 def tag_bands(summaries: Summaries, tag: str, x_axis: str) -> dict[str, Band]:
-    """Return the band of each arm that has a tag of metrics.jsonl, against `tokens`, `flops` or `seconds`."""
+    """Return the band of a tag of metrics.jsonl over `tokens`, `flops` or `seconds`, for each arm that has the tag."""
     return _bands(summaries, lambda run: run.curve(tag), x_axis)
 
 
 def metric_bands(summaries: Summaries, metric: Metric, x_axis: str) -> dict[str, Band]:
-    """Return the band of each arm that has the metric, at the checkpoints that were evaluated."""
+    """Return the band of the metric at the evaluated checkpoints, for each arm that has the metric."""
     return _bands(summaries, lambda run: metric.curve(run, summaries.settings), x_axis)
 
 
@@ -58,7 +58,7 @@ def _bands(summaries: Summaries, curve: Callable[[Run], Points], x_axis: str) ->
 
 
 def _runs_to_show(arm: Arm) -> list[Run]:
-    """Return the finished runs of an arm, or all its runs if none is finished."""
+    """Return the finished runs of an arm, or all runs of the arm if none is finished."""
     return [run for run in arm.runs.values() if run.finished] or list(arm.runs.values())
 
 
@@ -75,7 +75,7 @@ def join(curves: list[tuple[list[int], np.ndarray, np.ndarray]]) -> Band:
     start, end = max(curve[1][0] for curve in curves), min(curve[1][-1] for curve in curves)
     grid = np.unique(np.concatenate([curve[1] for curve in curves]))
     grid = grid[(grid >= start) & (grid <= end)]
-    if not len(grid):  # the seeds have no range of x in common: return the first seed alone
+    if not len(grid):  # the seeds have no range of x in common: return only the first seed
         return Band(x, y, y, y)
     ys = np.stack([np.interp(grid, other_x, other_y) for _, other_x, other_y in curves])
     return Band(grid, ys.mean(axis=0), ys.min(axis=0), ys.max(axis=0))

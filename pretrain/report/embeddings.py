@@ -18,7 +18,7 @@ from pretrain.report.runs import Run
 from pretrain.run_folder import list_steps, step_name
 
 PAIRS = 150
-"""Largest number of pairs in a picture."""
+"""Maximum number of pairs in a picture."""
 ROWS = 4
 """Number of packed rows per forward pass."""
 
@@ -70,7 +70,7 @@ def _read(path: Path) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
-    """Compute predictions and targets, (n, D) each, of records spread over the validation split, as in validation."""
+    """Compute the predictions and targets, (n, D) each, of records spread over the validation split."""
     config = load_config(run.folder / "config.yaml")
     steps = list_steps(run.folder / "export")
     if not steps:

@@ -8,9 +8,10 @@ from pretrain.report.arms import Comparison
 from pretrain.report.runs import Run
 from pretrain.run_folder import step_name
 
-EACH_KIND = 3
-"""Number of examples of each kind."""
+EXAMPLES_PER_KIND = 3
+"""Maximum number of examples of each kind."""
 FIELDS = {"context", "target", "answer", "stopped"}
+"""Keys that a line of the answers must have."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Answer:
 
     arm: str
     text: str
-    """Answer of the arm's first seed that has answers."""
+    """Answer of the first of the arm's seeds that have answers."""
     right: int
     """Number of seeds that wrote exactly the target and stopped."""
     seeds: int
@@ -35,7 +36,7 @@ class Example:
 
     @property
     def by_text(self) -> dict[str, list[Answer]]:
-        """Answers by text, so arms that wrote the same text are together; the target comes first."""
+        """Answers by text, so arms that wrote the same text are together. Answers equal to the target come first."""
         texts: dict[str, list[Answer]] = {}
         for answer in sorted(self.answers, key=lambda answer: answer.text != self.target):
             texts.setdefault(answer.text, []).append(answer)
@@ -43,35 +44,39 @@ class Example:
 
 
 def worst_examples(comparison: Comparison) -> dict[str, list[Example]]:
-    """Return examples by kind of failure, the clearest first; empty if no run has answers of the metric's task."""
-    written = {
+    """Return examples by kind of failure, the clearest first; empty if no run has answers to the metric's task."""
+    answers = {
         arm.name: [rows for run in arm.runs.values() if (rows := _answers(run, comparison.metric.task))]
         for arm in comparison.arms.values()
     }
-    written = {name: runs for name, runs in written.items() if runs}
-    if not written:
+    answers = {name: runs for name, runs in answers.items() if runs}
+    if not answers:
         return {}
-    shared = set.intersection(*(set(rows) for runs in written.values() for rows in runs))
-    order = [key for key in next(iter(written.values()))[0] if key in shared]
+    shared = set.intersection(*(set(rows) for runs in answers.values() for rows in runs))
+    order = [key for key in next(iter(answers.values()))[0] if key in shared]
     examples = [
-        Example(key[0], key[1], [_answer(name, [rows[key] for rows in runs]) for name, runs in written.items()])
+        Example(key[0], key[1], [_answer(name, [rows[key] for rows in runs]) for name, runs in answers.items()])
         for key in order
     ]
     kinds: dict[str, list[Example]] = {}
     baseline = comparison.baseline
-    if baseline in written and len(written) > 1:
+    if baseline in answers and len(answers) > 1:
         lead = {id(example): _lead(example, baseline) for example in examples}
         by_lead = sorted(examples, key=lambda example: lead[id(example)])
-        kinds[f"{baseline} writes the target, the other arms do not"] = [one for one in by_lead if lead[id(one)] < 0]
-        kinds[f"the other arms write the target, {baseline} does not"] = [
-            one for one in reversed(by_lead) if lead[id(one)] > 0
+        kinds[f"{baseline} writes the target, the other arms do not"] = [
+            example for example in by_lead if lead[id(example)] < 0
         ]
-    kinds["no arm writes the target"] = [one for one in examples if not any(answer.right for answer in one.answers)]
-    return {kind: chosen[:EACH_KIND] for kind, chosen in kinds.items() if chosen}
+        kinds[f"the other arms write the target, {baseline} does not"] = [
+            example for example in reversed(by_lead) if lead[id(example)] > 0
+        ]
+    kinds["no arm writes the target"] = [
+        example for example in examples if not any(answer.right for answer in example.answers)
+    ]
+    return {kind: chosen[:EXAMPLES_PER_KIND] for kind, chosen in kinds.items() if chosen}
 
 
 def _lead(example: Example, baseline: str) -> float:
-    """Return the mean fraction of right seeds of the other arms, minus the baseline's fraction."""
+    """Return the mean fraction of seeds with a right answer in the other arms, minus that fraction in the baseline."""
     fractions = {answer.arm: answer.right / answer.seeds for answer in example.answers}
     baseline_fraction = fractions.pop(baseline)
     return sum(fractions.values()) / len(fractions) - baseline_fraction
@@ -86,7 +91,7 @@ def _answer(name: str, rows: list[dict[str, Any]]) -> Answer:
 def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Return the rows of a finished run's last answers; empty if there are none.
 
-    The key is the context, the target, and the number of earlier rows with the same two.
+    A key is the context, the target, and the number of earlier rows with the same context and target.
     """
     path = (
         run.folder / "evaluation" / "answers" / f"{task}-{step_name(run.last['step'])}.jsonl" if run.finished else None

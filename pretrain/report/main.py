@@ -19,19 +19,19 @@ def main() -> None:
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="arm that the other arms are compared with; default: the study's baseline, or the arm of next_token",
+        help="arm that the other arms are compared with; default: the study's baseline, or the arm with next_token",
     )
     parser.add_argument(
         "--metric",
         metavar="TASK/NAME",
-        help="metric of the verdict, such as nl_rx/exact or validation/loss/lm; "
+        help="metric that decides the verdict, such as nl_rx/exact or validation/loss/lm; "
         "TASK/NAME:higher or TASK/NAME:lower for a metric that declares no direction",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="folder for report.html and REPORT.md; default: the study folder, or the folder that contains the run",
+        help="folder for report.html and REPORT.md; default: the study folder, or the parent folder of the first run",
     )
     arguments = parser.parse_args()
     exit_on_user_error(lambda: _report(arguments))
@@ -57,7 +57,7 @@ def _report(arguments: argparse.Namespace) -> None:
         write_text(folder / "report.html", page)
     except OSError as error:
         raise UserError(
-            f"cannot write the report to {folder}: {error.strerror}; choose another folder with --output"
+            f"cannot write the report to {folder}: {error.strerror}; choose a different folder with --output"
         ) from None
     print(table)
     _say(f"report written to {folder / 'report.html'}")

@@ -12,9 +12,9 @@ from pretrain.tasks.directions import VALIDATION
 CLOSE = 0.02
 """Largest relative difference in tokens, FLOPs or seconds at which arms count as matched."""
 FEW_SEEDS = 6
-"""Fewest seeds with which a test of signs alone can reach p < 5%: all 6 signs agree in 2 of 2^6 outcomes."""
+"""Fewest seeds with which a test of only the signs can reach p < 5%: all 6 signs agree in 2 of 2^6 outcomes."""
 UNEVEN = 1.25
-"""Ratio between the seconds of two seeds of an arm above which seconds are not a reliable measure."""
+"""Ratio between the seconds of two seeds of an arm above which the report warns that seconds are unreliable."""
 AMOUNTS = {"tokens": "corpus tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
@@ -81,21 +81,18 @@ def join_names(names: list[str]) -> str:
 
 
 def verdict(all_arms: Summaries, name: str) -> str:
-    """Return the verdict on one arm in one or two sentences, with its numbers."""
+    """Return the verdict on one arm and the numbers that support it, in one or two sentences."""
     comparison, test = all_arms.comparison, all_arms.tests[name]
     metric, baseline = comparison.metric, comparison.baseline
     assert baseline is not None  # without a baseline there is no test
     if test.verdict == "no verdict":
-        seen = (
-            ""
-            if test.mean is None
-            else f" (the difference from {baseline} in {metric} is {format_number(test.mean, True)})"
-        )
-        return f"{name}: no verdict, because {test.reason}{seen}."
-    paired = f"over {len(test.seeds)} seeds"
+        difference = ""
+        if test.mean is not None:
+            difference = f" (the difference from {baseline} in {metric} is {format_number(test.mean, True)})"
+        return f"{name}: no verdict, because {test.reason}{difference}."
     if test.p is None:
         return f"{name}: no difference from {baseline} found in {metric}: {test.reason} ({len(test.seeds)} seeds)."
-    numbers = f"{format_number(test.mean, True)} {paired}, {_interval_and_p(test)}"
+    numbers = f"{format_number(test.mean, True)} over {len(test.seeds)} seeds, {_interval_and_p(test)}"
     if all_arms.num_tested_arms > 1:
         numbers += f" after correction for {all_arms.num_tested_arms} arms"
     if test.verdict == "no difference found":
@@ -104,8 +101,8 @@ def verdict(all_arms: Summaries, name: str) -> str:
             f"spread, only a true difference of at least ±{format_number(test.min_detectable)} would have been found "
             f"with a probability of at least {POWER:.0%}."
         )
-    mine, other = (all_arms.arms[arm].values for arm in (name, baseline))
-    means = [sum(values[seed] for seed in test.seeds) / len(test.seeds) for values in (mine, other)]
+    values_of_both = [all_arms.arms[arm].values for arm in (name, baseline)]
+    means = [sum(values[seed] for seed in test.seeds) / len(test.seeds) for values in values_of_both]
     values_text = f"{format_number(means[0])} against {format_number(means[1])} for {baseline}"
     return f"{name} {test.verdict}: {metric} is {values_text} ({numbers})."
 
@@ -116,12 +113,12 @@ def _interval_and_p(test: PairedTest) -> str:
 
 
 def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
-    """Return sentences on overfitting: the runs that are excluded, then one sentence for each measure and arm."""
+    """Return sentences on overfitting: first the excluded runs, then one sentence for each measure and arm."""
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
     sentences = [
         f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from "
-        f"{metric} here: the metric needs evaluated checkpoints on both sides of the lowest validation loss and at the "
-        "last step."
+        f"{metric} in this section: the metric needs evaluated checkpoints before and after the lowest validation loss "
+        "and at the last step."
         for name, arm in past.arms.items()
         if arm.not_bracketed
     ]
@@ -135,7 +132,7 @@ def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
         for name, test in tests.items():
             if not test.seeds:
                 continue
-            mine, other = (
+            arm_mean, baseline_mean = (
                 format_number(sum(values[arm][seed] for seed in test.seeds) / len(test.seeds), True)
                 for arm in (name, baseline)
             )
@@ -151,7 +148,8 @@ def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
             elif test.reason:
                 numbers += f"; {test.reason}"
             sentences.append(
-                f"{outcome} in {measure} past the best validation loss: change of {mine} against {other} ({numbers})."
+                f"{outcome} in {measure} past the best validation loss: "
+                f"change of {arm_mean} against {baseline_mean} ({numbers})."
             )
     return sentences
 
@@ -179,19 +177,21 @@ def caveats(all_arms: Summaries) -> list[str]:
 
 
 def _scorings(all_arms: Summaries) -> list[str]:
-    """Name the runs whose scores come from another version of the scoring, so they are not comparable."""
+    """Name the runs whose scores are not comparable because they come from a different scoring version."""
     metric = all_arms.comparison.metric
     if all_arms.settings is None or metric.task == VALIDATION:
         return []
     version = parse_scoring_version(all_arms.settings)
-    others = {
-        run.folder.name: found
+    incomparable = {
+        run.folder.name: versions
         for run in all_arms.comparison.runs
-        if (found := metric.scoring_versions(run)) and version not in found
+        if (versions := metric.scoring_versions(run)) and version not in versions
     }
-    if not others:
+    if not incomparable:
         return []
-    excluded = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
+    excluded = ", ".join(
+        f"{name} (version {', '.join(map(str, sorted(versions)))})" for name, versions in incomparable.items()
+    )
     return [
         f"Scores of {metric} come from different versions of the scoring: version {version} is compared, excluding "
         f"{excluded}. Evaluate the excluded runs again: python launcher/evaluate.py RUN_DIR."
@@ -199,24 +199,25 @@ def _scorings(all_arms: Summaries) -> list[str]:
 
 
 def _missing(all_arms: Summaries) -> list[str]:
-    metric, found = all_arms.comparison.metric, []
+    metric = all_arms.comparison.metric
+    sentences = []
     for arm in all_arms.arms.values():
         planned = arm.arm.planned
         if len(arm.values) == planned:
             continue
-        without = [f"seed {seed} is missing" for seed in arm.arm.missing_runs]
+        reasons = [f"seed {seed} is missing" for seed in arm.arm.missing_runs]
         for seed, run in arm.arm.runs.items():
             if not run.finished:
-                without.append(
+                reasons.append(
                     f"seed {seed} is {run.status.get('status', 'not started')} at step {run.last.get('step', 0)}"
                 )
             elif seed not in arm.values:
-                without.append(
+                reasons.append(
                     f"seed {seed} has no {metric} at its last step"
                     + (", or only under other settings" if metric.results(run) else "")
                 )
-        found.append(f"{arm.arm.name}: {len(arm.values)} of {planned} runs count ({'; '.join(without)}).")
-    return found
+        sentences.append(f"{arm.arm.name}: {len(arm.values)} of {planned} runs count ({'; '.join(reasons)}).")
+    return sentences
 
 
 def _collapses(all_arms: Summaries) -> list[str]:
@@ -232,49 +233,53 @@ def _collapses(all_arms: Summaries) -> list[str]:
 
 
 def _metric(all_arms: Summaries) -> list[str]:
-    comparison, found = all_arms.comparison, []
+    comparison = all_arms.comparison
+    sentences = []
     if not comparison.metric_origin.startswith("chosen"):
-        found.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
+        sentences.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
     if all_arms.num_tested_arms > 1:
-        found.append(
+        sentences.append(
             f"{all_arms.num_tested_arms} arms are compared with one baseline, and p and intervals are corrected for "
             "that (Holm). Other metrics are not tested, except in a section on overfitting if there is one; their "
             "differences are descriptive only."
         )
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS:
-        found.append(
+        sentences.append(
             f"{seeds} seeds are few: the test assumes normally distributed differences, and so few seeds cannot show "
             "that they are. A test without this assumption, which uses only the signs of the differences, needs "
             f"{FEW_SEEDS} seeds."
         )
-    return found
+    return sentences
 
 
 def _matching(all_arms: Summaries) -> list[str]:
-    """Report which amounts were the same for all arms, and which were not."""
+    """Report which amounts are equal in all arms, and which are not."""
     if len(all_arms.arms) < 2:
         return []
-    alike: list[tuple[str, str]] = []
-    unlike: list[tuple[str, str]] = []
-    for what, name in AMOUNTS.items():
-        means = [amount.mean for arm in all_arms.arms.values() if (amount := arm.consumed(what))]
-        if len(means) == len(all_arms.arms):
-            apart = max(means) / min(means) - 1
-            (unlike if apart > CLOSE else alike).append(
-                (what, f"{name} (by up to {apart:.0%})" if apart > CLOSE else name)
-            )
+    equal: list[str] = []
+    different: dict[str, str] = {}
+    for amount, name in AMOUNTS.items():
+        means = [consumed.mean for arm in all_arms.arms.values() if (consumed := arm.consumed(amount))]
+        if len(means) < len(all_arms.arms):
+            continue
+        difference = max(means) / min(means) - 1
+        if difference > CLOSE:
+            different[amount] = f"{name} (by up to {difference:.0%})"
+        else:
+            equal.append(name)
     matched_by = all_arms.comparison.matched_by
-    found: list[str] = []
-    if matched_by is not None and matched_by in [what for what, _ in unlike]:
-        found.append(f"The study is matched by {AMOUNTS[matched_by]}, but the arms differ in it; see the table.")
-    if unlike:
-        same = f"are equal in {join_names([text for _, text in alike])}, but " if alike else ""
-        found.append(
-            f"The arms {same}differ in {join_names([text for _, text in unlike])}; "
+    sentences: list[str] = []
+    if matched_by in different:
+        name = AMOUNTS[matched_by]
+        sentences.append(f"The study is matched by {name}, but the arms differ in {name}; see the table.")
+    if different:
+        equal_text = f"are equal in {join_names(equal)}, but " if equal else ""
+        sentences.append(
+            f"The arms {equal_text}differ in {join_names(list(different.values()))}; "
             "the verdict holds for this matching only."
         )
-    return found
+    return sentences
 
 
 def _differences(all_arms: Summaries) -> list[str]:
@@ -284,20 +289,20 @@ def _differences(all_arms: Summaries) -> list[str]:
         values | flatten(finetune_settings(run.config), "finetuning of ")
         for values, run in zip(training_settings(first_runs), first_runs, strict=True)
     ]
-    found = []
+    sentences = []
     other_keys = [key for key in differing_keys(settings) if not key.startswith("objective.")]
     if other_keys:
         descriptions = [
             f"{key} ({', '.join(dict.fromkeys(shorten(values.get(key, NOT_SET)) for values in settings))})"
             for key in other_keys
         ]
-        found.append(f"Besides the objective, arms differ in {join_names(descriptions)}.")
+        sentences.append(f"Besides the objective, arms differ in {join_names(descriptions)}.")
     environments = [run.environment for run in comparison.runs if run.environment]
-    read = {
+    corpora = {
         str([environment.get("data", {}).get(part) for part in ("corpus", "tokenizer")]) for environment in environments
     }
-    if len(read) > 1:
-        found.append(
+    if len(corpora) > 1:
+        sentences.append(
             "The runs did not read the same corpus with the same tokenizer: their losses are not comparable, "
             "and their scores should be compared with care."
         )
@@ -307,10 +312,10 @@ def _differences(all_arms: Summaries) -> list[str]:
         for environment in environments
     }
     if len(machines) > 1:
-        found.append(
+        sentences.append(
             f"The runs used different machines ({'; '.join(sorted(machines))}): their seconds are not comparable."
         )
-    return found
+    return sentences
 
 
 def _seconds(all_arms: Summaries) -> list[str]:
@@ -318,7 +323,7 @@ def _seconds(all_arms: Summaries) -> list[str]:
     speeds = [
         spread(run.last["seconds"] / run.last["tokens"] for run in arm.finished) for arm in all_arms.arms.values()
     ]
-    unevenness = max((one.high / one.low for one in speeds if one), default=1.0)
+    unevenness = max((speed.high / speed.low for speed in speeds if speed), default=1.0)
     return (
         [
             f"Some seeds took up to {unevenness:.1f} times as long as other seeds of the same arm: the machine did "

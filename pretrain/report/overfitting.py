@@ -23,11 +23,11 @@ class Past:
     rise: dict[int, float]
     """Rise of the validation loss from its lowest value to the end."""
     times: Spread
-    """Ratio of the tokens of the whole run to the tokens up to the lowest validation loss."""
+    """Tokens of the complete run divided by the tokens up to the lowest validation loss."""
     metric: dict[int, float]
     """Metric at the lowest validation loss, interpolated linearly between the evaluated checkpoints around it.
 
-    Only runs with evaluated checkpoints on both sides and at the last step have a value.
+    A run has a value only if checkpoints before and after the lowest loss and at the last step were evaluated.
     """
     change: dict[int, float]
     """Change of the metric from the lowest validation loss to the end."""
@@ -37,7 +37,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Overfitting:
-    """All arms that have validation losses, and the tests of the other arms against the baseline."""
+    """Overfitting of all arms that have validation losses, and tests of the other arms against the baseline."""
 
     arms: dict[str, Past]
     rises: dict[str, PairedTest]
@@ -54,7 +54,8 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
     baseline, better = summaries.comparison.baseline, summaries.comparison.metric.higher_is_better
     if baseline is None or baseline not in arms:
         return Overfitting(arms, {}, {})
-    others, base = {name: past for name, past in arms.items() if name != baseline}, arms[baseline]
+    others = {name: past for name, past in arms.items() if name != baseline}
+    base = arms[baseline]
     changes = {name: past.change for name, past in others.items() if past.change}
     losses = {name: _magnitude(past.lowest, base.lowest) for name, past in others.items()}
     scores = {name: _magnitude(past.metric, base.metric) for name, past in others.items()}
@@ -97,5 +98,5 @@ def _mean(values: dict[int, float]) -> float:
 
 
 def _magnitude(values: dict[int, float], base: dict[int, float]) -> float:
-    """Return the largest magnitude in the values of two arms, over the seeds that both have."""
+    """Return the largest magnitude of the values of two arms, over the seeds that both arms have."""
     return max_magnitude(value for seed in values.keys() & base.keys() for value in (values[seed], base[seed]))

@@ -17,10 +17,10 @@ from pretrain.report.summary import MONITORS, Summaries, Summary, spread
 PAST = [
     "arm",
     "lowest validation loss",
-    "trained times past it",
-    "rise to the end",
-    "metric there, interpolated",
-    "its change to the end",
+    "total tokens / tokens up to that loss",
+    "rise of the loss to the end",
+    "metric at that loss, interpolated",
+    "change of the metric to the end",
 ]
 """Column headings of the table on overfitting."""
 AMOUNTS = ("tokens", "flops", "seconds")
@@ -59,14 +59,14 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
     if baseline and summary.arm.name == baseline:
         compared = ["", "", "", "baseline"]
     elif baseline:
-        assert test is not None  # every other arm has one
+        assert test is not None  # every other arm has a test
         compared = [
             narrative.format_number(test.mean, True),
             narrative.format_interval(test),
             narrative.format_p_value(test.corrected_p),
             test.verdict,
         ]
-    amounts = [found.mean if (found := summary.consumed(what)) else None for what in AMOUNTS]
+    amounts = [consumed.mean if (consumed := summary.consumed(amount)) else None for amount in AMOUNTS]
     ratio = summary.seconds_ratio
     costs = (
         [f"× {summary.flops_ratio:.2f}" if summary.flops_ratio else "–", f"× {ratio.mean:.2f}" if ratio else "–"]
@@ -85,7 +85,7 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
 
 
 def score_rows(summaries: Summaries) -> list[list[str]]:
-    """Return a row for each metric of each task: its name and its value in each arm."""
+    """Return a row for each metric of each task: the name and the spread of the metric in each arm."""
     return [
         [name, *(narrative.format_spread(values[arm]) for arm in summaries.arms)]
         for name, values in summaries.scores.items()
@@ -93,7 +93,7 @@ def score_rows(summaries: Summaries) -> list[list[str]]:
 
 
 def past_rows(past: Overfitting) -> list[list[str]]:
-    """Return a row for each arm in the table on overfitting, with the columns PAST."""
+    """Return a row for each arm in the table on overfitting, whose column headings are PAST."""
     return [
         [
             name,
@@ -160,7 +160,7 @@ def html(summaries: Summaries, say: Callable[[str], None]) -> str:
         narrative=narrative,
         summaries=summaries,
         heads=columns(summaries),
-        rows={name: row(summaries, one) for name, one in summaries.arms.items()},
+        rows={name: row(summaries, summary) for name, summary in summaries.arms.items()},
         legend=[(name, plots.arm_variable(number), _dash(number)) for number, name in enumerate(summaries.arms)],
         forest=Markup(plots.forest(summaries)),
         curves=_curves(summaries),
@@ -190,7 +190,7 @@ def _curves(summaries: Summaries) -> list[dict[str, Any]]:
         f"{metric}": (
             "At the checkpoints that were evaluated.",
             metric.name,
-            lambda what: metric_bands(summaries, metric, what),
+            lambda x_axis: metric_bands(summaries, metric, x_axis),
         ),
         "validation/loss/lm": (
             "Next-token loss on unseen records.",
@@ -199,7 +199,7 @@ def _curves(summaries: Summaries) -> list[dict[str, Any]]:
         ),
         "loss/lm": ("Next-token loss of the training batches.", "nats per token", _bands_of(summaries, "loss/lm")),
         "loss/jepa": (
-            "The auxiliary term, unweighted. Each distance has its own unit, so different terms are not comparable.",
+            "The unweighted auxiliary term. Each distance has a different unit, so different terms are not comparable.",
             "arbitrary units",
             _bands_of(summaries, "loss/jepa"),
         ),
@@ -209,7 +209,7 @@ def _curves(summaries: Summaries) -> list[dict[str, Any]]:
         {"title": title, "remark": remark, "svg": Markup(plots.curves(summaries, bands, unit, x_axis))}
         for title, (remark, unit, bands) in measures.items()
     )
-    return [one for one in drawn if one["svg"]]
+    return [curve for curve in drawn if curve["svg"]]
 
 
 def _diagnostics(summaries: Summaries) -> str:
@@ -230,11 +230,11 @@ def _diagnostics(summaries: Summaries) -> str:
 
 
 def _bands_of(summaries: Summaries, tag: str) -> Callable[[str], dict[str, Band]]:
-    return lambda what: tag_bands(summaries, tag, what)
+    return lambda x_axis: tag_bands(summaries, tag, x_axis)
 
 
 def _pictures(summaries: Summaries) -> tuple[dict[str, EmbeddingProjection], list[str]]:
-    """Return the picture of each arm's first finished seed, and a message for each reason why arms have no picture."""
+    """Return the picture of each arm's first finished seed, and a message for each reason for missing pictures."""
     pictures: dict[str, EmbeddingProjection] = {}
     missing: dict[str, list[str]] = {}
     for name, summary in summaries.arms.items():

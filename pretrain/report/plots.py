@@ -19,16 +19,16 @@ from pretrain.report.embeddings import EmbeddingProjection
 from pretrain.report.summary import Summaries
 
 INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
-"""Placeholders for colours of the page, like the colours of `arm_style`."""
+"""Placeholders that `_svg` replaces by CSS variables of the page, like the colours of `arm_style`."""
 VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", FIRST: "var(--arm1)", SECOND: "var(--arm2)"}
 HUES = 7
-"""Number of arm colours in the page, without the baseline's. Further arms reuse them with another dash."""
+"""Number of arm colours in the page, not counting the baseline's. Further arms reuse them with a different dash."""
 Dash = str | tuple[int, tuple[float, ...]]
 DASHES: tuple[Dash, ...] = ("-", (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 BASELINE_DASH: Dash = (0, (4, 3))
-"""Dashes, to keep an arm close to the baseline visible in the gaps."""
+"""Dashes of the baseline. The gaps keep an arm visible whose curve is close to the baseline."""
 LABELLED = 8
-"""Largest number of arms for which a chart labels the ends of its lines."""
+"""Maximum number of arms for which a chart labels the ends of its lines."""
 WIDTH = 11.6
 """Width of a chart in inches; the page rescales it."""
 NAMES = {"tokens": "corpus tokens", "flops": "training FLOPs", "seconds": "training seconds"}
@@ -65,41 +65,41 @@ plt.rcParams.update(
 
 
 def arm_style(number: int) -> tuple[str, Dash]:
-    """Return the placeholder colour and the dash of an arm by its number; 0 is the baseline."""
+    """Return the placeholder colour and the dash for the number of an arm; 0 is the baseline."""
     return f"#05{number:02x}00", BASELINE_DASH if number == 0 else DASHES[(number - 1) // HUES % len(DASHES)]
 
 
 def arm_variable(number: int) -> str:
-    """Return the CSS variable of an arm's colour by the arm's number."""
+    """Return the CSS variable of the colour for the number of an arm."""
     return "var(--arm0)" if number == 0 else f"var(--arm{(number - 1) % HUES + 1})"
 
 
 def curves(summaries: Summaries, bands: Callable[[str], dict[str, Band]], label: str, x_axis: tuple[str, ...]) -> str:
     """Plot a measure against several amounts, side by side, with a common vertical axis; "" if no run has it."""
-    panels = {what: found for what in x_axis if (found := bands(what))}
+    panels = {amount: panel_bands for amount in x_axis if (panel_bands := bands(amount))}
     if not panels:
         return ""
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
-    for axis, (what, found) in zip(axes[0], panels.items(), strict=True):
-        _draw_bands(axis, summaries, found)
-        _label_amount(axis, what, max(float(band.x.max()) for band in found.values()))
+    for axis, (amount, panel_bands) in zip(axes[0], panels.items(), strict=True):
+        _draw_bands(axis, summaries, panel_bands)
+        _label_amount(axis, amount, max(float(band.x.max()) for band in panel_bands.values()))
     _scale(axes[0][0], next(iter(panels.values())), label)
-    found = next(reversed(panels.values()))
-    if len(found) <= LABELLED:
+    last_bands = next(reversed(panels.values()))
+    if len(last_bands) <= LABELLED:
         figure.canvas.draw()
-        _name_lines(axes[0][-1], summaries, found)
+        _name_lines(axes[0][-1], summaries, last_bands)
     return _svg(figure)
 
 
 def diagnostics(summaries: Summaries, tags: dict[str, tuple[str, Callable[[str], dict[str, Band]]]]) -> str:
     """Plot several measures against tokens, one panel each; `tags` maps a title to its unit and bands."""
-    panels = {title: (unit, found) for title, (unit, bands) in tags.items() if (found := bands("tokens"))}
+    panels = {title: (unit, panel_bands) for title, (unit, bands) in tags.items() if (panel_bands := bands("tokens"))}
     if not panels:
         return ""
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), squeeze=False)
-    for axis, (title, (unit, found)) in zip(axes[0], panels.items(), strict=True):
-        _draw_bands(axis, summaries, found)
-        _label_amount(axis, "tokens", max(float(band.x.max()) for band in found.values()))
+    for axis, (title, (unit, panel_bands)) in zip(axes[0], panels.items(), strict=True):
+        _draw_bands(axis, summaries, panel_bands)
+        _label_amount(axis, "tokens", max(float(band.x.max()) for band in panel_bands.values()))
         axis.set_title(title)
         axis.set_ylabel(unit)
     return _svg(figure)
@@ -144,23 +144,27 @@ def embeddings(pictures: dict[str, EmbeddingProjection]) -> str:
     rows = -(-len(pictures) // columns)
     width = WIDTH * (columns if columns > 2 else 3) / 4 if columns < 4 else WIDTH
     figure, axes = plt.subplots(rows, columns, figsize=(width, rows * (width / columns + 0.3)), squeeze=False)
-    half_range = 1.05 * max(float(np.abs(np.concatenate([one.first, one.second])).max()) for one in pictures.values())
+    half_range = 1.05 * max(
+        float(np.abs(np.concatenate([picture.first, picture.second])).max()) for picture in pictures.values()
+    )
     for axis in axes.flat[len(pictures) :]:
         axis.set_visible(False)
-    for axis, (name, one) in zip(axes.flat, pictures.items(), strict=False):
-        axis.plot(*np.stack([one.first, one.second], axis=1).transpose(2, 1, 0), color=INK, linewidth=0.5, alpha=0.3)
-        axis.plot(*one.first.T, "o", color=FIRST, markersize=3.2, markeredgewidth=0, alpha=0.85)
-        axis.plot(*one.second.T, "^", color=SECOND, markersize=3.4, markeredgewidth=0, alpha=0.85)
+    for axis, (name, picture) in zip(axes.flat, pictures.items(), strict=False):
+        axis.plot(
+            *np.stack([picture.first, picture.second], axis=1).transpose(2, 1, 0), color=INK, linewidth=0.5, alpha=0.3
+        )
+        axis.plot(*picture.first.T, "o", color=FIRST, markersize=3.2, markeredgewidth=0, alpha=0.85)
+        axis.plot(*picture.second.T, "^", color=SECOND, markersize=3.4, markeredgewidth=0, alpha=0.85)
         axis.set(xlim=(-half_range, half_range), ylim=(-half_range, half_range), aspect="equal")
-        axis.set_title(f"{name}\n{one.explained:.0%} of the variance", fontsize=9)
+        axis.set_title(f"{name}\n{picture.explained:.0%} of the variance", fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.yaxis.set_major_locator(MaxNLocator(3))
     return _svg(figure)
 
 
-def _draw_bands(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> None:
+def _draw_bands(axis: Axes, summaries: Summaries, bands: dict[str, Band]) -> None:
     for number, name in enumerate(summaries.arms):
-        if (band := found.get(name)) is None:
+        if (band := bands.get(name)) is None:
             continue
         color, dash = arm_style(number)
         many = len(band.x) > 12
@@ -189,24 +193,22 @@ def _draw_bands(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
             )
 
 
-def _label_amount(axis: Axes, what: str, largest: float) -> None:
-    """Label the horizontal axis, with the power of ten in the label instead of at the ticks."""
+def _label_amount(axis: Axes, amount: str, largest: float) -> None:
+    """Label the horizontal axis. The power of ten is in the label instead of at the ticks."""
     power = 3 * int(np.floor(np.log10(max(largest, 1)) / 3)) if largest >= 10_000 else 0
     unit = {0: "", 3: " (thousands)", 6: " (millions)", 9: " (billions)"}.get(
         power, f" (10{str(power).translate(SUPERSCRIPTS)})"
     )
-    axis.set_xlabel(NAMES[what] + unit)
+    axis.set_xlabel(NAMES[amount] + unit)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:,.6g}"))
     axis.set_xlim(0, 1.03 * max(largest, 1))
 
 
-def _scale(axis: Axes, found: dict[str, Band], label: str) -> None:
+def _scale(axis: Axes, bands: dict[str, Band], label: str) -> None:
     """Label the vertical axis; make it logarithmic if positive values span more than a factor of 5."""
-    low, high = (
-        min(float(band.low.min()) for band in found.values()),
-        max(float(band.high.max()) for band in found.values()),
-    )
+    low = min(float(band.low.min()) for band in bands.values())
+    high = max(float(band.high.max()) for band in bands.values())
     logarithmic = low > 0 and high / low > 5
     if logarithmic:
         axis.set_yscale("log")
@@ -216,12 +218,12 @@ def _scale(axis: Axes, found: dict[str, Band], label: str) -> None:
     axis.set_ylabel(label + (", log scale" if logarithmic else ""))
 
 
-def _name_lines(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> None:
+def _name_lines(axis: Axes, summaries: Summaries, bands: dict[str, Band]) -> None:
     """Write the names of the arms to the right of the chart, as close to the ends of their lines as space allows."""
     to_axes = axis.transAxes.inverted()
     line_ends = {
         name: to_axes.transform(axis.transData.transform((band.x[-1], band.mean[-1])))[1]
-        for name, band in found.items()
+        for name, band in bands.items()
     }
     order = sorted(line_ends, key=line_ends.__getitem__)
     gap = 0.085
@@ -229,11 +231,9 @@ def _name_lines(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
     for name in order:
         heights.append(max(line_ends[name], heights[-1] + gap if heights else 0.0))
     excess = max(0.0, heights[-1] - 1.0)
-    for place in range(len(heights) - 1, -1, -1):
-        highest = (
-            heights[place] - excess if place == len(heights) - 1 else min(heights[place], heights[place + 1] - gap)
-        )
-        heights[place] = highest
+    heights[-1] -= excess
+    for index in range(len(heights) - 2, -1, -1):
+        heights[index] = min(heights[index], heights[index + 1] - gap)
     numbers = {name: number for number, name in enumerate(summaries.arms)}
     for name, height in zip(order, heights, strict=True):
         axis.text(
@@ -253,9 +253,9 @@ def _svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    for stand_in, variable in VARIABLES.items():
-        text = text.replace(stand_in, variable)
-    text = re.sub(r"#05([0-9a-f]{2})00", lambda found: arm_variable(int(found[1], 16)), text)
+    for placeholder, variable in VARIABLES.items():
+        text = text.replace(placeholder, variable)
+    text = re.sub(r"#05([0-9a-f]{2})00", lambda match: arm_variable(int(match[1], 16)), text)
     id_prefix = f"c{next(_counter)}-"
     text = re.sub(r'\bid="', f'id="{id_prefix}', text)
     text = re.sub(r"url\(#", f"url(#{id_prefix}", text)

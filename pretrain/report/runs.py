@@ -28,7 +28,7 @@ class Run:
 
     folder: Path
     config: dict[str, Any]
-    """Configuration as plain values, with the defaults of this version if this version can read it."""
+    """Configuration as plain values. Defaults of the current version are filled in if it can read the file."""
     environment: dict[str, Any]
     status: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -50,7 +50,7 @@ class Run:
     def has_pair_term(self) -> bool:
         """Whether the objective has a term on pairs.
 
-        An objective that this version cannot read counts as having one, unless it is next_token.
+        An objective that the current version cannot read counts as having a pair term, unless it is next_token.
         """
         try:
             return objective_configs()[self.objective].model_validate(self.config["objective"]).pairing is not None
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Last line of metrics.jsonl, with the amounts consumed and the last values; empty without metrics."""
+        """Last line of metrics.jsonl, with the consumed tokens and time and the last values; {} without metrics."""
         return self.metrics[-1] if self.metrics else {}
 
     @property
@@ -80,15 +80,15 @@ class Run:
         return folder.parents[len(written.parts) - 1]
 
     def curve(self, tag: str) -> list[tuple[int, float]]:
-        """Return (step, value) for each line of metrics.jsonl that has the tag."""
+        """Return a (step, value) pair for each line of metrics.jsonl that has the tag."""
         return [(line["step"], line[tag]) for line in self.metrics if line.get(tag) is not None]
 
     def value(self, *tags: str) -> float | None:
-        """Return the last value of the first of these tags that the run has; None if it has none of them."""
+        """Return the last value of the first of these tags that the run has; None if it lacks all of them."""
         return next((curve[-1][1] for curve in map(self.curve, tags) if curve), None)
 
     def consumed(self, key: str, steps: Iterable[int]) -> np.ndarray:
-        """Return a counter of metrics.jsonl (`tokens`, `seconds`) at the given steps, (n,).
+        """Return the values (n,) of a counter of metrics.jsonl, such as `tokens` or `seconds`, at the given steps.
 
         Values between logged steps are interpolated linearly, starting with 0 at step 0.
         """
@@ -115,37 +115,43 @@ class Metric:
         If the text names the `planned` metric without a direction, that metric is returned. Raises UserError for a
         metric that no run has, or that has no direction.
         """
-        path, _, given = text.rpartition(":") if text.endswith((":higher", ":lower")) else (text, "", None)
-        task, slash, name = path.partition("/")
+        metric_name = text
+        given_direction: str | None = None
+        if text.endswith((":higher", ":lower")):
+            metric_name, _, given_direction = text.rpartition(":")
+        task, slash, name = metric_name.partition("/")
         if not (task and slash and name):
             raise UserError(
-                f"--metric {text}: not of the form TASK/NAME; write for example nl_rx/exact or validation/loss/lm"
+                f"--metric {text} is not of the form TASK/NAME; for example, write nl_rx/exact or validation/loss/lm"
             )
         metric = Metric(task, name, True)
         if metric.common_settings(runs) is None and not any(metric.curve(run, None) for run in runs):
             raise UserError(f"no run has the metric {metric}; available: {known_metrics(runs)}")
-        if given is None and planned is not None and str(planned) == path:
+        if given_direction is None and planned is not None and str(planned) == metric_name:
             return planned
-        found = given or declared_direction(task, name, runs)
-        if found not in ("higher", "lower"):
-            why = "neither a higher nor a lower value alone is better" if found else "it declares no direction"
-            raise UserError(
-                f"--metric {path}: {why}; write {path}:higher or {path}:lower to choose the better direction"
+        better = given_direction or declared_direction(task, name, runs)
+        if better not in ("higher", "lower"):
+            reason = (
+                "neither higher nor lower values are better in themselves" if better else "it declares no direction"
             )
-        return Metric(task, name, found == "higher")
+            raise UserError(
+                f"--metric {metric_name}: {reason}; write {metric_name}:higher or {metric_name}:lower "
+                "to choose the better direction"
+            )
+        return Metric(task, name, better == "higher")
 
     def curve(self, run: Run, settings: str | None) -> list[tuple[int, float]]:
-        """Return (step, value) in order of steps; several results of a step, from finetuning seeds, become their mean.
+        """Return (step, value) pairs in order of steps. Results of several finetuning seeds at a step are averaged.
 
-        Only results under `settings` count; see `common_settings`.
+        Only results with the comparison key `settings` are used; see `common_settings`.
         """
         if self.task == VALIDATION:
             return run.curve(f"{self.task}/{self.name}")
-        found: dict[int, list[float]] = {}
+        values: dict[int, list[float]] = {}
         for result in self.results(run):
             if comparison_key(result, run.config) == settings:
-                found.setdefault(result["step"], []).append(result["metrics"][self.name])
-        return [(step, float(np.mean(found[step]))) for step in sorted(found)]
+                values.setdefault(result["step"], []).append(result["metrics"][self.name])
+        return [(step, float(np.mean(values[step]))) for step in sorted(values)]
 
     def results(self, run: Run) -> list[dict[str, Any]]:
         """Return the results of the metric's task that contain the metric."""
@@ -156,31 +162,30 @@ class Metric:
         ]
 
     def final(self, run: Run, settings: str | None) -> float | None:
-        """Return the value at the last step of a finished run; None if there is no such value."""
+        """Return the value at the last step of a run; None if it has no such value or is not finished."""
         curve = self.curve(run, settings) if run.finished else []
         return curve[-1][1] if curve and curve[-1][0] == run.last["step"] else None
 
     def common_settings(self, runs: list[Run]) -> str | None:
         """Return the settings under which results are compared; None if no run has the metric.
 
-        Only results under the same settings and the same scoring version may be compared. The settings returned belong
-        to the newest scoring version under which most runs have the metric at their last step.
+        Only results with the same settings and scoring version may be compared. The returned settings belong to the
+        newest scoring version; if it has several, the ones that most runs share are returned. Results at the last step
+        of the runs are used, or all results if there are none.
         """
-        votes: dict[str, int] = {}
+        run_counts: dict[str, int] = {}
         for run in runs:
             for settings in {
                 comparison_key(result, run.config)
                 for result in self.results(run)
                 if result["step"] == run.last.get("step")
             }:
-                votes[settings] = votes.get(settings, 0) + 1
-        if not votes:
-            votes = {comparison_key(result, run.config): 1 for run in runs for result in self.results(run)}
-        return (
-            max(sorted(votes), key=lambda settings: (parse_scoring_version(settings), votes[settings]))
-            if votes
-            else None
-        )
+                run_counts[settings] = run_counts.get(settings, 0) + 1
+        if not run_counts:
+            run_counts = {comparison_key(result, run.config): 1 for run in runs for result in self.results(run)}
+        if not run_counts:
+            return None
+        return max(sorted(run_counts), key=lambda settings: (parse_scoring_version(settings), run_counts[settings]))
 
     def scoring_versions(self, run: Run) -> set[int]:
         """Return the scoring versions of the metric's results at the last step of a run."""
@@ -188,20 +193,21 @@ class Metric:
 
 
 def tasks_by_title(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the evaluation tasks of a run's configuration by their name in results."""
+    """Return the evaluation tasks of a run's configuration; the keys are their names in results."""
     tasks = (config.get("evaluation") or {}).get("tasks") or []
     return {task.get("label") or task["name"]: task for task in tasks}
 
 
 def declared_direction(task: str, name: str, runs: list[Run]) -> MetricDirection | None:
-    """Return the direction of a metric that a result records, or else (in older results) that its task declares."""
+    """Return a metric's direction as recorded in a result or, for older results, as declared by its task."""
     for run in runs:
         for result in run.results:
             if result["task"] == task and name in result.get("directions", {}):
                 recorded: MetricDirection = result["directions"][name]
                 return recorded
-    kinds = {known["name"] for run in runs if (known := tasks_by_title(run.config).get(task))} or {task}
-    return next((found for kind in sorted(kinds) if (found := direction(kind, name))), None)
+    configured = [tasks_by_title(run.config) for run in runs]
+    task_kinds = {tasks[task]["name"] for tasks in configured if tasks.get(task)} or {task}
+    return next((declared for kind in sorted(task_kinds) if (declared := direction(kind, name))), None)
 
 
 def known_metrics(runs: list[Run]) -> str:
@@ -212,7 +218,7 @@ def known_metrics(runs: list[Run]) -> str:
 
 
 def finetune_settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the finetuning settings of each task in a run's configuration, by task title."""
+    """Return the finetuning settings of each task in a run's configuration; the keys are the task titles."""
     return {
         title: {key: task[key] for key in FINETUNING if task.get(key) is not None}
         for title, task in tasks_by_title(config).items()
@@ -220,10 +226,10 @@ def finetune_settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return what must be equal for results to be comparable: scoring version, rows, settings and content of files.
+    """Return what comparable results have in common: settings, file hashes, overrides, rows and scoring version.
 
-    The paths of files and the finetuning seed may differ. Finetuning settings may also differ if they come from the
-    run's configuration, because arms may differ in them.
+    File paths and the finetuning seed may differ. Finetuning settings that come from the run's configuration may also
+    differ, because arms may differ in them.
     """
     settings = dict(result.get("settings") or {})
     finetuning = {key: settings[key] for key in FINETUNING if settings.get(key) is not None}
@@ -231,7 +237,7 @@ def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
         settings = {key: value for key, value in settings.items() if key not in FINETUNING} | {
             "finetune": "as configured"
         }
-    kept = {
+    compared_settings = {
         key: value
         for key, value in settings.items()
         if key not in ("train", "test", "files", "overrides")
@@ -239,7 +245,13 @@ def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
     }
     overrides = [word for word in settings.get("overrides", []) if not word.startswith("seed=")]
     return json.dumps(
-        [kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows"), scoring_version(result)],
+        [
+            compared_settings,
+            sorted((settings.get("files") or {}).values()),
+            overrides,
+            result.get("rows"),
+            scoring_version(result),
+        ],
         sort_keys=True,
     )
 
@@ -260,14 +272,15 @@ def read_run(folder: Path) -> Run:
     path = folder / "config.yaml"
     try:
         config = yaml.safe_load(dump_config(load_config(path)))
-    except UserError:  # a configuration of another version; its results can still be compared
+    except UserError:  # written by a different version; the results can still be compared
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError):
             config = None
         if not isinstance(config, dict) or "name" not in config or "name" not in (config.get("objective") or {}):
             raise UserError(
-                f"{path} is not the configuration of a run: it needs name and objective.name; name another folder"
+                f"{path} is not the configuration of a run: it lacks `name` or `objective.name`; "
+                "pass a different folder"
             ) from None
     return Run(
         folder,

@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from scipy.stats import chi2, norm, t
 
 ALPHA = 0.05
-"""Probability of calling at least one arm better or worse than the baseline although none is."""
+"""Probability of calling at least one arm better or worse than the baseline although all arms are equal."""
 POWER = 0.8
 """Probability of finding a difference of the smallest detectable size."""
 EQUAL = 1e-6
@@ -31,11 +31,11 @@ Verdict = Literal["helps", "hurts", "no difference found", "no verdict"]
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Test of an arm against the baseline, over the seeds that both have."""
+    """Test of an arm against the baseline, over the seeds that both arms have."""
 
     seeds: list[int]
     mean: float | None
-    """Mean difference, arm minus baseline, over the seeds; None without a seed in common."""
+    """Mean difference, arm minus baseline, over the seeds; None if the arms share no seed."""
     verdict: Verdict
     sd: float | None = None
     p: float | None = None
@@ -49,7 +49,7 @@ class PairedTest:
     min_detectable: float | None = None
     """Smallest true difference that the test finds with 80% power, given its seeds, arms and spread."""
     reason: str = ""
-    """Reason why no test was possible; empty if the arm was tested."""
+    """Reason why the arm was not tested; empty if it was tested."""
 
 
 def compare(
@@ -61,8 +61,8 @@ def compare(
     """Test each arm against the baseline; `arms` and `baseline` hold values of the metric by seed.
 
     An arm with a single seed, equal differences, or values that are not finite is not tested and has no corrected p.
-    `sizes` are the magnitudes of the metric by arm, needed if the values are changes of the metric. The default is the
-    largest magnitude of the values.
+    `sizes` maps each arm to the magnitude of the metric. It is needed if the values are changes of the metric. The
+    default is the largest magnitude of the values.
     """
     pairs = {
         name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
@@ -74,13 +74,13 @@ def compare(
             for name, values in arms.items()
         }
     untested = {name: _untested(differences, baseline, EQUAL * sizes[name]) for name, differences in pairs.items()}
-    found = {name: result for name, result in untested.items() if result is not None}
-    tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if name not in found}
+    results = {name: result for name, result in untested.items() if result is not None}
+    tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if name not in results}
     p_values = {name: p_value(differences) for name, differences in tested.items()}
     for name, (corrected_p, alpha) in holm_correction(p_values).items():
         differences = tested[name]
         low, high = confidence_interval(differences, alpha)
-        found[name] = PairedTest(
+        results[name] = PairedTest(
             list(pairs[name]),
             float(differences.mean()),
             _verdict(differences.mean(), corrected_p, higher_is_better),
@@ -92,7 +92,7 @@ def compare(
             high,
             min_detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)),
         )
-    return {name: found[name] for name in arms}
+    return {name: results[name] for name in arms}
 
 
 def max_magnitude(values: Iterable[float]) -> float:
@@ -122,7 +122,7 @@ def _untested(differences: dict[int, float], baseline: dict[int, float], toleran
             0.0,
             "no verdict",
             reason=f"all runs have the same value, {baseline[seeds[0]]:g} (for example, no answer is right yet, or "
-            "every answer is), so this metric cannot distinguish them, but another one may (--metric)",
+            "every answer is), so this metric cannot distinguish them, but a different metric may (--metric)",
         )
     if all_equal:
         return PairedTest(seeds, 0.0, "no difference found", 0.0, reason="both arms have the same values in every seed")
@@ -164,15 +164,16 @@ def _standard_error(differences: np.ndarray) -> float:
 
 
 def holm_correction(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """Return for each p its corrected value, and the alpha of its confidence interval.
+    """Return the corrected value of each p, and the alpha of the confidence interval of the same arm.
 
     The corrected p is below ALPHA if and only if Holm's step-down procedure rejects. The interval at level 1 - alpha
     excludes 0 in the same cases: the procedure stops at the first p that it does not reject, and all larger p use the
-    alpha of that one.
+    alpha of that p.
     """
     result: dict[str, tuple[float, float]] = {}
     ordered = sorted(p_values, key=p_values.__getitem__)
-    largest, factor = 0.0, len(ordered)
+    largest = 0.0
+    factor = len(ordered)
     for rank, name in enumerate(ordered):
         if largest < ALPHA:
             factor = len(ordered) - rank
@@ -191,8 +192,9 @@ def min_detectable_difference(sd: float, seeds: int, alpha: float) -> float:
 
 @lru_cache
 def _detectable_effect(seeds: int, alpha: float) -> float:
-    """Return the smallest detectable difference in standard deviations."""
-    bound, quantiles = t.ppf(1 - alpha / 2, seeds - 1), (np.arange(QUANTILES) + 0.5) / QUANTILES
+    """Return the smallest detectable difference, in standard deviations of the differences."""
+    bound = t.ppf(1 - alpha / 2, seeds - 1)
+    quantiles = (np.arange(QUANTILES) + 0.5) / QUANTILES
     # Integrate over the distribution of the sample standard deviation, because scipy's nct is NaN for few seeds.
     thresholds = bound * np.sqrt(chi2.ppf(quantiles, seeds - 1) / (seeds - 1))
 

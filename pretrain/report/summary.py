@@ -30,15 +30,15 @@ class Spread(NamedTuple):
 
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Summarise the values that are not None; return None if there are none."""
-    found = np.array([value for value in values if value is not None], dtype=float)
-    if not len(found):
+    present = np.array([value for value in values if value is not None], dtype=float)
+    if not len(present):
         return None
     return Spread(
-        float(found.mean()),
-        float(found.std(ddof=1)) if len(found) > 1 else None,
-        float(found.min()),
-        float(found.max()),
-        len(found),
+        float(present.mean()),
+        float(present.std(ddof=1)) if len(present) > 1 else None,
+        float(present.min()),
+        float(present.max()),
+        len(present),
     )
 
 
@@ -55,9 +55,9 @@ class Summary:
     flops: float | None
     """FLOPs per corpus token; None if they could not be counted."""
     flops_ratio: float | None
-    """FLOPs per corpus token, divided by the baseline's."""
+    """FLOPs per corpus token, relative to the baseline."""
     seconds_ratio: Spread | None
-    """Seconds per corpus token, divided by the baseline's: the ratio of the means, and the extremes of single seeds."""
+    """Seconds per corpus token, relative to the baseline: the ratio of means, and the extremes over seeds."""
     losses: dict[str, Spread] = field(default_factory=dict)
     monitors: dict[str, Spread] = field(default_factory=dict)
     collapsed: list[int] = field(default_factory=list)
@@ -68,11 +68,11 @@ class Summary:
         """Spread of the metric over the seeds."""
         return spread(self.values.values())
 
-    def consumed(self, what: str) -> Spread | None:
+    def consumed(self, amount: str) -> Spread | None:
         """Return the `tokens`, `flops` or `seconds` that the finished runs consumed; None if unknown."""
-        if what == "flops":
+        if amount == "flops":
             return spread(self.flops * run.last["tokens"] for run in self.finished) if self.flops else None
-        return spread(run.last[what] for run in self.finished)
+        return spread(run.last[amount] for run in self.finished)
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Summaries:
     settings: str | None
     """Settings of the evaluations that are compared; see `Metric.common_settings`."""
     flops_unavailable_reason: str
-    """Reason why FLOPs are not counted; empty if they are."""
+    """Reason why FLOPs are not counted; empty if they are counted."""
     scores: dict[str, dict[str, Spread | None]]
-    """TASK/NAME of each metric of each task -> arm -> its values at the end of the finished runs."""
+    """TASK/NAME of each metric of each task -> arm -> values of the metric at the end of the finished runs."""
 
     @property
     def baseline(self) -> Summary | None:
@@ -134,8 +134,8 @@ def summarize(comparison: Comparison) -> Summaries:
             flops.get(name),
             flops[name] / flops[comparison.baseline] if flops and comparison.baseline else None,
             _seconds_ratio(arm, baseline_arm) if baseline_arm else None,
-            {tag: found for tag in LOSSES if (found := spread(run.value(tag) for run in finished))},
-            {tag: found for tag in MONITORS if (found := spread(monitor(run, tag) for run in finished))},
+            {tag: losses for tag in LOSSES if (losses := spread(run.value(tag) for run in finished))},
+            {tag: monitors for tag in MONITORS if (monitors := spread(monitor(run, tag) for run in finished))},
             [run.seed for run in finished if _collapsed(run)],
         )
     return Summaries(comparison, arms, settings, problem, _scores(comparison))
@@ -156,7 +156,7 @@ def _scores(comparison: Comparison) -> dict[str, dict[str, Spread | None]]:
 
 
 def _all_flops(comparison: Comparison) -> tuple[dict[str, float], str]:
-    """Return the FLOPs per corpus token of each arm, from the study or counted now.
+    """Return the FLOPs per corpus token of each arm, as recorded in the study or else counted now.
 
     If they are unknown for one arm, return an empty dict and the reason.
     """
@@ -197,6 +197,6 @@ def monitor(run: Run, name: str) -> float | None:
 
 
 def _collapsed(run: Run) -> bool:
-    """Return whether the embeddings have collapsed; False without a term on pairs, which would train them."""
+    """Return whether the embeddings have collapsed; False without a term on pairs, because nothing else trains them."""
     monitors = {name: value for name in MONITORS if (value := monitor(run, name)) is not None}
     return run.has_pair_term and len(monitors) == len(MONITORS) and has_collapsed(monitors)

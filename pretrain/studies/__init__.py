@@ -1,1 +1,1 @@
-"""Studies: every arm (a change to one base configuration) with every seed, matched, run here or by Slurm."""
+"""Studies: every arm (a change to one base configuration) with every seed, run on this machine or by Slurm."""

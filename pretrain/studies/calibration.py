@@ -1,4 +1,4 @@
-"""Calibration: the speed of an arm, measured in a short run that is started like its real runs."""
+"""Calibration: measures the speed of an arm in a short run that is launched like the other runs of the arm."""
 
 import hashlib
 import shutil
@@ -17,10 +17,12 @@ from pretrain.studies.record import StudyRecord
 from pretrain.studies.runner import log_path, write_run_config
 from pretrain.studies.slurm import submit, wait_for
 
-STEPS, LEFT_OUT = 40, 10
-"""Number of steps of a calibration run, and number of initial steps that the speed does not include."""
+STEPS = 40
+"""Number of steps of a calibration run."""
+UNTIMED_STEPS = 10
+"""Number of initial steps that the speed does not include."""
 NEVER = 10**9
-"""Interval in steps that is never reached."""
+"""Interval that no calibration run reaches, in steps."""
 
 
 def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
@@ -44,23 +46,26 @@ def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
 
 
 def fingerprint(config: RunConfig, study: StudyConfig) -> str:
-    """Return a hash of what determines the speed of a run: its configuration, and how it is started."""
-    start_options = study.slurm.train if study.slurm else study.launch
-    return hashlib.sha256(f"{dump_config(config)}\n{start_options}".encode()).hexdigest()
+    """Return a hash of what determines the speed of a run: its configuration, and the options of its launch."""
+    launch_options = study.slurm.train if study.slurm else study.launch
+    return hashlib.sha256(f"{dump_config(config)}\n{launch_options}".encode()).hexdigest()
 
 
-def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
-    """Return the speed that a finished calibration run has measured, and delete its checkpoint.
+def read_speed(arm: Arm, run_dir: Path) -> dict[str, Any]:
+    """Return the measured speed of a finished calibration run, and delete its checkpoints.
 
     Raises UserError if the run did not finish.
     """
     lines = read_metrics(run_dir)
     if not lines or lines[-1]["step"] < STEPS:
-        raise UserError(f"the calibration of {arm.name} did not finish; see {run_dir} and its log for the reason")
+        raise UserError(
+            f"the calibration of {arm.name} did not finish; see the reason in {run_dir} and the log of the calibration"
+        )
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    first, last = lines[LEFT_OUT - 1], lines[-1]
+    first = lines[UNTIMED_STEPS - 1]
+    last = lines[-1]
     return {
-        "steps": f"{LEFT_OUT + 1} to {STEPS}",
+        "steps": f"{UNTIMED_STEPS + 1} to {STEPS}",
         "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
     }
 
@@ -68,21 +73,22 @@ def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
 def calibrate(
     study: Study, arms: list[Arm], record: StudyRecord, launcher_dir: Path, processes: ProcessRunner
 ) -> dict[str, float]:
-    """Measure the speed of each arm and return it, in tokens per second.
+    """Measure the speed of each arm, and return the speeds in tokens per second.
 
-    An earlier measurement is kept if the settings are the same, or if the arm has runs: their budgets depend on it.
+    An earlier measurement is kept if the settings are unchanged, or if the arm has runs, whose budgets depend on it.
     Raises UserError if a calibration does not finish.
     """
     folder = study.folder / "calibration"
     for arm in arms:
         config = study.run_config(arm.name, study.config.seeds[0], calibration_changes(arm, str(folder)))
         started_as = fingerprint(config, study.config)
-        known = record.calibration.get(arm.name, {})
+        earlier = record.calibration.get(arm.name, {})
         has_runs = any(is_run(study.folder / run_name(arm.name, seed)) for seed in study.config.seeds)
-        if processes.stopped or (known and (has_runs or known.get("started_as") == started_as)):
+        if processes.stopped or (earlier and (has_runs or earlier.get("started_as") == started_as)):
             continue
         shutil.rmtree(config.run_dir, ignore_errors=True)
-        log, path = log_path(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)
+        log = log_path(study.folder, f"calibration-{arm.name}")
+        path = write_run_config(folder, config)
         print_now(f"measuring the speed of {arm.name} over {STEPS} steps; output in {log}")
         if study.config.slurm:
             job = submit(
@@ -96,6 +102,6 @@ def calibrate(
         else:
             processes.train(launcher_dir, study.config.launch, path, log)
         if not processes.stopped:
-            record.calibration[arm.name] = {"started_as": started_as} | measured(arm, config.run_dir)
+            record.calibration[arm.name] = {"started_as": started_as} | read_speed(arm, config.run_dir)
             record.save()
-    return {name: found["tokens_per_second"] for name, found in record.calibration.items()}
+    return {name: calibration["tokens_per_second"] for name, calibration in record.calibration.items()}

@@ -1,4 +1,4 @@
-"""The study file: arms, seeds, the metric that compares the arms, and the amount that they are matched by."""
+"""The study file: arms, seeds, the metric that compares the arms, and the amount that is equal for all arms."""
 
 import os
 import re
@@ -18,19 +18,19 @@ from pretrain.sections import BUDGETS
 from pretrain.tasks.directions import direction, metric_directions
 from pretrain.tasks.options import TaskConfig
 
-OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
+STUDY_KEYS = ("name", "seed", "output_dir", "checkpoint.resume")
 """Keys of a run that the study sets; no arm may set them."""
 
 
 class MetricConfig(Section):
-    """Metric that the arms are compared by."""
+    """Metric by which the arms are compared."""
 
     task: str
     """Name or label of a task in `evaluation.tasks` of the base configuration."""
     name: str
     """Name of the metric in results.jsonl."""
     higher_is_better: bool | None = None
-    """Whether higher values are better; default: as the task declares.
+    """Whether higher values are better. By default, the declaration of the task applies.
 
     Required for a metric of the harness, which declares the direction only together with a result.
     """
@@ -50,25 +50,25 @@ class StudyConfig(Section):
 
     name: str = Field(pattern=r"^\w[\w.+-]*$")
     base: LocalPath
-    """Run configuration that all arms start from; a path relative to the study file."""
+    """Path of the run configuration that all arms change, relative to the study file."""
     output_dir: LocalPath = "runs"
     """Parent folder of the study folder output_dir/name."""
     seeds: list[int] = Field(min_length=1)
     matched_by: Literal["tokens", "flops", "seconds", "none"]
-    """Amount that is the same for all arms. none: each arm keeps the budget and the batch of its own configuration."""
+    """Amount that is equal for all arms. With `none`, each arm keeps the budget and the batch of its configuration."""
     baseline: str
-    """Arm that all other arms are compared with and matched to."""
+    """Arm with which all other arms are compared and matched."""
     metric: MetricConfig
     arms: dict[str, dict[str, Any]]
-    """Arm name -> dotted keys of a run configuration and their values; empty: the unchanged base configuration."""
+    """Arm name -> dotted keys of a run configuration and their values. {} is the unchanged base configuration."""
     launch: str = ""
-    """Command in front of `launcher/run.py`, such as `deepspeed --num_gpus 8`; default: python, a single process."""
+    """Command in front of `launcher/run.py`, such as `deepspeed --num_gpus 8`. The default is python: one process."""
     slurm: SlurmConfig | None = None
-    """Slurm options; if set, the runs are submitted as jobs instead of being run here."""
+    """Slurm options; if set, the runs are submitted as jobs instead of running on this machine."""
 
     @field_validator("arms")
     @classmethod
-    def _arms_are_named(cls, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _check_arms(cls, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for arm, changes in arms.items():
             if not re.fullmatch(r"\w[\w.+-]*", arm):
                 raise ValueError(
@@ -76,12 +76,12 @@ class StudyConfig(Section):
                     "use letters, digits and _ . + - only"
                 )
             for key in changes:
-                if key in OF_THE_STUDY:
+                if key in STUDY_KEYS:
                     raise ValueError(f"{arm}: {key} is set by the study; remove it")
         return arms
 
     @model_validator(mode="after")
-    def _consistent(self) -> "StudyConfig":
+    def _check_consistency(self) -> "StudyConfig":
         if self.baseline not in self.arms:
             raise ValueError(
                 f"baseline is {self.baseline!r}, but the arms are {', '.join(self.arms) or 'none'}; name one of them"
@@ -109,30 +109,30 @@ class StudyConfig(Section):
 
 @dataclass(frozen=True)
 class Study:
-    """Study file as read."""
+    """Contents of a study file, with the path of its base configuration."""
 
     config: StudyConfig
     base: Path
 
     @property
     def folder(self) -> Path:
-        """Folder that everything of the study is written to."""
+        """Folder that holds all output of the study."""
         return Path(self.config.output_dir) / self.config.name
 
     @property
     def metric(self) -> Metric:
-        """Metric that the arms are compared by."""
+        """Metric by which the arms are compared."""
         return Metric(**self.config.metric.model_dump())
 
-    def run_config(self, arm: str, seed: int, more: dict[str, Any] | None = None) -> RunConfig:
-        """Return the configuration of a run: the base, changed by the arm and then by the dotted keys `more`.
+    def run_config(self, arm: str, seed: int, extra_keys: dict[str, Any] | None = None) -> RunConfig:
+        """Return the configuration of a run: the base, changed by the arm and then by the dotted `extra_keys`.
 
-        Raises UserError that names the arm.
+        Raises a UserError that names the arm.
         """
         changes = (
             self.config.arms[arm]
             | {"name": run_name(arm, seed), "seed": seed, "output_dir": str(self.folder), "checkpoint.resume": "auto"}
-            | (more or {})
+            | (extra_keys or {})
         )
         try:
             return load_config(self.base, [as_override(key, value) for key, value in changes.items()])
@@ -141,13 +141,14 @@ class Study:
 
 
 def run_name(arm: str, seed: int) -> str:
-    """Return the name of a run, also the name of its folder in the study folder."""
+    """Return the name of a run, which is also the name of its folder in the study folder."""
     return f"{arm}-seed{seed}"
 
 
 def as_override(key: str, value: Any) -> str:
-    """Return a dotted key and its value in the command line's form, key=value."""
-    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix('...' + chr(10)).strip()}"
+    """Return `key=value` for a dotted key and its value, as on the command line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("...\n").strip()
+    return f"{key}={text}"
 
 
 def load_study(path: Path, overrides: list[str]) -> Study:
@@ -161,32 +162,32 @@ def load_study(path: Path, overrides: list[str]) -> Study:
     base = study.run_config(config.baseline, config.seeds[0])
     tasks = {task.title: task for task in base.evaluation.tasks}
     if config.metric.task not in tasks:
+        existing_tasks = f"the tasks {', '.join(tasks)}; name one of its tasks, or" if tasks else "no evaluation.tasks;"
         raise UserError(
-            f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has "
-            f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}; "
-            "name one of its tasks, or add the task"
+            f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has {existing_tasks} "
+            "add the task"
         )
-    _check_metric(config.metric, tasks[config.metric.task], base.data.views)
+    _resolve_metric(config.metric, tasks[config.metric.task], base.data.views)
     return study
 
 
-def _check_metric(metric: MetricConfig, task: TaskConfig, views: tuple[str, ...]) -> None:
-    """Set `higher_is_better` to the declared direction if it is not set.
+def _resolve_metric(metric: MetricConfig, task: TaskConfig, views: tuple[str, ...]) -> None:
+    """Check a metric, and set its `higher_is_better` to the declared direction if it is None.
 
     Raises UserError if the task does not report the metric, or if no direction is set or declared.
     """
-    found = direction(task.name, metric.name)
-    declared = [name for name in metric_directions(task.name) if task.reports_metric(name, views)]
-    if declared and (found is None or not task.reports_metric(metric.name, views)):
+    declared_direction = direction(task.name, metric.name)
+    reported = [name for name in metric_directions(task.name) if task.reports_metric(name, views)]
+    if reported and (declared_direction is None or not task.reports_metric(metric.name, views)):
         raise UserError(
-            f"metric.name is {metric.name!r}, but the task {metric.task} reports {', '.join(declared)}; "
+            f"metric.name is {metric.name!r}, but the task {metric.task} reports {', '.join(reported)}; "
             "name one of these"
         )
     if metric.higher_is_better is not None:
         return
-    if found not in ("higher", "lower"):
+    if declared_direction not in ("higher", "lower"):
         raise UserError(
             f"metric.name is {metric.name!r}, which has no declared direction; "
             "set metric.higher_is_better to true or false"
         )
-    metric.higher_is_better = found == "higher"
+    metric.higher_is_better = declared_direction == "higher"

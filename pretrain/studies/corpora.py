@@ -18,11 +18,12 @@ from pretrain.studies.config import Study
 
 
 def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[RunConfig]]:
-    """Return the dotted keys that point each arm to its corpus, and one configuration for each different corpus.
+    """Return the dotted keys that point each arm to its corpus, and one configuration for each corpus.
 
-    An arm with the same records as the base reads the base's corpus. An arm with other records reads the folder that it
-    names, or else a folder next to the base's corpus, named by a hash of the settings that determine the records.
-    Raises UserError if an arm names a folder that belongs to other records.
+    An arm with the same records as the base reads the base's corpus. An arm with different records reads the folder in
+    its data.path if it sets one. Otherwise its corpus is in a folder next to the base's corpus, whose name contains a
+    hash of the settings that determine the records. Raises UserError if the data.path of an arm belongs to different
+    records.
     """
     overrides: dict[str, dict[str, Any]] = {}
     corpora = {os.path.abspath(base.data.path): ("the base", base)}
@@ -34,11 +35,11 @@ def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, A
                 "data.path": f"{base.data.path}-{hashlib.sha256(_records(config).encode()).hexdigest()[:8]}"
             }
             config = study.run_config(arm, study.config.seeds[0], overrides[arm])
-        owner, other = corpora.setdefault(os.path.abspath(config.data.path), (f"arms.{arm}", config))
-        if _records(other) != _records(config):
+        owner, owner_config = corpora.setdefault(os.path.abspath(config.data.path), (f"arms.{arm}", config))
+        if _records(owner_config) != _records(config):
             raise UserError(
-                f"arms.{arm}: its data settings produce other records than {owner}, but both have the "
-                f"data.path {config.data.path}; give the arm its own data.path, or remove data.path to have one chosen"
+                f"arms.{arm}: its data settings produce different records than {owner}, but both have the "
+                f"data.path {config.data.path}; give the arm a different data.path, or remove it to have one chosen"
             )
     return overrides, [config for _, config in corpora.values()]
 
@@ -52,7 +53,7 @@ def prepare_corpus(config: RunConfig) -> None:
     """Prepare the corpus of a configuration, unless it is already prepared.
 
     A prepared corpus does not need its sources: they may be unset or deleted. Raises UserError if the corpus was
-    prepared with other settings or other files.
+    prepared with different settings or files.
     """
     if not is_prepared(config):
         prepare(config.data, _tests(config))
@@ -62,7 +63,7 @@ def prepare_corpus(config: RunConfig) -> None:
             changed := changed_settings(read_manifest(Path(config.data.path))["settings"], job)
         ):
             raise UserError(
-                f"{config.data.path} was prepared with another {' and '.join(changed[:3])}, "
+                f"{config.data.path} was prepared with a different {' and '.join(changed[:3])}, "
                 f"and cannot be prepared again: {reason}"
             )
         print_now(f"note: {config.data.path} is used as it is: {reason}")
@@ -71,14 +72,15 @@ def prepare_corpus(config: RunConfig) -> None:
 
 
 def _missing_inputs(config: RunConfig) -> str | None:
-    """Return which input of a prepared corpus is missing, as a sentence; None if all inputs can be read."""
+    """Return a text that names the missing input of a prepared corpus; None if all inputs can be read."""
     files = read_manifest(Path(config.data.path))["settings"].get("files", {})
-    tests = {test.source.path for test in _tests(config)}  # the evaluation checks these
+    tests = {test.source.path for test in _tests(config)}  # the evaluation checks the test files
     missing = [path for path in files if path not in tests and not Path(path).exists()]
     if missing:
         others = len(missing) - 1
-        more = f" and {others:,} other input{'s' * (others > 1)}" if others else ""
-        return f"its input {missing[0]}{more} {'are' if others else 'is'} missing"
+        if others:
+            return f"its input {missing[0]} and {others:,} other input{'s' * (others > 1)} are missing"
+        return f"its input {missing[0]} is missing"
     try:
         for number, source in enumerate(config.data.sources):
             if isinstance(source, HubSource):
@@ -93,7 +95,7 @@ def _tests(config: RunConfig) -> list[TaskTest]:
 
 
 def _records(config: RunConfig) -> str:
-    """Return the settings that determine the shards, as text."""
+    """Return the settings that determine the shards as JSON text."""
     tests = (
         [test.model_dump(mode="json", exclude={"key"}) for test in _tests(config)] if config.data.decontaminate else []
     )

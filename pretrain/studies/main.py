@@ -11,7 +11,7 @@ from pretrain.studies.config import Study, load_study
 
 
 def main(launcher_dir: Path) -> None:
-    """Parse the command line and start the study; `launcher_dir` is the folder of the commands that it starts."""
+    """Parse the command line and start the study; `launcher_dir` is the folder of the launcher scripts."""
     parser = argparse.ArgumentParser(
         description="Train and evaluate every arm of a study with every seed, or resume doing so."
     )
@@ -42,7 +42,7 @@ def _main(launcher_dir: Path, arguments: argparse.Namespace) -> None:
     if lock is None:
         raise UserError(
             f"this study is already running in {study.folder}, or a process of it is still saving; "
-            "wait for it to end, or choose another name"
+            "wait for it to end, or choose a different name"
         )
     with lock, ignore_output_errors():
         sys.exit(_run(study, launcher_dir, lock))
@@ -64,7 +64,9 @@ def _show(study: Study) -> None:
         )
         return
     matching = Matching(study, overrides, print_now)
-    speeds = {arm: found["tokens_per_second"] for arm, found in StudyRecord(study.folder).calibration.items()}
+    speeds = {
+        arm: calibration["tokens_per_second"] for arm, calibration in StudyRecord(study.folder).calibration.items()
+    }
     print_plan(study, matching, speeds)
 
 
@@ -81,7 +83,8 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
     overrides, corpora = assign_corpora(study, load_base_config(study))
     for corpus in corpora:
         prepare_corpus(corpus)
-    record, processes = StudyRecord(study.folder), ProcessRunner(lock)
+    record = StudyRecord(study.folder)
+    processes = ProcessRunner(lock)
     matching = Matching(study, overrides, print_now)
     speeds = {}
     if study.config.matched_by == "seconds":

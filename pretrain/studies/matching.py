@@ -37,14 +37,14 @@ class Arm:
 
     name: str
     overrides: dict[str, Any]
-    """Dotted keys that set its corpus and its batch, in addition to the study file's overrides."""
+    """Dotted keys that set the arm's corpus and batch, in addition to the study file's overrides."""
     config: RunConfig
-    """Its configuration with the first seed and these overrides."""
+    """Configuration of the arm with the first seed and these overrides."""
     tokens_per_step: float
     """Mean number of corpus tokens per step."""
     flops_per_step: float
-    own_tokens: int
-    """Number of corpus tokens in the budget of its own configuration."""
+    unmatched_tokens: int
+    """Number of corpus tokens in the budget that the arm's configuration sets."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -54,13 +54,14 @@ class Arm:
 
 
 class Matching:
-    """Batches and budgets of all arms, whose corpora must be prepared.
+    """Batches and budgets of all arms. The corpora of the arms must be prepared.
 
-    Raises UserError for an arm whose run could not start. `say` receives each different warning once.
+    Raises UserError for an arm whose run could not start. `say` receives each distinct warning once.
     """
 
     def __init__(self, study: Study, corpora: dict[str, dict[str, Any]], say: Callable[[str], None]):
-        self.study, self._say = study, say
+        self.study = study
+        self._say = say
         self._reported: set[str] = set()
         self.base = load_base_config(study)
         plan = self._plan(self.base)
@@ -70,7 +71,7 @@ class Matching:
 
     @property
     def baseline(self) -> Arm:
-        """Arm that the other arms are matched to."""
+        """Arm to which the other arms are matched."""
         return self.arms[self.study.config.baseline]
 
     def tokens(self, arm: Arm, speeds: dict[str, float]) -> int:
@@ -86,7 +87,7 @@ class Matching:
             case "seconds":
                 return round(self.base_tokens * speeds[arm.name] / speeds[self.baseline.name])
             case _:
-                return arm.own_tokens
+                return arm.unmatched_tokens
 
     def overrides(self, arm: Arm, speeds: dict[str, float]) -> dict[str, Any]:
         """Return the dotted keys that set an arm's corpus, batch and budget."""
@@ -98,14 +99,16 @@ class Matching:
         return arm.overrides | cleared_budgets | {"train.tokens": self.tokens(arm, speeds)}
 
     def _arm(self, name: str, overrides: dict[str, Any]) -> Arm:
-        study, notes = self.study, []
+        study = self.study
+        notes: list[str] = []
         plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
         if study.config.matched_by != "none":
             overrides = overrides | finetuning_of_base(plan.config, self.base)
-            given = any(f"train.{key}" in study.config.arms[name] for key in ROWS)
-            rows = {} if given else matched_rows(plan.config, plan.step.tokens, self.base_step_tokens)
+            sets_rows = any(f"train.{key}" in study.config.arms[name] for key in ROWS)
+            rows = {} if sets_rows else matched_rows(plan.config, plan.step.tokens, self.base_step_tokens)
             if rows:
-                unmatched, overrides = plan, overrides | rows
+                unmatched = plan
+                overrides = overrides | rows
                 plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
                 notes.append(_describe_change(unmatched, plan, self.base_step_tokens))
             if abs(plan.step.tokens / self.base_step_tokens - 1) > CLOSE:
@@ -135,22 +138,22 @@ def load_base_config(study: Study) -> RunConfig:
     return load_config(study.base, [f"seed={study.config.seeds[0]}", "name=base", f"output_dir={study.folder}"])
 
 
-def matched_rows(config: RunConfig, tokens: float, wanted: float) -> dict[str, int]:
-    """Return the rows that change a step from `tokens` to about `wanted` tokens; empty if no change is needed."""
+def matched_rows(config: RunConfig, tokens: float, wanted_tokens: float) -> dict[str, int]:
+    """Return the rows that change a step from `tokens` to about `wanted_tokens`; empty if no change is needed."""
     train = config.train
-    micro = max(1, round(train.micro_batch_rows * wanted / tokens))
-    if micro == train.micro_batch_rows:
+    micro_batch_rows = max(1, round(train.micro_batch_rows * wanted_tokens / tokens))
+    if micro_batch_rows == train.micro_batch_rows:
         return {}
     return {
-        "train.global_batch_rows": train.global_batch_rows // train.micro_batch_rows * micro,
-        "train.micro_batch_rows": micro,
+        "train.global_batch_rows": train.global_batch_rows // train.micro_batch_rows * micro_batch_rows,
+        "train.micro_batch_rows": micro_batch_rows,
     }
 
 
 def finetuning_of_base(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     """Return the dotted keys that give an arm's finetunings the rows and budget of the base.
 
-    Without them, rows and budget that a task does not set would come from the matched arm.
+    Without these keys, rows and budget that a task does not set would come from the matched arm.
     """
     tasks = {
         index: task.finetune
@@ -165,12 +168,13 @@ def finetuning_of_base(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     }
 
 
-def _describe_change(unmatched: Plan, now: Plan, wanted: float) -> str:
-    rows, rows_before = now.config.train, unmatched.config.train
+def _describe_change(unmatched: Plan, matched: Plan, wanted_tokens: float) -> str:
+    rows, rows_before = matched.config.train, unmatched.config.train
     return (
         f"{rows.global_batch_rows} rows per step instead of {rows_before.global_batch_rows} "
         f"(micro batch: {rows.micro_batch_rows} instead of {rows_before.micro_batch_rows}), to match the corpus tokens "
-        f"per step of the base: {now.step.tokens:,.0f} of {wanted:,.0f}, instead of {unmatched.step.tokens:,.0f}"
+        f"per step of the base: {matched.step.tokens:,.0f} of {wanted_tokens:,.0f}, "
+        f"instead of {unmatched.step.tokens:,.0f}"
     )
 
 

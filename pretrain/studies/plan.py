@@ -13,7 +13,7 @@ from pretrain.studies.runner import is_done
 from pretrain.training.describe import check_same_run
 
 CLOSE = 0.05
-"""Largest relative difference in training seconds at which a match by seconds has succeeded."""
+"""Largest relative difference in training seconds at which arms count as matched by seconds."""
 
 
 def make_runs(study: Study, matching: Matching, speeds: dict[str, float]) -> list[Run]:
@@ -35,21 +35,21 @@ def check_runs(runs: list[Run]) -> None:
             except UserError as error:
                 raise UserError(
                     f"arms.{run.arm} or the base has changed since the run was started: {error}. "
-                    "Arms and seeds may be added, but arms with runs must not change; give a changed arm a new name"
+                    "Arms and seeds may be added, but arms with runs must not change; give the changed arm a new name"
                 ) from None
 
 
 def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> None:
     """Print the arms with their budgets, and the changes made by matching.
 
-    A budget that depends on speeds that are not measured yet is shown as open.
+    A budget that depends on speeds that are not measured yet is shown as "measured at the start".
     """
     config = study.config
     rows = [["arm", "rows per step", "tokens per step", "steps, about", "tokens", "FLOPs", f"of {config.baseline}"]]
-    unknown = config.matched_by == "seconds" and not speeds.keys() >= matching.arms.keys()
+    speeds_unknown = config.matched_by == "seconds" and not speeds.keys() >= matching.arms.keys()
     for arm in matching.arms.values():
         cells = ["measured at the start"] + [""] * 3
-        if not unknown:
+        if not speeds_unknown:
             tokens, baseline = matching.tokens(arm, speeds), matching.baseline
             flops = tokens * arm.flops_per_token
             baseline_flops = matching.tokens(baseline, speeds) * baseline.flops_per_token
@@ -64,13 +64,13 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
     for arm in matching.arms.values():
         for note in arm.notes:
             print_now(f"{arm.name}: {note}")
-    how = "not matched" if config.matched_by == "none" else f"matched by {config.matched_by}"
+    matched_by = "not matched" if config.matched_by == "none" else f"matched by {config.matched_by}"
     arms, seeds = len(matching.arms), len(config.seeds)
-    print_now(f"\n{arms} arms x {seeds} seed{'s' * (seeds > 1)} = {arms * seeds} runs, {how}, in {study.folder}")
+    print_now(f"\n{arms} arms x {seeds} seed{'s' * (seeds > 1)} = {arms * seeds} runs, {matched_by}, in {study.folder}")
 
 
 def print_outcome(study: Study, runs: list[Run]) -> None:
-    """Print the metric of each arm over its seeds, and the tokens and seconds of its runs."""
+    """Print for each arm the mean and spread of the metric over seeds, and the mean tokens and seconds of its runs."""
     metric = study.metric
     finished = {run.name: read_run(run.run_dir) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))
@@ -81,9 +81,9 @@ def print_outcome(study: Study, runs: list[Run]) -> None:
         if not done:
             rows.append([arm, "0", "", "", "", ""])
             continue
-        last = [run.last for run in done]
+        last_lines = [run.last for run in done]
         values = [value for run in done if (value := metric.final(run, settings)) is not None]
-        seconds[arm] = statistics.fmean(line["seconds"] for line in last)
+        seconds[arm] = statistics.fmean(line["seconds"] for line in last_lines)
         mean = f"{statistics.fmean(values):.4f}" if values else ""
         rows.append(
             [
@@ -91,13 +91,13 @@ def print_outcome(study: Study, runs: list[Run]) -> None:
                 str(len(done)),
                 mean,
                 f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
-                f"{statistics.fmean(line['tokens'] for line in last):,.0f}",
+                f"{statistics.fmean(line['tokens'] for line in last_lines):,.0f}",
                 f"{seconds[arm]:,.1f}",
             ]
         )
     print_table(rows)
-    for arm, taken in seconds.items():
-        ratio = taken / seconds.get(study.config.baseline, taken)
+    for arm, arm_seconds in seconds.items():
+        ratio = arm_seconds / seconds.get(study.config.baseline, arm_seconds)
         if study.config.matched_by == "seconds" and abs(ratio - 1) > CLOSE:
             print_now(
                 f"WARNING: {arm} trained {ratio:.2f} times as long as {study.config.baseline}; "

@@ -1,4 +1,4 @@
-"""Processes that a study starts on this machine. When the study stops, each of them saves its state and ends."""
+"""Processes that a study starts on this machine, one at a time. A signal to the study reaches the running one."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from pretrain.training.evaluation_requests import die_with_parent
 
 
 class ProcessRunner:
-    """Runner of commands, one after another, that forwards SIGINT and SIGTERM to the running command."""
+    """Runner that executes one command at a time and forwards SIGINT and SIGTERM to it."""
 
     def __init__(self, lock: IO[bytes]):
         self._lock = lock
@@ -24,7 +24,7 @@ class ProcessRunner:
             signal.signal(number, self._receive)
 
     def train(self, launcher_dir: Path, launch: str, config: Path, log: Path) -> int:
-        """Train under launcher/supervise.py and return the exit code.
+        """Train a run under launcher/supervise.py and return the exit code.
 
         The supervisor forwards signals to all ranks and makes sure that no rank stays alive.
         """
@@ -46,10 +46,12 @@ class ProcessRunner:
         return self._run([sys.executable, str(launcher_dir / "evaluate.py"), str(run_dir)], log, group=True)
 
     def _run(self, command: list[str], log: Path, group: bool = False) -> int:
-        """Run a command and return its exit code; with `group`, signals go to all its processes, not only the first.
+        """Run a command and return its exit code.
 
-        If this process dies, the command gets SIGTERM. The command holds the study's lock until it has ended, so a
-        second start of the study cannot run next to it.
+        With `group`, signals go to all processes of the command instead of only to the first.
+
+        If this process dies, the command gets SIGTERM. The command holds the study's lock until it has ended, so the
+        study cannot be launched a second time while the command runs.
         """
         with open(log, "a") as output:
             self._group = group
@@ -61,7 +63,7 @@ class ProcessRunner:
                 start_new_session=True,
                 pass_fds=[self._lock.fileno()],
             )
-        if self.stopped:  # the signal arrived before the process was known
+        if self.stopped:  # the signal arrived before self._running was set
             self._forward(self.stopped)
         code = self._running.wait()
         self._running = None

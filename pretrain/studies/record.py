@@ -1,4 +1,4 @@
-"""study.json: the contents of a study, for the report and for the next start.
+"""study.json: the contents of a study, for the report and for the next launch of the study.
 
 Keys:
 
@@ -6,8 +6,8 @@ Keys:
     arms           ARM: {"overrides": as in the study file, "matched": the dotted keys set by matching,
                    "flops_per_token": FLOPs per corpus token, "runs": {SEED: the run's folder inside the study folder}}
     calibration    ARM: the measured speed, if seconds are matched
-    wall_seconds   RUN: wall-clock seconds on this machine over all starts, including its evaluation
-    jobs           RUN: the Slurm job numbers of its training and its evaluation
+    wall_seconds   RUN: wall-clock seconds on this machine over all launches, including the evaluation
+    jobs           RUN: the Slurm job numbers of the training and the evaluation
 """
 
 from dataclasses import dataclass
@@ -38,12 +38,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its folder inside the study folder."""
+        """Name of the run, which is also the name of its folder inside the study folder."""
         return self.config.name
 
 
 class StudyRecord:
-    """Contents of study.json, read at the start of a study and written after each change."""
+    """Contents of study.json, read when the study starts and written after each change."""
 
     def __init__(self, folder: Path):
         self._path = folder / FILE
@@ -58,7 +58,7 @@ class StudyRecord:
     def describe(self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float]) -> None:
         """Record the current arms and settings of the study.
 
-        `matched` holds the dotted keys that matching has set for each arm.
+        `matched` contains the dotted keys that matching has set for each arm.
         """
         config = study.config
         settings = {

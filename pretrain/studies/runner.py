@@ -30,15 +30,15 @@ def write_run_config(folder: Path, config: RunConfig) -> Path:
 
 
 def rewrite_run_config(run: Run) -> None:
-    """Rewrite config.yaml of a trained run.
+    """Update config.yaml of a trained run to the tasks of the study, which may have changed since the training.
 
-    The tasks of the base configuration may have changed since then; the other settings were checked to be equal.
+    All other settings have been checked to be unchanged.
     """
     write_text(run.run_dir / "config.yaml", dump_config(run.config))
 
 
 def log_path(folder: Path, name: str) -> Path:
-    """Return the file for a run's console output; create its folder."""
+    """Return the path of the log of a run's console output, and create the log folder."""
     (folder / "logs").mkdir(exist_ok=True)
     return folder / "logs" / f"{name}.log"
 
@@ -58,25 +58,27 @@ def is_done(run: Run) -> bool:
 
 def check_metric(study: Study, run: Run) -> None:
     """Raise UserError if a finished run lacks the metric of the study."""
-    metric, found = study.metric, read_run(run.run_dir)
-    if metric.final(found, metric.common_settings([found])) is None:
+    metric = study.metric
+    finished_run = read_run(run.run_dir)
+    if metric.final(finished_run, metric.common_settings([finished_run])) is None:
         names = dict.fromkeys(
-            name for result in found.results if result["task"] == metric.task for name in result["metrics"]
+            name for result in finished_run.results if result["task"] == metric.task for name in result["metrics"]
         )
         raise UserError(
             f"{run.name} has no {metric} at its last step; {metric.task} reports {', '.join(names) or 'nothing'}. "
-            "Set metric in the study file to one of these; finished runs are kept"
+            "Set metric in the study file to a metric that its tasks report; finished runs are kept"
         )
 
 
 def run_locally(
     study: Study, launcher_dir: Path, runs: list[Run], record: StudyRecord, processes: ProcessRunner
 ) -> int:
-    """Train and evaluate all runs in order and return the exit code of the study.
+    """Train and evaluate, in order, the runs that are not done, and return the exit code of the study.
 
     Raises UserError if a run lacks the study's metric.
     """
-    folder, failed = study.folder, []
+    folder = study.folder
+    failed: list[str] = []
     for number, run in enumerate(runs, 1):
         if is_done(run):
             check_metric(study, run)
@@ -106,7 +108,7 @@ def run_locally(
 
 
 def _train_and_evaluate(run: Run, study: Study, launcher_dir: Path, log: Path, processes: ProcessRunner) -> str | None:
-    """Train and evaluate a run; return None, or the reason why it is not done."""
+    """Train and evaluate a run. Returns None if it is done, else the reason as message text."""
     if not is_trained(run):
         code = processes.train(launcher_dir, study.config.launch, write_run_config(study.folder, run.config), log)
         if not is_trained(run):
@@ -121,11 +123,14 @@ def _train_and_evaluate(run: Run, study: Study, launcher_dir: Path, log: Path, p
 
 
 def _time_left(runs: list[Run], record: StudyRecord) -> str:
-    """Return the estimated time left for all runs, from the seconds per FLOP of the finished ones, as message text."""
+    """Return a text with the estimated time left for all runs, based on the seconds per FLOP of finished runs.
+
+    Returns "" if no finished run was timed.
+    """
     done = [run for run in runs if is_done(run)]
     timed = [run for run in done if run.name in record.wall_seconds]
     if not timed:
         return ""
     flops_left = sum(run.flops for run in runs if run not in done)
     seconds = flops_left * sum(record.wall_seconds[run.name] for run in timed) / sum(run.flops for run in timed)
-    return f", about {duration(seconds)} left for all"
+    return f", about {duration(seconds)} left for all runs"

@@ -16,12 +16,13 @@ from pretrain.studies.runner import is_done, is_trained, log_path, rewrite_run_c
 
 
 def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list[Run], record: StudyRecord) -> int:
-    """Submit jobs for the runs that are not done and not queued; return the exit code 0."""
+    """Submit jobs for the runs that are neither done nor queued; return the exit code 0."""
     submitted = 0
     for run in runs:
         if is_done(run) or any(_is_queued(job) for job in record.jobs.get(run.name, [])):
             continue
-        log, jobs = log_path(folder, run.name), []
+        log = log_path(folder, run.name)
+        jobs: list[int] = []
         if is_trained(run):
             rewrite_run_config(run)
         else:
@@ -43,7 +44,7 @@ def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list
                     f"evaluate-{run.name}",
                     log,
                     run.run_dir,
-                    more=dependency,
+                    extra_options=dependency,
                 )
             )
         record.jobs[run.name] = jobs
@@ -58,7 +59,7 @@ def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list
     return 0
 
 
-def submit(script: Path, options: str, name: str, log: Path, argument: Path, more: Sequence[str] = ()) -> int:
+def submit(script: Path, options: str, name: str, log: Path, argument: Path, extra_options: Sequence[str] = ()) -> int:
     """Submit a job and return its number. Raises UserError if it cannot be submitted."""
     if not Path("launcher/run.py").is_file():
         raise UserError(
@@ -69,7 +70,7 @@ def submit(script: Path, options: str, name: str, log: Path, argument: Path, mor
         "--parsable",
         f"--job-name={name}",
         f"--output={log}",
-        *more,
+        *extra_options,
         *shlex.split(options),
         str(script),
         str(argument),
@@ -88,7 +89,7 @@ def wait_for(job: int, stopped: Callable[[], bool]) -> None:
 
 
 def _is_queued(job: int) -> bool:
-    """Return whether a job is waiting or running; Slurm forgets ended jobs after a while."""
+    """Return whether a job is waiting or running. Slurm reports jobs that have ended only for a while."""
     return bool(_call("squeue", "--noheader", f"--jobs={job}", "--format=%T").stdout.strip())
 
 

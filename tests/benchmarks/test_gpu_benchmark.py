@@ -67,10 +67,10 @@ def test_a_broken_check_does_not_end_the_other_checks(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "CHECKS", checks)
     current = bench(tmp_path)
     for name in checks:
-        current.found[name] = gpu.run_check(current, name)
-    assert [check["result"] for check in current.found.values()] == ["broken", "broken", "fail", "none", "broken"]
-    assert "exit code 1: ValueError: the kernel is missing" in current.found["first"]["meaning"]
-    assert gpu.check_line("third", current.found["third"]) == "fail    third         speed 1.5: too slow"
+        current.results[name] = gpu.run_check(current, name)
+    assert [check["result"] for check in current.results.values()] == ["broken", "broken", "fail", "none", "broken"]
+    assert "exit code 1: ValueError: the kernel is missing" in current.results["first"]["meaning"]
+    assert gpu.check_line("third", current.results["third"]) == "fail    third         speed 1.5: too slow"
 
 
 def test_a_check_ends_at_its_time_limit_and_no_check_starts_without_enough_time(tmp_path, monkeypatch):

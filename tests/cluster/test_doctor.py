@@ -265,7 +265,7 @@ def test_doctor_on_this_machine_alone_and_with_invalid_options(config, tmp_path)
     assert completed.returncode == 0, completed.stdout
     assert re.search(r"^ok +all-reduce +2 ranks", completed.stdout, re.MULTILINE)
     assert re.search(r"^\d+ ok, 0 warn, 0 fail$", completed.stdout, re.MULTILINE)
-    assert "neither --hostfile nor --num_gpus: assuming 2 ranks" in completed.stderr
+    assert "neither --hostfile nor --num_gpus is given: assuming 2 ranks" in completed.stderr
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{config.parent / 'site'}"}
     completed = run_command([*command, "--num_gpus", "3"], check=False, **environment)
     assert completed.returncode == 0, completed.stdout
@@ -288,7 +288,7 @@ def test_doctor_on_this_machine_alone_and_with_invalid_options(config, tmp_path)
         ("n1 slots=1\nn2 slots=two\n", "line 2: 'n2 slots=two'"),
         ("n1 slots=1\nn1 slots=1\n", "twice"),
         ("# none\n", "names no host"),
-        ("\ufeffn1 slots=1\n", "line 1: the file starts with a byte order mark, which DeepSpeed takes for"),
+        ("\ufeffn1 slots=1\n", "line 1: the file starts with a byte order mark, which DeepSpeed reads as"),
     ],
 )
 def test_an_invalid_hostfile_is_reported_with_its_line(tmp_path, text, message):

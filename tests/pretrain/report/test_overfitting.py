@@ -42,9 +42,9 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
     text, page = render_report(study)
     past = parse_table(text.partition("## Past the best validation loss")[2])
     assert past["plain"]["lowest validation loss"].startswith("0.5000")
-    assert past["plain"]["rise to the end"].startswith("0.4200")
-    assert past["plain"]["trained times past it"] == "2.0"
-    assert past["plain"]["its change to the end"].startswith("−0.1000")
+    assert past["plain"]["rise of the loss to the end"].startswith("0.4200")
+    assert past["plain"]["total tokens / tokens up to that loss"] == "2.0"
+    assert past["plain"]["change of the metric to the end"].startswith("−0.1000")
     sentences = text.partition("## Past the best validation loss")[2]
     assert (
         "steady does better than plain in validation/loss/lm past the best validation loss: change of +0.0667 "
@@ -78,11 +78,13 @@ def test_the_metric_at_the_lowest_validation_loss_is_interpolated_or_missing(stu
     text, page = render_report(study)
     text = text.partition("## Past the best validation loss")[2].replace("\\", "")
     table = parse_table(text)
-    assert table["plain"]["metric there, interpolated"] == "0.3000"
-    assert table["plain"]["its change to the end"] == "0.4000"
-    assert table["other"]["metric there, interpolated"] == table["other"]["its change to the end"] == "–"
+    assert table["plain"]["metric at that loss, interpolated"] == "0.3000"
+    assert table["plain"]["change of the metric to the end"] == "0.4000"
+    assert (
+        table["other"]["metric at that loss, interpolated"] == table["other"]["change of the metric to the end"] == "–"
+    )
     for arm, seed in (("plain", 2), ("other", 1)):
-        reason = "the metric needs evaluated checkpoints on both sides"
-        sentence = f"{arm}: seed {seed} is excluded from nl_rx/exact here: {reason}"
+        reason = "the metric needs evaluated checkpoints before and after"
+        sentence = f"{arm}: seed {seed} is excluded from nl_rx/exact in this section: {reason}"
         assert sentence in text and sentence in page
     assert "is interpolated linearly between" in page and "nearest to the lowest validation loss" not in page

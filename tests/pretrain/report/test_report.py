@@ -138,7 +138,7 @@ def test_embeddings_of_the_export_are_shown_if_the_corpus_is_missing(study_with_
         np.savez(folder / "export" / "step-00000006" / "embeddings" / "pairs.npz", **arrays)
     text, page = render_report(study)
     assert "Blue circles: text_to_code. Orange triangles: code." in page and "No picture of" not in page
-    assert "FLOPs are not counted" in page and "nowhere is not here" in page
+    assert "FLOPs are not counted" in page and "nowhere does not exist" in page
     assert {row["FLOPs"] for row in parse_table(text).values()} == {"–"}
     assert_self_contained(page)
     for arm, flops in (("plain", 2.0), ("other", 3.0)):
@@ -163,7 +163,7 @@ def test_flops_and_pictures_are_not_computed_from_a_different_corpus(study, tmp_
     environment["data"]["corpus"]["train"]["sha256"] = "0" * 64
     write_json(run_dir / "environment.json", environment)
     for read in (flops_per_token, picture):
-        with pytest.raises(UserError, match=rf"corpus holds another corpus than the one that {run_dir} was trained on"):
+        with pytest.raises(UserError, match=rf"corpus does not hold the corpus that {run_dir} was trained on"):
             read(run)
 
 
@@ -346,10 +346,10 @@ def test_user_errors_are_one_line_with_exit_code_2(study, tmp_path):
     (tmp_path / "study.json").write_text("{}")
     for paths, choices, expected in [
         ([study], (None, "nl_rx/exakt"), "no run has the metric nl_rx/exakt; available: nl_rx/contains"),
-        ([study], (None, "exact"), "not of the form TASK/NAME"),
+        ([study], (None, "exact"), "is not of the form TASK/NAME"),
         ([study], ("nobody", None), "the baseline 'nobody' is not an arm"),
-        ([study, run], (None, None), "name it alone"),
-        ([run, tmp_path / "twin"], (None, None), "the same arm with the same seed"),
+        ([study, run], (None, None), "pass it as the only path"),
+        ([run, tmp_path / "twin"], (None, None), "have the same training settings and the same seed"),
         ([tmp_path], (None, None), "is not a valid study file"),
     ]:
         with pytest.raises(UserError, match=re.escape(expected)):

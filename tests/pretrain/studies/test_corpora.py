@@ -24,7 +24,7 @@ def test_arms_with_different_records_cannot_share_a_corpus(make_study, folder):
     for name in (path, f"{folder}/./corpus"):
         with pytest.raises(
             UserError,
-            match=rf"arms.short: .* than the base, .* {re.escape(name)}; give the arm its own data.path",
+            match=rf"arms.short: .* than the base, .* {re.escape(name)}; give the arm a different data.path",
         ):
             assign(make_study(arms={"plain": {}, "short": SHORT | {"data.path": name}}))
     with pytest.raises(UserError, match=r"arms.longer: .* than arms.short, .* elsewhere; give the arm"):
@@ -74,7 +74,7 @@ def test_a_prepared_corpus_does_not_need_its_sources(tmp_path, capsys):
     )
     with pytest.raises(
         UserError,
-        match=r"was prepared with another evaluation.tasks, and cannot be prepared again: its input .* missing",
+        match=r"was prepared with a different evaluation.tasks, and cannot be prepared again: its input .* missing",
     ):
         prepare_corpus(other)
 
