@@ -27,7 +27,7 @@ from pretrain.revision import ROOT, revision, source_hashes
 MANIFEST = "manifest.json"
 BUILD_PROCESSES = ("ninja", "c++", "g++", "cc1plus", "nvcc", "cicc", "ptxas")
 """Names of processes that run while a DeepSpeed op is being built."""
-GPU_FIELDS = ("name", "memory.total", "memory.used", "driver_version")
+GPU_FIELDS = ("name", "memory.total", "memory.used", "driver_version", "uuid")
 COMMAND_TIMEOUT = 20.0
 """Timeout of nvidia-smi and of hostname, in seconds."""
 
@@ -149,8 +149,8 @@ def memory() -> dict[str, Any]:
 def devices() -> dict[str, Any]:
     """Return the GPUs, the CUDA version of the torch build, and the accelerator of DeepSpeed.
 
-    If CUDA_VISIBLE_DEVICES lists n devices, the first n GPUs are returned. The accelerator is DS_ACCELERATOR if that
-    is set. Otherwise, it is cuda if there is a GPU, else cpu.
+    The GPUs are the ones that CUDA_VISIBLE_DEVICES selects. The accelerator is DS_ACCELERATOR if that is set.
+    Otherwise, it is cuda if there is a GPU, else cpu.
     """
     found: dict[str, Any] = {"gpus": []}
     if shutil.which("nvidia-smi"):
@@ -163,7 +163,7 @@ def devices() -> dict[str, Any]:
             found["driver_fault"] = f"nvidia-smi: {output.strip().splitlines()[-1]}"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        found["gpus"] = found["gpus"][: len([device for device in visible.split(",") if device.strip()])]
+        found["gpus"] = _select_gpus(found["gpus"], visible)
     return found | {
         "accelerator": os.environ.get("DS_ACCELERATOR") or ("cuda" if found["gpus"] else "cpu"),
         "torch_cuda": _torch_cuda_version(),
@@ -186,8 +186,25 @@ def _torch_cuda_version() -> str | None:
 
 
 def _gpu(line: str) -> dict[str, Any]:
-    name, total, used, driver = (field.strip() for field in line.split(","))
-    return {"name": name, "memory": int(total) * 2**20, "used": int(used) * 2**20, "driver": driver}
+    name, total, used, driver, uuid = (field.strip() for field in line.split(","))
+    return {"name": name, "memory": int(total) * 2**20, "used": int(used) * 2**20, "driver": driver, "uuid": uuid}
+
+
+def _select_gpus(gpus: list[dict[str, Any]], visible: str) -> list[dict[str, Any]]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES selects, by index or by the beginning of a UUID.
+
+    As in CUDA, the list ends at the first entry that names no GPU, such as -1.
+    """
+    selected = []
+    for entry in map(str.strip, visible.split(",")):
+        if entry.isdecimal():
+            matches = gpus[int(entry) : int(entry) + 1]
+        else:
+            matches = [gpu for gpu in gpus if entry and gpu["uuid"].startswith(entry)]
+        if len(matches) != 1:
+            break
+        selected += matches
+    return selected
 
 
 def extensions() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 from data_prep.console import UserError
 from data_prep.files import try_lock
 from data_prep.pipeline import prepare
-from pretrain.cluster import checks_nodes, checks_run, environment, network
+from pretrain.cluster import checks_nodes, checks_run, environment, facts, network
 from pretrain.cluster.estimate import ResourceEstimate
 from pretrain.cluster.findings import Finding
 from pretrain.cluster.hosts import Host, read_hostfile, slurm_hosts
@@ -346,6 +346,34 @@ def gpu_facts(count: int = 2, used: int = 0, driver: str = "570.1", torch_cuda: 
         "torch_cuda": torch_cuda,
         "gpus": [{"name": "GPU", "memory": 80 * GIB, "used": used, "driver": driver}] * count,
     }
+
+
+@pytest.mark.parametrize(
+    ("visible", "selected"),
+    [
+        (None, ["A", "B", "C"]),
+        ("2,0", ["C", "A"]),
+        ("1", ["B"]),
+        ("", []),
+        ("-1", []),
+        ("1,-1,0", ["B"]),
+        ("0,7,1", ["A"]),
+        ("GPU-b1", ["B"]),
+        ("GPU-", []),
+    ],
+)
+def test_the_gpus_of_a_node_are_the_ones_that_cuda_shows(tmp_path, monkeypatch, visible, selected):
+    rows = "".join(f"{name}, 81559, 4, 570.1, GPU-{name.lower()}1f\\n" for name in "ABC")
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\nprintf '{rows}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = facts.devices()
+    assert [gpu["name"] for gpu in found["gpus"]] == selected
+    assert found["accelerator"] == os.environ.get("DS_ACCELERATOR", "cuda" if selected else "cpu")
 
 
 def test_problems_of_gpu_nodes_are_reported():
