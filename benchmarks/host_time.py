@@ -33,7 +33,7 @@ from pretrain.training.setup import set_up
 
 NEVER = 10**9
 EVERYTHING = 10**9
-"""A size above that of any parameter."""
+"""A size that no parameter reaches."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "stage 1": {"deepspeed": {"zero_optimization": {"stage": 1}}},
     "stage 3, every module": {"deepspeed": {"zero_optimization": {"stage": 3}}, "monitor": {"gradients_every": NEVER}},
