@@ -36,7 +36,7 @@ def find_mpi() -> Any | None:
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"started by mpirun or srun, but mpi4py finds no MPI library ({' '.join(str(error).split())}); "
-            "install one, such as the package mpich: pip install 'jepa-pretrain[mpi]'"
+            "install one, such as the package mpich: run pip install '.[mpi]' in the project's folder"
         ) from None
     size = MPI.COMM_WORLD.Get_size()
     if size < expected:

@@ -1,9 +1,9 @@
 """A launcher that forks the ranks from its own process: `ranks.py N SCRIPT [ARGUMENT ...]`.
 
 In the warm process (tests/warm_process.py), the ranks do not have to import anything. If a rank fails, its peers get
-SIGTERM immediately and SIGKILL after 30 seconds, and the launcher exits with the exit code of the failed rank.
-DeepSpeed's launcher behaves in the same way, with one difference: it kills the ranks 30 seconds after it gets a signal,
-but this launcher waits until they exit.
+SIGTERM immediately and SIGKILL after 30 seconds, and the launcher exits with the exit code of the failed rank, or 1 if
+a signal ended it. DeepSpeed's launcher behaves in the same way, with one difference: after a signal, it kills the ranks
+30 seconds later. This launcher forwards the signal, and its 30 seconds start when the first rank fails.
 """
 
 import contextlib
@@ -47,7 +47,10 @@ def fork_ranks(count: int) -> list[int]:
 
 
 def wait_for(ranks: list[int]) -> int:
-    """Forward signals to the ranks until all have exited, and return the first exit code that is not 0, or 0."""
+    """Forward signals to the ranks until all have exited.
+
+    Return the exit code of the first rank that failed (1 if a signal ended it), or 0.
+    """
     living = set(ranks)
     first_failure = 0
 

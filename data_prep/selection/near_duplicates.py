@@ -5,14 +5,15 @@ text (RefinedWeb and FineWeb also use word 5-grams). A punctuation mark is a wor
 expressions and code. An ideograph is a word too. Texts are padded, so each word is in five 5-grams. The similarity
 of two records is the lowest similarity of any of their views.
 
-At the default threshold of 0.8, a text of up to 40 words has no near-duplicates except copies with different case or
-spacing. A longer text may differ by one word in 45. Records made from one template with different words, such as
-questions to a database, are kept: of the 7,911 distinct NL-RX training records and of the 6,582 of Spider, none is
-dropped. The alternatives drop more of them: character 5-grams over all views together 1,430 and 234, character
-5-grams over each view 657 and 33, and word 5-grams over all views together 74 and 10.
+At the default threshold of 0.8, a text of up to 35 words that repeats no 5-gram has no near-duplicates except copies
+with different case or spacing, apart from errors of the estimate below. From 36 words on, one word may be added, and
+from 41 words on, one word may be replaced. A long text may differ by one replaced word in 45. Records made from one
+template with different words, such as questions to a database, are kept: of the 7,911 distinct NL-RX training records
+and of the 6,582 of Spider, none is dropped. The alternatives drop more of them: character 5-grams over all views
+together 1,430 and 234, character 5-grams over each view 657 and 33, and word 5-grams over all views together 74 and 10.
 
-A record is dropped if an earlier record is near it, in the order (split, unit, ordinal) of
-`duplicates.SPLIT_PRIORITY`. It does not matter whether that earlier record is dropped itself. Two records are near
+A record is dropped if an earlier record is near it, in the order (split, unit, ordinal) with the splits ordered as
+in `duplicates.SPLIT_PRIORITY`. It does not matter whether that earlier record is dropped itself. Two records are near
 if
 
 - their sketches have an equal band (this finds at least 98% of the pairs at the threshold, and nearly all above
@@ -55,23 +56,31 @@ def minhash_library() -> Any:
     except ImportError:
         raise UserError(
             "removing near-duplicates requires the package rensa, which is not installed: "
-            "run pip install '.[near-duplicates]' in the checkout, or disable the removal"
+            "run pip install '.[near-duplicates]' in the project's folder, or disable the removal"
         ) from None
     return RMinHash
 
 
-def num_bands(threshold: float) -> int:
-    """Return the number of bands of a sketch: the fewest that find RECALL of the pairs at the threshold.
+def band_shape(threshold: float) -> tuple[int, int]:
+    """Return the number of bands of a sketch and of hashes in each: the longest bands with the required recall.
 
-    A pair of similarity s shares a band of r hashes with probability s^r. Multiply the records by the number of
-    bands for `duplicates.num_parts`.
+    A pair of similarity s shares a band of r hashes with probability s^r. The bands find a fraction of at least RECALL
+    of the pairs at the threshold, if the threshold is at least 0.031: lower ones have 128 bands of one hash.
     """
     hashes_per_band = max(
         hashes_per_band
         for hashes_per_band in range(1, NUM_HASHES + 1)
         if hashes_per_band == 1 or 1 - (1 - threshold**hashes_per_band) ** (NUM_HASHES // hashes_per_band) >= RECALL
     )
-    return NUM_HASHES // hashes_per_band
+    return NUM_HASHES // hashes_per_band, hashes_per_band
+
+
+def num_bands(threshold: float) -> int:
+    """Return the number of bands of a sketch.
+
+    Every record writes one fingerprint per band, so callers of `duplicates.num_parts` pass records * bands.
+    """
+    return band_shape(threshold)[0]
 
 
 def sketch(records: list[tuple[str, ...]], threshold: float = DEFAULT_THRESHOLD) -> tuple[np.ndarray, np.ndarray]:
@@ -87,8 +96,7 @@ def sketch(records: list[tuple[str, ...]], threshold: float = DEFAULT_THRESHOLD)
     each = _minhash(shingles, ends).reshape(len(records), views, NUM_HASHES)
     # All views together are at least as similar as the least similar view, so bands of their shingles miss no pair.
     together = _minhash(shingles, ends[:: max(views, 1)]).astype(np.uint64)
-    bands = num_bands(threshold)
-    hashes_per_band = NUM_HASHES // bands
+    bands, hashes_per_band = band_shape(threshold)
     split = together[:, : bands * hashes_per_band].reshape(len(records), bands, hashes_per_band)
     keys = [
         (split * factors[:hashes_per_band]).sum(axis=2, dtype=np.uint64)
@@ -184,6 +192,7 @@ def resolve_near(
         start = int(ends[first] - sizes[first])
         last = max(first + 1, int(np.searchsorted(ends, start + LARGEST_GROUP, side="right")))
         members = slice(start, int(ends[last - 1]))
+        # The "ordinals" in the band files are row numbers of a signature file, which has the ordinals of the records.
         rows = _read_signatures(signature_paths, groups.units[members], groups.ordinals[members])
         near = _is_near_earlier(rows["signature"], sizes[first:last], threshold)
         units.append(groups.units[members][near])
@@ -201,7 +210,7 @@ def _split_large_groups(sizes: np.ndarray) -> np.ndarray:
 
 
 def _read_signatures(paths: list[Path], units: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return a row of a unit's signature file for each of N records: (N,) of `_signature_dtype`."""
+    """Return the signatures of N records, row `rows[i]` of the file `paths[units[i]]` each: (N,) `_signature_dtype`."""
     order = np.lexsort((rows, units))  # each file is read sequentially
     distinct_units, starts = np.unique(units[order], return_index=True)
     parts = []
@@ -216,7 +225,7 @@ def _is_near_earlier(signatures: np.ndarray, sizes: np.ndarray, threshold: float
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     positions = np.arange(len(starts)) - starts
     near = np.zeros(len(starts), bool)
-    # Records that are not near an earlier one yet: compared with the first of their group, then with the second, ...
+    # Records that have not been near any earlier one are compared with the first of their group, then the second, ...
     candidates = np.flatnonzero(positions > 0)
     leader = 0
     while len(candidates):

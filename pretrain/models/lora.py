@@ -19,7 +19,10 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
     try:
         import peft
     except ImportError:
-        raise UserError("model.lora needs the package peft; run pip install 'jepa-pretrain[lora]'") from None
+        raise UserError(
+            "model.lora needs the package peft, which is not installed; "
+            "run pip install '.[lora]' in the project's folder"
+        ) from None
     transformer = model.causal_lm.model
     layer_names = sorted(
         {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}

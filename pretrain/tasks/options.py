@@ -200,5 +200,5 @@ def check_package(package: str, extra: str, key: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"{key} needs the package {package}, which is not installed; "
-            f"run pip install '.[{extra}]' in the project folder"
+            f"run pip install '.[{extra}]' in the project's folder"
         )

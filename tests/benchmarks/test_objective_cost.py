@@ -60,7 +60,7 @@ def test_every_implementation_uses_the_same_records(result):
 
 def test_every_implementation_computes_the_same_losses(result):
     losses = {name: arm["losses_at_start"] for name, arm in result["arms"].items()}
-    # in this layout, the text differs: each record becomes two documents
+    # The independent layout makes two documents of each record, so its text and its next-token loss differ.
     independent = {"next_token_independent_packed", "independent_packed"}
     for group in (independent, set(losses) - independent):
         lm = [losses[name]["lm"] for name in group]

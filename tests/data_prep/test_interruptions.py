@@ -78,7 +78,7 @@ def test_mpi_ranks_write_the_same_bytes_and_resume_after_a_kill(
 
 
 def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, run, pause_at, tmp_path):
-    units = NUM_FILES + 2
+    units = NUM_FILES + 2  # the fixture `corpus` also has two sources of type nlrx
     partial = tmp_path / ".partial"
     scans, reports = (f".partial/{phase}/[0-9]*[0-9].json" for phase in ("scan", "shards"))
     pause_points = [
@@ -153,7 +153,7 @@ def running_preparation(corpus, reference_corpus, command, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that run in the background ignore SIGINT, so its default is restored.
+        # If a shell started the tests in the background, SIGINT is ignored, and child processes inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: any(tmp_path.glob(".partial/shards/*.json")) or process.poll() is not None)

@@ -89,7 +89,10 @@ def run(connection: sqlite3.Connection, query: str, seconds: float, max_rows: in
 
 
 def answer(connections: dict[str, sqlite3.Connection], request: dict[str, Any]) -> str:
-    """Run one request and return the reply: a JSON object with `rows` and `columns`, or `error`."""
+    """Run one request and return the reply: a JSON object with `rows` and `columns` (their number), or `error`.
+
+    A blob in a row is {"blob": its hexadecimal digits}. `connections` caches the connection to the latest database.
+    """
     signal.setitimer(signal.ITIMER_PROF, request["seconds"] + 1)
     try:
         if request["database"] not in connections:

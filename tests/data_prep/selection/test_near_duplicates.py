@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from data_prep.selection import near_duplicates
 from data_prep.selection.duplicates import dropped
-from data_prep.selection.near_duplicates import NUM_HASHES, RECALL, num_bands, resolve_near, sketch, write_sketches
+from data_prep.selection.near_duplicates import (
+    DEFAULT_THRESHOLD,
+    NUM_HASHES,
+    RECALL,
+    band_shape,
+    resolve_near,
+    sketch,
+    write_sketches,
+)
 
 REPO_ROOT = Path(__file__).resolve().parents[3]
 DATA = REPO_ROOT.parent / "shared" / "data"
@@ -197,10 +205,26 @@ def test_no_records_and_no_units(tmp_path):
     assert dropped([tmp_path / "out.npy"], 0).tolist() == []
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
-def test_bands_find_pairs_at_the_threshold(threshold):
-    rows = NUM_HASHES // num_bands(threshold)
-    assert 1 - (1 - threshold**rows) ** num_bands(threshold) >= RECALL
+def used_shape(threshold: float, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Return the bands of a sketch and the hashes in each, found by a change of every single hash."""
+    # Row 0 has the hashes 0, and row 1 + n differs from it in hash n.
+    hashes = np.concatenate([np.zeros((1, NUM_HASHES)), np.eye(NUM_HASHES)]).astype(np.uint32)
+    monkeypatch.setattr(near_duplicates, "_minhash", lambda shingles, ends: hashes)
+    _, bands = sketch([("text",)] * len(hashes), threshold)
+    hashes_per_band = (bands[1:] != bands[0]).any(axis=2).sum(axis=0)
+    (length,) = set(hashes_per_band.tolist())
+    return bands.shape[1], length
+
+
+def test_the_bands_of_a_sketch_find_pairs_at_every_threshold(monkeypatch):
+    for threshold in np.arange(31, 1001) / 1000:
+        bands, length = used_shape(threshold, monkeypatch)
+        assert 1 - (1 - threshold**length) ** bands >= RECALL, threshold
+        assert (bands, length) == band_shape(threshold)
+
+
+def test_the_bands_at_the_default_threshold_stay_the_same(monkeypatch):
+    assert used_shape(DEFAULT_THRESHOLD, monkeypatch) == (18, 7)
 
 
 def test_a_missing_library_is_one_line():

@@ -73,7 +73,7 @@ def test_a_request_of_the_run_stays_pending_until_all_its_tasks_are_done(config)
     unpin_checkpoint(run_dir, config, tasks[1:], 20, [])
     assert requested_evaluations(run_dir) == []
     request_evaluation(run_dir, 20)
-    unpin_checkpoint(run_dir, config, tasks, 20, [])  # all tasks were tried
+    unpin_checkpoint(run_dir, config, tasks, 20, [])  # all tasks of the run, without overrides
     assert not list((run_dir / "checkpoints" / PINS).iterdir())
 
 
