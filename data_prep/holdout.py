@@ -91,7 +91,8 @@ def find_frequent_targets(job: Job, units: list[Unit], sample_file: Callable[[in
     frequent: list[list[int]] = []
     for source in range(len(job.data.sources)):
         files = [sample_file(number) for number, unit in enumerate(units) if unit.source == source]
-        samples = [np.load(file) for file in files if file.exists()]  # earlier versions wrote no samples
+        # A sample is missing if the source is not divided or was scanned by an earlier version.
+        samples = [np.load(file) for file in files if file.exists()]
         records = sum(int(sample[0]) for sample in samples)
         targets = np.concatenate([np.empty(0, np.uint64), *(sample[1:] for sample in samples)])
         frequent.append(

@@ -114,8 +114,9 @@ class RowReader:
         missing = [
             self._described(view) for view, text in zip(self.views, record.views or (), strict=False) if not text
         ]
+        problem = record.problem or f"no text for the view{'s' * (len(missing) > 1)} {' and '.join(missing)}"
         return (
-            f"{location}: {record.problem or 'no text for the view ' + ' and '.join(missing)}; "
+            f"{location}: {problem}; "
             f"the row has {', '.join(columns) or 'no column'}: "
             f"name the columns of the views in {self.key}, as for a source of data.sources"
         )
@@ -201,7 +202,7 @@ def _columns(value: Any, location: str) -> Columns:
     if isinstance(value, ValueError):
         raise UserError(f"{location}: {value}")
     if not isinstance(value, dict):
-        raise UserError(f"{location}: a JSON {type(value).__name__}, not an object")
+        raise UserError(f"{location}: a value of type {type(value).__name__}, not a JSON object")
     return value
 
 

@@ -82,14 +82,15 @@ class JsonLines:
 
     def _records_of_value(self, value: Any, number: int) -> Iterable[Record]:
         if not isinstance(value, dict):
-            return [Record(None, number, f"a JSON {type(value).__name__}, not an object")]
+            return [Record(None, number, f"a value of type {type(value).__name__}, not a JSON object")]
         return self.mapping.of(value).records(value, number)
 
 
 def parse(line: bytes) -> Any:
-    """Return the JSON value of a line. Raises ValueError or RecursionError if it is not valid JSON.
+    """Return the JSON value of a line.
 
-    The ValueError is a UnicodeDecodeError if the line is not UTF-8.
+    Raises ValueError if it is not valid JSON, and RecursionError if it is nested too deeply. The ValueError is a
+    UnicodeDecodeError if the line is not UTF-8.
     """
     text = line.decode().strip(" \t\r\n")
     try:
@@ -98,6 +99,7 @@ def parse(line: bytes) -> Any:
             return value
     except json.JSONDecodeError:
         raise
-    except (StopIteration, ValueError):  # ValueError: an integer has more digits than Python reads
+    except (StopIteration, ValueError):
+        # There is a BOM or something else instead of a value, or an integer has more digits than Python reads.
         pass
     return json.loads(text.removeprefix(BOM), parse_int=read_integer)

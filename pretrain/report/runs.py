@@ -64,14 +64,17 @@ class Run:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Last line of metrics.jsonl, with the consumed tokens and time and the last values; {} without metrics."""
+        """Last line of metrics.jsonl: the values at the last logged step, with the tokens and seconds so far.
+
+        It is {} if nothing has been logged.
+        """
         return self.metrics[-1] if self.metrics else {}
 
     @property
     def root(self) -> Path:
         """Folder in which the run was started, to which the paths in its configuration are relative.
 
-        It is the current folder if the run directory has been moved.
+        It is the current folder if output_dir is absolute or the run directory has been moved.
         """
         written = Path(self.config.get("output_dir", "runs")) / self.config["name"]
         folder = self.folder.resolve()
@@ -140,16 +143,16 @@ class Metric:
             )
         return Metric(task, name, better == "higher")
 
-    def curve(self, run: Run, settings: str | None) -> list[tuple[int, float]]:
+    def curve(self, run: Run, key: str | None) -> list[tuple[int, float]]:
         """Return (step, value) pairs in order of steps. Results of several finetuning seeds at a step are averaged.
 
-        Only results with the comparison key `settings` are used; see `common_settings`.
+        Only results with this comparison key are used; see `common_settings`.
         """
         if self.task == VALIDATION:
             return run.curve(f"{self.task}/{self.name}")
         values: dict[int, list[float]] = {}
         for result in self.results(run):
-            if comparison_key(result, run.config) == settings:
+            if comparison_key(result, run.config) == key:
                 values.setdefault(result["step"], []).append(result["metrics"][self.name])
         return [(step, float(np.mean(values[step]))) for step in sorted(values)]
 
@@ -161,31 +164,31 @@ class Metric:
             if result["task"] == self.task and result["metrics"].get(self.name) is not None
         ]
 
-    def final(self, run: Run, settings: str | None) -> float | None:
+    def final(self, run: Run, key: str | None) -> float | None:
         """Return the value at the last step of a run; None if it has no such value or is not finished."""
-        curve = self.curve(run, settings) if run.finished else []
+        curve = self.curve(run, key) if run.finished else []
         return curve[-1][1] if curve and curve[-1][0] == run.last["step"] else None
 
     def common_settings(self, runs: list[Run]) -> str | None:
-        """Return the settings under which results are compared; None if no run has the metric.
+        """Return the comparison key of the results to compare; None if no run has the metric.
 
-        Only results with the same settings and scoring version may be compared. The returned settings belong to the
-        newest scoring version; if it has several, the ones that most runs share are returned. Results at the last step
-        of the runs are used, or all results if there are none.
+        Only results with the same key may be compared; see `comparison_key`. Among the keys with the newest scoring
+        version, the one that most runs share is returned. Only results at the last step of a run are considered, or all
+        results if there are none.
         """
         run_counts: dict[str, int] = {}
         for run in runs:
-            for settings in {
+            for key in {
                 comparison_key(result, run.config)
                 for result in self.results(run)
                 if result["step"] == run.last.get("step")
             }:
-                run_counts[settings] = run_counts.get(settings, 0) + 1
+                run_counts[key] = run_counts.get(key, 0) + 1
         if not run_counts:
             run_counts = {comparison_key(result, run.config): 1 for run in runs for result in self.results(run)}
         if not run_counts:
             return None
-        return max(sorted(run_counts), key=lambda settings: (parse_scoring_version(settings), run_counts[settings]))
+        return max(sorted(run_counts), key=lambda key: (parse_scoring_version(key), run_counts[key]))
 
     def scoring_versions(self, run: Run) -> set[int]:
         """Return the scoring versions of the metric's results at the last step of a run."""
@@ -256,9 +259,9 @@ def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
     )
 
 
-def parse_scoring_version(settings: str) -> int:
+def parse_scoring_version(key: str) -> int:
     """Return the scoring version in a key made by `comparison_key`."""
-    version: int = json.loads(settings)[-1]
+    version: int = json.loads(key)[-1]
     return version
 
 

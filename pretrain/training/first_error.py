@@ -13,7 +13,7 @@ from pretrain.training.rank_store import StoreUnreachable
 from pretrain.training.watchdog import HEARTBEAT_INTERVAL, last_heartbeats
 
 SETTLE_SECONDS = 4 * HEARTBEAT_INTERVAL
-"""Time after which every failing rank has stored its failure and every live rank another heartbeat, in seconds."""
+"""Seconds to wait until every failing rank has stored its failure and every live rank has stored another heartbeat."""
 PEER_IS_GONE = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
 
@@ -38,8 +38,9 @@ class Failure:
 def report_first_error(world: World, error: Exception, step: int, report: Callable[[str], None]) -> str | None:
     """Report the first rank that failed.
 
-    Each failing rank calls this. One of them reports the first failure with `report`, which prints a line, and returns
-    that line; its peers return None. A killed rank cannot store its failure, so missing heartbeats identify it.
+    Each failing rank calls this. The lowest of them passes a message on the first failure to `report`, which prints it,
+    and returns the message; its peers return None. A caller that cannot reach the store reports that instead. A killed
+    rank cannot store its failure, so missing heartbeats identify it.
     """
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     peer_is_gone = isinstance(error, dist.DistError) or (

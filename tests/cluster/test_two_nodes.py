@@ -161,13 +161,13 @@ def test_a_killed_rank_is_named_and_the_next_start_resumes(nodes, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fail", "reconnect"), [("kill_node", "start_node"), ("disconnect", "reconnect")])
-def test_a_dead_or_disconnected_node_is_named_and_the_next_start_resumes(nodes, folder, fail, reconnect):
+@pytest.mark.parametrize(("fail", "repair"), [("kill_node", "start_node"), ("disconnect", "reconnect")])
+def test_a_dead_or_disconnected_node_is_named_and_the_next_start_resumes(nodes, folder, fail, repair):
     run = Run(nodes, folder, fail)
     run.start()
     getattr(nodes, fail)("n2")
     output = run.wait_for_failure()
-    getattr(nodes, reconnect)("n2")
+    getattr(nodes, repair)("n2")
     assert re.search(r"n1: error: .*rank 1 on n2 at step \d+", output)
     run.assert_resumes()
 
@@ -200,6 +200,7 @@ def test_an_error_of_one_rank_is_shown_last_with_its_rank_and_host(nodes, folder
         "    batch.Batch.to = broken\n"
     )
     try:
+        # Only the second start is checked. DeepSpeed adds the working folder to PYTHONPATH in both.
         nodes.run_on_control(pdsh_command(run.path), cwd=folder, check=False)
         completed = nodes.run_on_control(pdsh_command(run.path), cwd=folder, check=False, PYTHONPATH=f"{folder}:{ROOT}")
     finally:

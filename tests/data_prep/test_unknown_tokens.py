@@ -12,8 +12,8 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tools.stats import stats
 from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows
 
-NUM_TEXTS = 2100
-"""Number of rows, more than the preparation uses to check a tokenizer before it encodes."""
+NUM_ROWS = 2100
+"""Number of rows. Those with unknown text come after the CHECKED_TEXTS texts on which a tokenizer is first checked."""
 
 
 def save_character_tokenizer(folder: Path) -> Path:
@@ -29,7 +29,7 @@ def save_word_tokenizer(folder: Path) -> Path:
     """Save a tokenizer of words, and return its tokenizer.json."""
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel(
-            {"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(NUM_TEXTS)}, unk_token="[UNK]"
+            {"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(NUM_ROWS)}, unk_token="[UNK]"
         )
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -61,9 +61,9 @@ MAKERS = {
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
-    rows = [{"text": f"question {number}", "code": f"answer {number}"} for number in range(NUM_TEXTS)]
-    rows[NUM_TEXTS - 2]["code"] = "answer № 3"
-    rows[NUM_TEXTS - 1] |= {"text": "question 犬", "code": "answer 🦙"}
+    rows = [{"text": f"question {number}", "code": f"answer {number}"} for number in range(NUM_ROWS)]
+    rows[NUM_ROWS - 2]["code"] = "answer № 3"
+    rows[NUM_ROWS - 1] |= {"text": "question 犬", "code": "answer 🦙"}
     rows[5]["code"] = "№ " * 200  # too long for a row, so it is dropped
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     held_out = json_source(
@@ -76,7 +76,7 @@ def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
     )
     unknown_id = Tokenizer.load(out / "tokenizer").unknown_id
     in_shards = sum(tokens.count(unknown_id) for row in split_rows(out) for tokens in row)
-    locations = [f"{tmp_path / 'a.jsonl'}:{NUM_TEXTS - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{NUM_TEXTS}: '犬'"]
+    locations = [f"{tmp_path / 'a.jsonl'}:{NUM_ROWS - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{NUM_ROWS}: '犬'"]
     assert in_shards == 3
     assert manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": locations}
     assert manifest["splits"]["validation"]["unknown"] == {"tokens": 0, "records": 0, "first": []}

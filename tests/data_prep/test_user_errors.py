@@ -49,7 +49,7 @@ def test_errors_in_the_data_are_one_line(
 def test_an_error_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [3])
     for sources, expected in (
-        ([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"),
+        ([json_source(bad)] * 2, f"{bad}:1: a value of type int, not a JSON object"),
         ([json_source("absent")], "cannot read absent"),
     ):
         arguments, environment = command(
@@ -96,12 +96,12 @@ def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
 ):
     path = write_jsonl(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
     set_piece_size(2000)
-    message = r"a\.jsonl:301: a JSON int, not an object"
+    message = r"a\.jsonl:301: a value of type int, not a JSON object"
     for limit in (units.COUNTED_BYTES, 2000):
         monkeypatch.setattr(units, "COUNTED_BYTES", limit)
         with pytest.raises(UserError, match=message) as raised:
             prepare_quietly(data_config(tmp_path / str(limit), json_source(path)))
-        message = r"a\.jsonl, line ([\d,]+) after byte ([\d,]+): a JSON int, not an object"
+        message = r"a\.jsonl, line ([\d,]+) after byte ([\d,]+): a value of type int, not a JSON object"
     line, byte = (int(number.replace(",", "")) for number in re.search(message, str(raised.value)).groups())
     assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
 
@@ -124,7 +124,7 @@ def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
             {"sequence_length": 8},
             r"1 too_long \(.*a\.jsonl:1: needs data\.sequence_length=19: 'a \| b'\)",
         ),
-        ([[], 3], {"on_malformed": "drop"}, r"2 malformed \(.*a\.jsonl:1: a JSON list, not an object\)"),
+        ([[], 3], {"on_malformed": "drop"}, r"2 malformed \(.*a\.jsonl:1: a value of type list, not a JSON object\)"),
         ([], {}, "no record is left: the sources are empty"),
         (
             [{"question": "a", "answer": "b"}],
@@ -132,7 +132,7 @@ def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
             r"no record is left: 1 empty .*a\.jsonl:1: ''\); check data\.views",
         ),
         ([], {"tokenizer": {"vocab_size": 400}}, "the sources are empty"),
-        ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
+        ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a value of type int, not a JSON object"),
     ],
 )
 def test_an_empty_corpus_is_an_error(write_jsonl, reference_corpus, tmp_path, rows, settings, expected):

@@ -8,14 +8,14 @@ The rows of X are the predictions and the rows of Y are their targets. The metri
     effective_rank_target           effective rank of the targets
     linear_residual                 min over A of |XA - Y| / |Y| in Frobenius norms: the residual of a linear map
     linear_residual_unseen          residual of an affine map on rows that it was not fitted on
-    difference_singular             mean of the 100 largest singular values of X - Y, over the square root of the rows
+    difference_singular             mean of the 100 largest singular values of X - Y, divided by sqrt(number of rows)
 
 LLM-JEPA (arXiv 2509.14252) takes a small linear_residual and small singular values of X - Y as signs that the views are
-nearly linear images of each other. But a linear map fits any data if D is at least the number of rows, and it also fits
-embeddings that are all equal. For linear_residual_unseen the map is therefore fitted on every second row and measured
-on the remaining rows, relative to the distance of their targets from the mean target of the fitted rows. A value of 1
-is no better than predicting that mean. The files in evaluation/geometry list the 100 largest singular values of A and
-of X - Y.
+nearly linear images of each other. But a linear map fits any data if the embedding dimension is at least the number of
+rows, and it also fits embeddings that are all equal. For linear_residual_unseen the map is therefore fitted on every
+second row and measured on the remaining rows, relative to the distance of their targets from the mean target of the
+fitted rows. A value of 1 is no better than predicting that mean. The files in evaluation/geometry list the 100 largest
+singular values of A and of X - Y.
 """
 
 import math

@@ -20,7 +20,7 @@ class ObjectiveConfig(Section):
 
     @property
     def spans(self) -> SpanSampling | None:
-        """Form of the spans; None: there is no term on spans."""
+        """Sampling of spans from the documents; None: there is no term on spans."""
         return None
 
     @property
@@ -39,7 +39,8 @@ class ObjectiveConfig(Section):
     ) -> Layout:
         """Return the layout of a record with `views` views.
 
-        In validation the layout has pairs for any objective, because the embedding monitors need them.
+        With `validating` and at least two views, the layout has pairs for any objective, because the embedding monitors
+        need them.
         """
         pairing = self.pairing
         if validating and pairing is None and views > 1:
@@ -55,5 +56,5 @@ class ObjectiveConfig(Section):
         )
 
     def factor(self, fraction: float) -> float:
-        """Return the factor on the weights of all terms except `lm`, at a consumed fraction of the budget."""
+        """Return the factor for the weights of all terms except `lm` when `fraction` of the budget is used."""
         return 1.0

@@ -90,7 +90,7 @@ LEAK = "how many of the dogs in the town of that name were sorted by the size of
 
 @pytest.fixture
 def leaky(write_jsonl, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict]]:
-    """A source with four rows from the test file of a task, the tests of that task, and the clean rows."""
+    """A source with four contaminated rows, the tests of the task that they leak from, and the clean rows."""
     test = pairs(30, seed=7)
     clean = [
         {
@@ -123,7 +123,7 @@ def test_records_with_a_test_context_are_dropped(leaky, tmp_path):
     assert str(tmp_path / "test.jsonl") in manifest["settings"]["files"]
 
 
-def test_contaminated_records_are_kept_if_configured_and_in_test_sources(leaky, tmp_path):
+def test_contaminated_records_are_kept_if_configured_or_in_a_test_source(leaky, tmp_path):
     source, tests, clean = leaky
     prepare_quietly(data_config(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
     assert len(texts_of(tmp_path / "kept")) == len(clean) + 4
@@ -236,12 +236,13 @@ def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, w
         if views
     ]
     if None in mappings:
-        sources.append(json_source(write_jsonl(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
+        sources.append(json_source(write_jsonl(tmp_path / "b.jsonl", rows)))
     log = []
     config = data_config(tmp_path / "out", *sources, sequence_length=512, deduplicate="none")
     evaluation = {"tasks": [{"name": "nl_rx", "test": str(write_jsonl(tmp_path / "test.jsonl", test))}]}
     manifest = prepare(config, evaluation_tests(config, evaluation), say=log.append)
-    # Each mapping finds the row with a test question, and no mapping finds the row with only a test answer.
+    # Each mapping with the question in its context finds the row with a test question. A mapping with the SQL as its
+    # context finds no row, because test targets are not contexts.
     found = [location.partition(": ")[0] for location in manifest["dropped"]["contaminated"]["first"]]
     assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
@@ -299,7 +300,7 @@ def test_dropped_records_do_not_affect_the_tokenizer(leaky, write_jsonl, tmp_pat
 def test_a_test_file_without_a_context_is_an_error(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(9)))
     with pytest.raises(
-        UserError, match=r"b\.jsonl:1: no text for the view text and code; the row has q: name the columns"
+        UserError, match=r"b\.jsonl:1: no text for the views text and code; the row has q: name the columns"
     ):
         prepare_quietly(
             data_config(tmp_path / "out", source), task_tests(write_jsonl(tmp_path / "b.jsonl", [{"q": "a"}]))

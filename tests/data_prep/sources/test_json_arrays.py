@@ -47,7 +47,7 @@ def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout
         (b"[]", []),
         (b" [ ] \n", []),
         (b'[{"text": "a", "code": "b"}]', [("a", "b")]),
-        (b'[1, {"text": "a", "code": "b"}]', [("malformed", "a JSON int, not an object"), ("a", "b")]),
+        (b'[1, {"text": "a", "code": "b"}]', [("malformed", "a value of type int, not a JSON object"), ("a", "b")]),
         (b'[{"text": "a", "code": "b", "n": ' + b"9" * 5000 + b"}]", [("a", "b")]),
         (b'[{"text": "\xff"}, {"text": "a", "code": "\xc3\xa4"}]', [("malformed", "not UTF-8"), ("a", "ä")]),
         (b'[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]', [("q", "a")]),
@@ -103,4 +103,4 @@ def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path):
     (problem, location), _ = read_with_locations(
         reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}'))
     )
-    assert problem == ("malformed", "a JSON list, not an object") and location.endswith("b.jsonl:1")
+    assert problem == ("malformed", "a value of type list, not a JSON object") and location.endswith("b.jsonl:1")

@@ -55,7 +55,7 @@ def read_naively(path: Path, content: bytes) -> list[tuple]:
             views = (
                 (value.get("text", ""), value.get("code", ""))
                 if isinstance(value, dict)
-                else ("malformed", "a JSON list, not an object")
+                else ("malformed", "a value of type list, not a JSON object")
             )
             expected.append((views, f"{path}:{number}"))
     return expected
@@ -166,10 +166,10 @@ def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
         (b"\x1f\x8b\x08\x00", "not UTF-8"),
         (b'{"text": "\xe2\x82', "not UTF-8 (unexpected end of data at byte 10 of the line)"),
         ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
-        (b"[]", "a JSON list, not an object"),
-        (b'"text"', "a JSON str, not an object"),
-        (b"null", "a JSON NoneType, not an object"),
-        (b"NaN", "a JSON float, not an object"),
+        (b"[]", "a value of type list, not a JSON object"),
+        (b'"text"', "a value of type str, not a JSON object"),
+        (b"null", "a value of type NoneType, not a JSON object"),
+        (b"NaN", "a value of type float, not a JSON object"),
         (b'{"text": NaN, "code": "b"}', "'text' holds nan, not a finite number"),
         (b'{"text": {"a": 3}, "code": "b"}', "'text' holds a value of type dict, not text"),
         (b'{"text": "a", "code": ["b"]}', "'code' holds a value of type list, not text"),

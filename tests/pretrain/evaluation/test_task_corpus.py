@@ -52,7 +52,7 @@ def test_rows_are_read_from_columns_messages_custom_formats_and_local_data_sets(
     assert [row.views for row in test_rows] == [("a", "b"), ("c", "d"), ("e", "f")]
     assert test_rows[2].columns["answers"] == ["f", "g"]
     with pytest.raises(
-        UserError, match=r"test.jsonl:3: no text for the view text and code; the row has question, answers"
+        UserError, match=r"test.jsonl:3: no text for the views text and code; the row has question, answers"
     ):
         read_rows(source, views, "task.test")
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "e", "answers": []}\n')

@@ -233,7 +233,7 @@ UNREADABLE = {
     "no JSON": ({"test": "FOLDER/plain.jsonl"}, "FOLDER/plain.jsonl:1: not JSON"),
     "other columns": (
         {"train": "FOLDER/others.jsonl", "finetune": {}},
-        "FOLDER/others.jsonl:1: no text for the view text and code; the row has "
+        "FOLDER/others.jsonl:1: no text for the views text and code; the row has "
         "a, b: name the columns of the views in evaluation.tasks.0.train",
     ),
     "a view is missing": (

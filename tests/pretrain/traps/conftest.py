@@ -1,6 +1,6 @@
 """Fixtures that prepare corpora inside the test process and pack their records into one batch.
 
-A mutant of the preparation code has an effect only in the test process.
+The tests patch the preparation with mutants that reintroduce a trap. A patch has no effect in a subprocess.
 """
 
 import json
