@@ -269,7 +269,7 @@ def _check_decontaminated(config: RunConfig, corpus: Corpus, say: Callable[[str]
         if not_compared:
             say(
                 f"WARNING: {config.data.path} was not decontaminated against {not_compared[0]} (task {test.task}): its "
-                "questions may be in the training data; prepare another data.path with this configuration, or set "
+                "questions may be in the training data; prepare a different data.path with this configuration, or set "
                 "data.decontaminate=false"
             )
 
@@ -278,7 +278,7 @@ def _check_views(config: RunConfig, corpus: Corpus) -> None:
     if tuple(corpus.manifest["views"]) != config.data.views:
         raise UserError(
             f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with "
-            f"{corpus.manifest['views']}: set data.views to these, or prepare another data.path"
+            f"{corpus.manifest['views']}: set data.views to these, or prepare a different data.path"
         )
 
 

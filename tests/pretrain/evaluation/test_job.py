@@ -253,7 +253,7 @@ def test_user_errors_are_one_line_with_exit_code_2(run_dir, background, tmp_path
         ("--checkpoint", "7"): "no checkpoint of step 7; choose one of 10, 20",
         ("--task", "nl_rex"): "task.name: unknown task 'nl_rex': choose one of geometry, gsm8k",
         ("--embed", "x"): "is not an export",
-        ("--task", "nl_rx", "task.tset=x"): "nearest known one is 'task.test'",
+        ("--task", "nl_rx", "task.tset=x"): "nearest known key is 'task.test'",
         ("task.test=x", "--task", "loss", "--task", "nl_rx"): "addresses one task",
         ("--task", "loss", f"task.test={tmp_path / 'none.jsonl'}"): "No such file",
     }.items():

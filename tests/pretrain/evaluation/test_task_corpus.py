@@ -30,7 +30,7 @@ def test_equal_rows_of_a_task_are_all_kept(prepared, tmp_path):
 
 def test_a_task_corpus_needs_a_file(tmp_path):
     config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
-    with pytest.raises(UserError, match="has no file"):
+    with pytest.raises(UserError, match="a json source of the task has no path"):
         prepare_task_corpus(config, JsonSource(type="json"), tmp_path / "evaluation")
 
 

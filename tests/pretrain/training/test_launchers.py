@@ -213,7 +213,7 @@ INVALID_CONFIGS = {
     ),
     "misspelt finetune key": (
         {"evaluation": {"tasks": [{"name": "nl_rx", "finetune": {"learnin_rate": 1}}]}},
-        "nearest known one is 'learning_rate'",
+        "nearest known key is 'learning_rate'",
     ),
     "finetuning without its rows": (
         {"evaluation": {"tasks": [{"name": "nl_rx", "test": "x", "finetune": {}}]}},
@@ -296,7 +296,7 @@ def test_a_changed_zero_stage_or_a_corrupt_run_file_is_an_error(folder, tmp_path
         folder, output_dir=str(tmp_path), train__steps=1, deepspeed={"zero_optimization": {"stage": 2}}
     )
     run_main(write_config(tmp_path, values), monkeypatch, "--dry-run")
-    assert "another deepspeed.zero_optimization.stage (3, now 2)" in capsys.readouterr().err
+    assert "different deepspeed.zero_optimization.stage (3, now 2)" in capsys.readouterr().err
     for file in ("environment.json", "config.yaml"):
         (tmp_path / "run" / file).write_text("")
         run_main(

@@ -188,7 +188,7 @@ def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
         assert done.returncode == 2 and len(errors) == 1 and expected.format(corpus=tmp_path / "corpus") in errors[0], (
             done.stderr
         )
-        assert "prepare another data.path" in errors[0]
+        assert "prepare a different data.path" in errors[0]
     run_command(["python", "launcher/run.py", path, *ALLOWED, "--dry-run"])
 
 

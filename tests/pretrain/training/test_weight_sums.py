@@ -83,14 +83,14 @@ def test_round_robin_gradients_can_be_neither_switched_nor_moved_to_other_ranks(
     (tmp_path / "runs" / "run" / "status.json").unlink()
     for key in ("sub_group_size=1000", "parameter_alignment=true"):
         done = run_command(ranks_command(2, "launcher/run.py", path, f"deepspeed.zero_optimization.{key}"), check=False)
-        assert done.returncode == 2 and f"another deepspeed.zero_optimization.{key.split('=')[0]}" in done.stderr, (
+        assert done.returncode == 2 and f"different deepspeed.zero_optimization.{key.split('=')[0]}" in done.stderr, (
             done.stderr
         )
     switched = write_config(tmp_path, tiny_config(tmp_path, train__steps=4, checkpoint={"every": 2}, deepspeed=plain))
     done = run_command(ranks_command(2, "launcher/run.py", switched), check=False)
     assert (
         done.returncode == 2
-        and "another deepspeed.zero_optimization.round_robin_gradients (True, now False)" in done.stderr
+        and "different deepspeed.zero_optimization.round_robin_gradients (True, now False)" in done.stderr
     ), done.stderr
     path = write_config(
         tmp_path,
