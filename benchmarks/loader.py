@@ -85,7 +85,7 @@ def report(
     targets["start-up seconds"] = check_target(start["seconds"], most=MAX_START_SECONDS)
     targets["start-up bytes"] = check_target(start["bytes"], most=MAX_START_BYTES)
     if demo is not None:
-        targets["share of the demo's step spent waiting"] = check_target(demo["waiting"], most=MAX_STEP_SHARE)
+        targets["fraction of the demo's step spent waiting"] = check_target(demo["waiting"], most=MAX_STEP_SHARE)
     return {
         "cores": 1,
         "rounds": arguments.rounds,

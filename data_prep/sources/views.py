@@ -31,7 +31,7 @@ class ViewMapping:
 
 
 def make_mapping(source: BaseSource, views: tuple[str, ...], name: str, default: dict[str, str]) -> ViewMapping:
-    """Return the mapping of a source, or `default` if it has none. Raises UserError if the mapping is not valid.
+    """Return the mapping of a source, or `default` if there is none. Raises UserError if the mapping is not valid.
 
     `name` is the dotted key of the source.
     """

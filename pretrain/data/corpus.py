@@ -201,7 +201,7 @@ def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
         if key.removeprefix("data.") not in NOT_COMPARED:
             raise UserError(
                 f"{key} is {given}, but {data.path} was prepared with {prepared}: set it to that value, or prepare "
-                "another data.path with this configuration: python -m data_prep CONFIG data.path=FOLDER"
+                "a different data.path with this configuration: python -m data_prep CONFIG data.path=FOLDER"
             )
 
 

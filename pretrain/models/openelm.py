@@ -153,7 +153,7 @@ class OpenELMAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output, (B, L, D) -> (B, L, D), and the attention weights, or None if the kernel has none."""
+        """Return the output, (B, L, D) -> (B, L, D), and the attention weights, or None if there are none."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)

@@ -122,12 +122,12 @@ class Matching:
     def _plan(self, config: RunConfig) -> Plan:
         corpus = Corpus(config.data.path, "train")
         try:
-            check(config, corpus, self._say_once)
+            check(config, corpus, self._print_once)
             return make_plan(config, corpus)
         except UserError as error:
             raise UserError(f"{config.name}: {error}") from None
 
-    def _say_once(self, line: str) -> None:
+    def _print_once(self, line: str) -> None:
         if line not in self._reported:
             self._reported.add(line)
             self._say(line)

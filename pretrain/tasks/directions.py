@@ -1,4 +1,4 @@
-"""Directions of metrics: whether higher or lower is better. The report needs them to tell help from harm.
+"""Directions of metrics: whether higher or lower is better. The report needs them to distinguish help from harm.
 
 Each task declares the directions of its own metrics in `METRICS`.
 """

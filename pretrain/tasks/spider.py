@@ -74,7 +74,7 @@ class Verdict(NamedTuple):
     """Outcome of running a target and an answer."""
 
     gold_runs: bool
-    gold_gives_rows: bool
+    gold_has_rows: bool
     runs: bool
     right: bool
 
@@ -104,14 +104,14 @@ def score(
         **rate_over_subset("exact_unseen", exact, is_unseen),
         "runs": rate(verdict.runs for verdict in verdicts),
         "stopped": rate(answer.stopped for answer in answers),
-        **rate_over_subset("execution_filled", right, [verdict.gold_gives_rows for verdict in verdicts]),
+        **rate_over_subset("execution_filled", right, [verdict.gold_has_rows for verdict in verdicts]),
     }, {
         "failed_gold": sum(
             database is not None and not verdict.gold_runs
             for verdict, database in zip(verdicts, databases, strict=True)
         ),
         "missing_database": sum(database is None for database in databases),
-        "empty_results": sum(verdict.gold_runs and not verdict.gold_gives_rows for verdict in verdicts),
+        "empty_results": sum(verdict.gold_runs and not verdict.gold_has_rows for verdict in verdicts),
     } | ({"unseen": sum(is_unseen)} if is_unseen is not None else {})
 
 

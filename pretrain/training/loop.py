@@ -129,7 +129,7 @@ class Trainer:
         return status
 
     def _train(self, data: Prefetch) -> str:
-        stopping = self._asked_to_stop()
+        stopping = self._stop_requested()
         data_failed = True  # the first step must check for data errors on all ranks
         if stopping:
             self.reason = self._stop_reason()
@@ -203,7 +203,7 @@ class Trainer:
         steps = list_steps(self.config.run_dir / "checkpoints")
         write_status(self.config.run_dir, "resumable", steps[-1] if steps else 0, line)
 
-    def _asked_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         """Return whether any rank has received a signal to stop. All ranks must call this together."""
         self._report_progress()
         return self.world.sum([torch.tensor(self.stop.received is not None, device=self.world.device)])[0] > 0
@@ -393,7 +393,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float] | None:
         assert self.validation is not None
-        values = self.validation.run(self.engine, self.objective.units, self._asked_to_stop)
+        values = self.validation.run(self.engine, self.objective.units, self._stop_requested)
         if values is None:
             return None
         self._say(validation_line(self.progress, values))

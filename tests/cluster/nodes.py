@@ -1,7 +1,7 @@
 """Two nodes and a control host on one machine.
 
 Each of the three hosts has its own network, host name, processes and mounts. Each node runs an sshd. The hosts are
-network namespaces on their own bridge: the network of the machine does not change, and the hosts can reach only each
+network namespaces with a separate bridge: the network of the machine does not change, and the hosts can reach only each
 other. This needs root.
 """
 

@@ -90,7 +90,7 @@ def test_srun_without_mpi_and_deepspeed_produce_the_same_run_as_torchrun(cluster
     assert json.loads((folder / "runs" / "srun" / "environment.json").read_text())["ranks"] == 2
 
 
-STAND_IN = """
+FAKE_RUN = """
 import os, signal, sys, time
 from pathlib import Path
 
@@ -124,7 +124,7 @@ The outcomes are wait (until SIGUSR1), crash, progress (crash after a new checkp
 def project(tmp_path):
     """Return a folder to submit jobs from, with the stand-in for run.py."""
     (tmp_path / "launcher").mkdir()
-    (tmp_path / "launcher" / "run.py").write_text(STAND_IN)
+    (tmp_path / "launcher" / "run.py").write_text(FAKE_RUN)
     write_config(tmp_path, tiny_config(tmp_path, output_dir="runs"))
     return tmp_path
 

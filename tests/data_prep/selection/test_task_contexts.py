@@ -235,8 +235,13 @@ def test_a_name_column_of_a_template_is_not_a_context(write_jsonl, tmp_path):
 
 
 def test_rows_of_a_test_file_fall_back_to_view_names_or_the_public_format(write_jsonl, tmp_path):
-    rows = [{"text": "a", "code": "b"}, {"question": "c", "answer": "#### 1"}, {"ask": "d", "say": "e"}, chat("f", "g")]
-    source = task_tests(write_jsonl(tmp_path / "test.jsonl", rows), views={"text": "ask", "code": "say"})[0].source
+    rows = [
+        {"text": "a", "code": "b"},
+        {"question": "c", "answer": "#### 1"},
+        {"ask": "d", "reply": "e"},
+        chat("f", "g"),
+    ]
+    source = task_tests(write_jsonl(tmp_path / "test.jsonl", rows), views={"text": "ask", "code": "reply"})[0].source
     found = read_rows(source, ("text", "code"), "task.test", row_format=public_row_format("gsm8k"))
     assert [row.views for row in found] == [("a", "b"), ("c", "#### 1"), ("d", "e"), ("f", "g")]
 

@@ -29,7 +29,7 @@ def open_reader(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
 
 
 def read_with_locations(reader: Reader) -> list[tuple]:
-    """Return a pair for each record: its views, or (reason, problem) if it has none; and its location."""
+    """Return a pair for each record: its views, or (reason, problem) if it cannot be read; and its location."""
     found, counts = [], {}
     for piece in reader.pieces():
         for record in reader.read(piece):

@@ -125,7 +125,7 @@ def test_a_value_that_is_not_a_list_of_texts_is_reported_with_its_column(tmp_pat
     assert record.views is None and record.reason == "malformed" and record.problem.startswith(f"'p' holds {problem}")
 
 
-def test_a_missing_or_null_list_gives_an_empty_record(tmp_path):
+def test_a_missing_or_null_list_becomes_an_empty_record(tmp_path):
     assert (
         read(tmp_path, {}, "p")
         == read(tmp_path, {"p": None}, "p")

@@ -128,7 +128,7 @@ def test_a_file_is_a_document(tmp_path, content, document, suffix):
     assert read_with_locations(reader(path)) == [(("", document), f"{path}:1")]
 
 
-def test_a_folder_gives_its_non_empty_files_sorted_by_name(tmp_path):
+def test_a_folder_yields_its_non_empty_files_sorted_by_name(tmp_path):
     for name in ("b.txt", "a/c", "a/b.md.gz", "z.rst.zst"):
         write(tmp_path / name, name.encode())
     for name in ("empty.txt", "blank.txt"):
@@ -216,7 +216,7 @@ def test_a_corrupt_compressed_file_is_reported(tmp_path, suffix, separator, dama
 
 @needs_shared
 @pytest.mark.parametrize("separator", ["", "======"])
-def test_a_real_manual_cut_into_small_pieces_gives_the_same_documents(separator, set_piece_size):
+def test_a_real_manual_cut_into_small_pieces_yields_the_same_documents(separator, set_piece_size):
     path = SHARED / "text" / "sqlite3-doc.txt"
     expected = split_naively(path.read_bytes(), separator)
     set_piece_size(77_777, 1 << 16)

@@ -14,7 +14,7 @@ from tests.row_plans import plan
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
-def test_percentages_equal_those_of_planned_rows(views, write_corpus, specials):
+def test_percentages_equal_the_percentages_of_planned_rows(views, write_corpus, specials):
     rng = np.random.default_rng(views)
     records = [tuple(rng.integers(5, 512, size).tolist() for size in rng.integers(1, 90, views)) for _ in range(300)]
     corpus = write_corpus(records, shard_records=70)

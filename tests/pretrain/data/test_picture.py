@@ -177,5 +177,5 @@ def test_a_mistake_in_the_batch_is_marked(mistake, write_corpus, monkeypatch):
     assert wrong.count(sign) > right.count(sign)
 
 
-def test_lines_are_no_wider_than_requested(case):
+def test_lines_have_at_most_the_requested_width(case):
     assert max(map(len, case[0].text.splitlines())) <= 80

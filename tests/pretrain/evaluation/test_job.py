@@ -31,7 +31,7 @@ def read_lines(path):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """Return the folder of a run whose checkpoints are evaluated in the background on its own validation pairs."""
+    """Return the folder of a run whose checkpoints are evaluated in the background with its validation pairs."""
     folder = tmp_path_factory.mktemp("evaluation")
     pairs = write_pairs(folder / "pairs.jsonl", "validation", 60)
     values = tiny_config(
@@ -84,7 +84,7 @@ def test_every_requested_checkpoint_is_evaluated_once(background):
     assert [(result["task"], result["step"]) for result in background] == [("loss", 10), ("loss", 20)]
 
 
-def test_evaluating_only_the_export_gives_the_losses_of_the_validation(run_dir, background):
+def test_evaluating_only_the_export_yields_the_losses_of_the_validation(run_dir, background):
     validation = {line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "validation/loss/lm" in line}
     for result in background:
         assert result["rows"] == 60 and result["directions"].keys() == result["metrics"].keys()

@@ -30,7 +30,7 @@ def export(request, tmp_path_factory):
     return folder
 
 
-def test_likelihoods_equal_those_of_a_single_unpadded_row(export, monkeypatch):
+def test_likelihoods_match_a_single_unpadded_row(export, monkeypatch):
     monkeypatch.setattr(likelihood, "TOKENS", 150)  # small enough for several batches
     options = [[target, "", other * 2] for (_, target), (_, other) in zip(PAIRS, PAIRS[-1:] + PAIRS[:-1], strict=True)]
     found = log_likelihoods(export, [(context, texts) for (context, _), texts in zip(PAIRS, options, strict=True)])

@@ -189,7 +189,7 @@ def test_flex_attention_has_the_same_states(family, packed, make_model, monkeypa
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_logits_equal_those_of_the_plain_model(family, packed, make_model):
+def test_logits_match_the_plain_model(family, packed, make_model):
     model = make_model(K, family=family)
     logits = model.logits(model(packed)).view(2, ROW, -1)
     tokens, places = packed.sequences[0]

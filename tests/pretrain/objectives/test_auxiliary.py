@@ -253,7 +253,7 @@ def test_regularizers_of_at_most_one_pair_are_finite(regularizer, valid, request
         ("independent", "sub_span"),
     ],
 )
-def test_the_tube_term_of_packed_rows_equals_that_of_separate_documents(kind, form, corpus, specials, make_model):
+def test_the_tube_term_of_packed_rows_matches_separate_documents(kind, form, corpus, specials, make_model):
     model, layout = make_model(0), make_layout(kind, specials, spans=form)
     rows = Loader(corpus, layout, 128, seed=5).next_rows(4)
     batch = assemble(rows, corpus, layout, specials, 128, 0)

@@ -219,7 +219,7 @@ def test_ties_are_reported(study_with_values):
     assert "no difference found" in text and "would have been found with a probability of at least 80%" in text
 
 
-def test_one_seed_gives_no_verdict(study_with_values):
+def test_one_seed_allows_no_verdict(study_with_values):
     text, page = render_report(study_with_values({"plain": {1: 0.7}, "better": {1: 0.9}}))
     assert (
         "better: no verdict, because one seed does not show the spread between seeds" in text

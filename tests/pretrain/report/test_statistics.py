@@ -23,7 +23,7 @@ def shifted(shifts):
     return {seed: value + shift for (seed, value), shift in zip(BASELINE.items(), shifts, strict=True)}
 
 
-def test_a_single_arm_gives_the_result_of_students_paired_t_test():
+def test_a_single_arm_has_the_result_of_students_paired_t_test():
     arm = shifted([0.03, 0.05, 0.01, 0.02, 0.04])
     found = compare({"arm": arm}, BASELINE, higher_is_better=True)["arm"]
     expected = stats.ttest_rel(list(arm.values()), list(BASELINE.values()))

@@ -37,7 +37,7 @@ def hold_steps(config: Path, steps: list[int]) -> None:
 
 def hold_validation(step: int) -> None:
     """Wait in the validation of a step until any rank has received a signal."""
-    asked_to_stop = loop.Trainer._asked_to_stop
+    asked_to_stop = loop.Trainer._stop_requested
 
     def held(self):
         if self.progress.step == step and self.world.is_main:
@@ -46,7 +46,7 @@ def hold_validation(step: int) -> None:
             time.sleep(0.05)
         return stopping
 
-    loop.Trainer._asked_to_stop = held
+    loop.Trainer._stop_requested = held
 
 
 def hold_save(step: int) -> None:

@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_pinned_during_its_removal_is_restored(tmp_path, mo
     assert check(tmp_path / step_name(1)) is None
 
 
-def test_a_checkpoint_that_cannot_be_moved_is_reported_and_the_others_are_removed(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_moved_is_reported_and_the_remaining_ones_are_removed(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         write_checkpoint(tmp_path, step)
     replace = os.replace

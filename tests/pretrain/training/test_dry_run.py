@@ -290,7 +290,7 @@ def assert_held(row: list[str], measured: dict, case: object, tolerance: float =
 
 
 @pytest.mark.slow
-def test_planned_model_states_match_those_of_deepspeed(folder, plan):
+def test_planned_model_states_match_deepspeed(folder, plan):
     cases = {
         "fp32-3": ("fp32", 3),
         "fp32-1": ("fp32", 1),
@@ -315,7 +315,7 @@ def test_planned_model_states_match_those_of_deepspeed(folder, plan):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 3), ("fp32", 1)])
-def test_planned_model_states_with_adapters_match_those_of_deepspeed(folder, plan, init_folder, precision, stage):
+def test_planned_model_states_with_adapters_match_deepspeed(folder, plan, init_folder, precision, stage):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     changes = two_step_changes(f"adapted-{stage}", precision, stage)
     del changes["model__shape"]

@@ -70,7 +70,7 @@ def story(tmp_path_factory, request) -> dict:
     return {"folder": folder, "stops": stops, "logs": logs}
 
 
-def test_the_losses_match_those_of_an_uninterrupted_run(story):
+def test_the_losses_match_an_uninterrupted_run(story):
     fixed, elastic = (metrics(story["folder"], name) for name in ("fixed", "elastic"))
     assert [line["step"] for line in elastic] == [line["step"] for line in fixed] == list(range(1, STEPS + 1))
     assert story["stops"][-1] == STEPS and sorted(set(story["stops"])) == story["stops"]

@@ -116,7 +116,7 @@ def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", IN_FP32)
-def test_norms_and_cosines_equal_those_of_a_plain_process(folder, name):
+def test_norms_and_cosines_match_a_plain_process(folder, name):
     measured = metrics(folder, name)[2]
     plain = plain_gradients(folder, name)
     for term, gradient in plain.items():

@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_reported_and_set_aside_and_the_previous_one_is_
     assert (story["runs"]["disturbed"] / "checkpoints" / f"damaged-{step_name(story['newest'])}").exists()
 
 
-def test_the_end_state_is_bitwise_equal_to_that_of_an_undisturbed_run(story):
+def test_the_end_state_is_bitwise_equal_to_an_undisturbed_run(story):
     assert_same_checkpoints(*(run / "checkpoints" / step_name(STEPS) for run in story["runs"].values()))
 
 
