@@ -13,7 +13,7 @@ import torch
 from cost_arms import BASELINE
 from cost_bench import Bench, Measurement
 
-from data_prep.console import print_now
+from data_prep.utils.console import print_now
 from pretrain.config import load_config
 from pretrain.training.distributed import init_world
 from pretrain.training.engine import parameter_count

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from data_prep.console import exit_on_user_error
+from data_prep.utils.console import exit_on_user_error
 from pretrain.config import load_config
 from pretrain.training.distributed import World, init_world, leave_group
 from pretrain.training.setup import set_up

@@ -24,7 +24,7 @@ import yaml
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
-from data_prep.console import exit_on_user_error
+from data_prep.utils.console import exit_on_user_error
 from pretrain.config import load_config
 from pretrain.data.batch import Batch
 from pretrain.training.distributed import World, init_world

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError, exit_on_user_error
+from data_prep.utils.console import UserError, exit_on_user_error
 
 RANKS = (1, 2, 8, 64, 256, 1000)
 STAGES = (0, 1, 2, 3)

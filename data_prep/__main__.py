@@ -6,17 +6,20 @@
 """
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 
 from data_prep.config import DataConfig, evaluation_tests
-from data_prep.config_file import load_yaml, validate
-from data_prep.console import UserError, exit_on_user_error, print_now
 from data_prep.executor import Executor, MpiExecutor
-from data_prep.launch_env import find_mpi, is_silent_rank
+from data_prep.utils.config_file import load_yaml, validate
+from data_prep.utils.console import UserError, exit_on_user_error, print_now
+from data_prep.utils.launch_env import find_mpi, is_silent_rank
 
 MOVED_SUBCOMMANDS = ("inspect", "stats")
 """Subcommands that are now in `python -m pretrain.data`."""
+READ_SECTIONS = ("data", "evaluation")
+"""Sections of the configuration that are read here. Training checks the names of all sections."""
 
 
 def main() -> None:
@@ -48,6 +51,10 @@ def prepare_corpus(executor: Executor | None) -> None:
     # Overrides of model.shape change a file that only training reads.
     relevant_overrides = [override for override in arguments.overrides if not override.startswith("model.shape.")]
     values = load_yaml(arguments.config, relevant_overrides)
+    for key in values:
+        nearest = difflib.get_close_matches(str(key), READ_SECTIONS, n=1, cutoff=0.75)
+        if nearest and key not in READ_SECTIONS:
+            raise UserError(f"unknown key {key!r} in {arguments.config}; the nearest known key is {nearest[0]!r}")
     if "data" not in values:
         raise UserError(f"{arguments.config} has no `data` section; add one (see docs/data.md)")
     data = validate(DataConfig, values["data"], "data")

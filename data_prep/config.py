@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from data_prep.config_file import LocalPath, Section, validate
+from data_prep.utils.config_file import LocalPath, Section, validate
 
 Split = Literal["train", "validation", "test"]
 MAX_VIEWS = 8

@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.console import UserError
-from data_prep.files import read_json, write_json
 from data_prep.holdout import load_frequent_targets, split_function
-from data_prep.ragged import ragged_ranges, ragged_sums
 from data_prep.scan import BATCH_CHARACTERS, dropped_file, scan_report
 from data_prep.selection import duplicates
 from data_prep.selection.drops import MAX_EXAMPLES, DropCounter, excerpt
@@ -25,6 +22,9 @@ from data_prep.sources.record import Reader, Record
 from data_prep.text_chunks import chunk_text
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json, write_json
+from data_prep.utils.ragged import ragged_ranges, ragged_sums
 
 SHARD_TOKENS = 1 << 25
 """Number of tokens at which a shard is full. This bounds the memory needed for a unit, however large its

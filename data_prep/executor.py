@@ -20,8 +20,8 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from data_prep.console import INTERRUPTED_EXIT_CODE, UserError
 from data_prep.progress import Progress
+from data_prep.utils.console import INTERRUPTED_EXIT_CODE, UserError
 
 Result = TypeVar("Result")
 Failure = UserError | OSError

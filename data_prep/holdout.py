@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import DataConfig
-from data_prep.files import atomic_path, read_json, read_json_or_none, write_json
 from data_prep.sources.record import Record
 from data_prep.units import Job, Unit
+from data_prep.utils.files import atomic_path, read_json, read_json_or_none, write_json
 
 SAMPLE_SIZE = 1024
 """Maximum number of targets in the sample of a unit."""

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import HubSource
-from data_prep.console import UserError
-from data_prep.files import read_json, read_json_or_none, sha256_file, write_json
 from data_prep.selection.task_contexts import list_test_files
 from data_prep.sources import Reader
 from data_prep.tokenizer_files import ADDED, CONFIG, MAP
 from data_prep.units import Job
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json, read_json_or_none, sha256_file, write_json
 
 ADDED_TOKEN_FILES = (ADDED, CONFIG, MAP)
 """Names of files that add tokens to a sentencepiece model in the same folder."""

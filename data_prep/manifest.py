@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from data_prep.console import UserError
 from data_prep.encode import shard_report
-from data_prep.files import read_json
 from data_prep.scan import scan_report
 from data_prep.selection.drops import MAX_EXAMPLES, REASONS, unknown_tokens
 from data_prep.shards import FORMAT
 from data_prep.sources import Reader
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import Job, Unit
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json
 
 Manifest = dict[str, Any]
 

@@ -21,10 +21,8 @@ from typing import IO, Any
 
 from data_prep import inputs
 from data_prep.config import DataConfig, HubSource, TaskTest
-from data_prep.console import UserError, print_now
 from data_prep.encode import encode_unit, kept_records, shard_report
 from data_prep.executor import Executor, LocalExecutor, Task
-from data_prep.files import read_json, read_json_or_none, sync_file, try_lock, write_json, write_text
 from data_prep.holdout import find_frequent_targets, load_frequent_targets, split_function
 from data_prep.manifest import Manifest, build_manifest, check_not_empty, drop_summary, summary, summary_line
 from data_prep.progress import Progress
@@ -45,6 +43,8 @@ from data_prep.sources.files import piece_length
 from data_prep.sources.hub import commit_of
 from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from data_prep.units import Job, Unit, make_units, open_job
+from data_prep.utils.console import UserError, print_now
+from data_prep.utils.files import read_json, read_json_or_none, sync_file, try_lock, write_json, write_text
 
 SAMPLE_CHARACTERS = 20_000_000
 """Size of the sample on which a tokenizer is trained. A larger sample hardly changes the pieces."""

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import DataConfig, FiltersConfig
-from data_prep.console import UserError
-from data_prep.files import atomic_path, read_json, write_json
 from data_prep.holdout import TargetSample, split_function
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.contamination import Contamination
@@ -21,6 +19,8 @@ from data_prep.selection.filters import SearchTimeoutError, filter_reason, searc
 from data_prep.selection.task_contexts import contexts_file
 from data_prep.sources.record import Piece, Reader, Record
 from data_prep.units import Job, Unit, malformed_record_error, open_job, read_unit, record_location
+from data_prep.utils.console import UserError
+from data_prep.utils.files import atomic_path, read_json, write_json
 
 BATCH_CHARACTERS = 1 << 20
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import sentencepiece
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 
 ModelProto = Any
 """A model as a protocol buffer. The class that sentencepiece generates for it has no types."""

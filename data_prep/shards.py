@@ -11,7 +11,7 @@ The checksum of a row is the low 32 bits of
     mix(c) + sum over its views v, counted from 0 among the columns, of mix(h(v) ^ mix(v))       modulo 2**64
     h(v) = (sum over the positions i of mix(token i ^ i * 2**32)) ^ mix(number of tokens)
 
-Here mix is SplitMix64 (data_prep/ragged.py). In a row with `continues`, c is 1 + the first token of the next row;
+Here mix is SplitMix64 (data_prep/utils/ragged.py). In a row with `continues`, c is 1 + the first token of the next row;
 otherwise c is 0.
 """
 
@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from data_prep.config import CHECKSUM, CONTINUES
-from data_prep.console import UserError
-from data_prep.files import atomic_path, sha256_file
-from data_prep.ragged import ragged_ranges, ragged_sums, splitmix64
+from data_prep.utils.console import UserError
+from data_prep.utils.files import atomic_path, sha256_file
+from data_prep.utils.ragged import ragged_ranges, ragged_sums, splitmix64
 
 FORMAT = 3
 MANIFEST = "manifest.json"

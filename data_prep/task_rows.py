@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.config import HubSource, JsonSource
-from data_prep.console import UserError, print_now
-from data_prep.files import write_text
 from data_prep.sources import csv_rows, files, json_array
 from data_prep.sources.hub import as_user_error, open_rows
 from data_prep.sources.json_lines import SUFFIXES, parse
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import RowMapping
 from data_prep.tasks.row_format import RowFormat
+from data_prep.utils.console import UserError, print_now
+from data_prep.utils.files import write_text
 
 Columns = dict[str, Any]
 

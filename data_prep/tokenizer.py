@@ -26,7 +26,6 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from data_prep.console import UserError, print_now
 from data_prep.sentencepiece_json import (
     ESCAPES,
     NORMAL,
@@ -40,6 +39,7 @@ from data_prep.sentencepiece_json import (
     to_tokenizer_json,
 )
 from data_prep.tokenizer_files import add_tokens, read_tokenizer_json, special_tokens_by_name, token_text
+from data_prep.utils.console import UserError, print_now
 from data_prep.word_cache import WordCache, is_cacheable
 
 # The preparation runs one process per core. Threads of `tokenizers` in each of them would only oversubscribe the cores.

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError
 from data_prep.sentencepiece_json import added_token
+from data_prep.utils.console import UserError
 
 ADDED, CONFIG, MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
 SPECIAL_ORDER = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))

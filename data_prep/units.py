@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from data_prep.config import DataConfig, TaskTest
-from data_prep.console import UserError
 from data_prep.selection.near_duplicates import DEFAULT_THRESHOLD
 from data_prep.sources import Reader, open_source
 from data_prep.sources.files import piece_length
 from data_prep.sources.record import Piece, Record
 from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
 
 COUNTED_BYTES = 256 << 20
 """Largest offset of a piece, in bytes, for which error messages count lines from the beginning of the file."""

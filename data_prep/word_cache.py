@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from data_prep.ragged import ragged_ranges
 from data_prep.sentencepiece_json import SPACE
+from data_prep.utils.ragged import ragged_ranges
 
 PART = re.compile(" *[^ ]+| +")
 MAX_CACHE_SIZE = 1 << 25

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from data_prep.config_file import subsections
+from data_prep.utils.config_file import subsections
 from pretrain import config as run_config
 
 HEADER = """# Configuration

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.console import UserError, exit_on_user_error
+from data_prep.utils.console import UserError, exit_on_user_error
 from pretrain.config import load_config
 
 CONFIG = "configs/demo.yaml"

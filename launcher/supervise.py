@@ -34,7 +34,7 @@ from typing import Any
 
 import psutil
 
-from data_prep.console import UserError, exit_on_user_error, ignore_output_errors, print_now
+from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors, print_now
 from pretrain.config import load_config
 from pretrain.run_folder import REWIND_REASON_PREFIX, list_steps, read_status
 from pretrain.training.evaluation_requests import SUPERVISED_VARIABLE

@@ -10,8 +10,8 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from data_prep.config import DataConfig
-from data_prep.config_file import LocalPath, Section, apply_overrides, load_yaml, validate
-from data_prep.console import UserError
+from data_prep.utils.config_file import LocalPath, Section, apply_overrides, load_yaml, validate
+from data_prep.utils.console import UserError
 from pretrain.data.layout import Layout, SpecialTokenIds
 from pretrain.deepspeed_options import check_deepspeed
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
@@ -152,7 +152,8 @@ class RunConfig(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the configuration of a run after applying and checking overrides. Raises UserError naming the key."""
     shape_overrides = [override for override in overrides if override.startswith("model.shape.")]
-    values = load_yaml(path, [override for override in overrides if override not in shape_overrides])
+    other_overrides = [override for override in overrides if override not in shape_overrides]
+    values = load_yaml(path, other_overrides, tuple(RunConfig.model_fields))
     shape = values.get("model", {}).get("shape") if isinstance(values.get("model"), dict) else None
     if isinstance(shape, str):
         values["model"]["shape"] = _read_shape(Path(path).parent / Path(shape).expanduser())

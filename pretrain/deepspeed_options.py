@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from data_prep.config_file import Section, validate
-from data_prep.console import UserError
+from data_prep.utils.config_file import Section, validate
+from data_prep.utils.console import UserError
 
 COMPUTED_KEYS = {
     "train_batch_size": "train.global_batch_rows",

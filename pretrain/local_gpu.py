@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 
 LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 """Variables in which torchrun, DeepSpeed and Open MPI store the number of ranks on a machine."""

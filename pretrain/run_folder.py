@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError, print_now
-from data_prep.files import write_json
+from data_prep.utils.console import UserError, print_now
+from data_prep.utils.files import write_json
 
 MODEL_DIR = "model"
 """Folder with the run's model configuration and tokenizer: an export without weights."""

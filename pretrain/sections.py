@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from data_prep.config_file import LocalPath, Section
+from data_prep.utils.config_file import LocalPath, Section
 
 DEFAULT_DECAY_FRACTION = 0.2
 

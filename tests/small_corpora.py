@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from data_prep.config import DataConfig, JsonSource, TaskTest
-from data_prep.config_file import validate
 from data_prep.pipeline import prepare
+from data_prep.utils.config_file import validate
 
 SEQUENCE_LENGTH = 128
 VOCAB_SIZE = 340

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.files import atomic_path
+from data_prep.utils.files import atomic_path
 
 SPLIT_PRIORITY = ("test", "validation", "train")
 """Splits in order of preference: of equal records, the one in the earliest split is kept. A training record that

@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.console import UserError
-from data_prep.files import atomic_path
 from data_prep.selection.duplicates import equal_groups, write_dropped, write_fingerprints
+from data_prep.utils.console import UserError
+from data_prep.utils.files import atomic_path
 
 DEFAULT_THRESHOLD = 0.8
 NUM_HASHES = 128

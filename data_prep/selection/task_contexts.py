@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.config import BaseSource, DataConfig, HubSource, NlrxSource, PythonSource, TaskTest, TextSource
-from data_prep.console import UserError
 from data_prep.selection.contamination import OVERLAP_LETTERS, normalized_letters
 from data_prep.sources.files import files_below, find_files, find_files_with_note
 from data_prep.sources.json_lines import SUFFIXES
@@ -13,6 +12,7 @@ from data_prep.sources.views import make_mapping, template_columns
 from data_prep.task_rows import RowReader
 from data_prep.tasks import public_row_format
 from data_prep.tasks.row_format import Columns, RowFormat
+from data_prep.utils.console import UserError
 
 
 def contexts_file(partial: Path) -> Path:

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from data_prep.config import FileSource
-from data_prep.console import UserError
-from data_prep.files import read_json
 from data_prep.sources import files
 from data_prep.sources.arrow_values import records
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import column_mapping
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json
 
 SUFFIXES = (".arrow",)
 FILE_FORMAT = b"ARROW1"

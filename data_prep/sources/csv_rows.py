@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_prep.config import FileSource
-from data_prep.console import UserError
 from data_prep.sources import files
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import ViewMapping, column_mapping
+from data_prep.utils.console import UserError
 
 SUFFIXES = tuple(kind + (compression or "") for kind in (".csv", ".tsv") for compression in files.OPENERS)
 TOO_LONG_LINE = "\udcff"

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from data_prep.config import FileSource
-from data_prep.console import UserError
 from data_prep.sources.record import Piece
+from data_prep.utils.console import UserError
 
 BLOCK_BYTES = 1 << 20
 """Bytes read at a time."""

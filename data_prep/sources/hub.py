@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.config import HubSource
-from data_prep.console import UserError
 from data_prep.sources.files import LARGEST_PIECE
 from data_prep.sources.hub_folder import check_saved_split, is_saved, open_files, open_saved, text_files
 from data_prep.sources.record import Piece, Reader, Record
 from data_prep.sources.views import column_mapping
+from data_prep.utils.console import UserError
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.config import FileSource, HubSource
-from data_prep.console import UserError
 from data_prep.sources import arrow, csv_rows, json_lines, parquet
 from data_prep.sources.arrow import Arrow
 from data_prep.sources.csv_rows import Csv
@@ -18,6 +17,7 @@ from data_prep.sources.files import SHOWN_FILES
 from data_prep.sources.json_lines import JsonLines
 from data_prep.sources.parquet import Parquet
 from data_prep.sources.record import Reader
+from data_prep.utils.console import UserError
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder

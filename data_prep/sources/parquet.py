@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.config import FileSource
-from data_prep.console import UserError
 from data_prep.sources import files
 from data_prep.sources.arrow_values import records
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import column_mapping
+from data_prep.utils.console import UserError
 
 SUFFIXES = (".parquet",)
 BATCH_ROWS = 1024

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.config import BaseSource
-from data_prep.console import UserError
 from data_prep.sources.chat import COLUMNS, is_conversation, role_reader
 from data_prep.sources.record import Record
 from data_prep.sources.text_values import NotTextError, to_text
+from data_prep.utils.console import UserError
 
 Row = dict[str, Any]
 Getter = Callable[[Row], str | None]

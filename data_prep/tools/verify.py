@@ -18,12 +18,12 @@ from pydantic import BaseModel, Field
 from tqdm import tqdm
 
 from data_prep.config import CHECKSUM, CONTINUES
-from data_prep.config_file import validate
-from data_prep.console import UserError
 from data_prep.executor import end_with_parent
-from data_prep.files import sha256_file
 from data_prep.shards import MANIFEST, positions_needed, read_manifest, record_checksums, view_hashes
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.config_file import validate
+from data_prep.utils.console import UserError
+from data_prep.utils.files import sha256_file
 
 BLOCK_TOKENS = 2**21
 """Approximate number of tokens of a shard that are checked at once."""

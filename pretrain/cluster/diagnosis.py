@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.cluster import checks_nodes, checks_run, environment, facts, network, sharing
 from pretrain.cluster.agent_pool import START_TIMEOUT_SECONDS, AgentPool, local_command, srun_command, ssh_command
 from pretrain.cluster.estimate import ResourceEstimate, estimate_resources

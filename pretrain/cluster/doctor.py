@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from data_prep.console import UserError, exit_on_user_error
+from data_prep.utils.console import UserError, exit_on_user_error
 from pretrain.cluster import environment, facts
 from pretrain.cluster.agent_pool import AgentPool, local_command, srun_command, ssh_command
 from pretrain.cluster.diagnosis import Diagnosis, say

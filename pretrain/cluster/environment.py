@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_prep.console import UserError
-from data_prep.files import write_text
+from data_prep.utils.console import UserError
+from data_prep.utils.files import write_text
 from pretrain.relevant_env import relevant_env
 
 FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX")

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 
 LOCAL = "localhost"
 BOM = "\ufeff"

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.console import UserError, exit_on_user_error, print_now
+from data_prep.utils.console import UserError, exit_on_user_error, print_now
 
 
 def main() -> None:

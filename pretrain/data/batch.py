@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from data_prep.ragged import ragged_ranges
 from data_prep.shards import RecordTokens
+from data_prep.utils.ragged import ragged_ranges
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, Segment, SpecialTokenIds
 from pretrain.data.loader import Rows

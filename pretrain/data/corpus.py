@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.config import DataConfig, Source
-from data_prep.console import UserError
-from data_prep.files import read_json_or_none
 from data_prep.shards import RecordTokens, ShardRows, open_shard, read_manifest, read_rows, row_lengths
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json_or_none
 
 OPEN_SHARDS = 256
 """Maximum number of shards mapped at a time.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.console import UserError
-from data_prep.ragged import splitmix64
+from data_prep.utils.console import UserError
+from data_prep.utils.ragged import splitmix64
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.layout import Layout
 from pretrain.data.order import Order

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data_prep.ragged import splitmix64
+from data_prep.utils.ragged import splitmix64
 
 BLOCK = 1024
 WINDOW = 64 * BLOCK

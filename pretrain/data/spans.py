@@ -11,7 +11,7 @@ over the other two. Each form draws one span per document:
 
 import numpy as np
 
-from data_prep.ragged import splitmix64
+from data_prep.utils.ragged import splitmix64
 from pretrain.data.layout import Layout
 
 STRETCHES = 3

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.console import UserError, print_now
-from data_prep.files import try_lock
+from data_prep.utils.console import UserError, print_now
+from data_prep.utils.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, step_name

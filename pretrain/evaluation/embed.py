@@ -13,10 +13,10 @@ import yaml
 from tqdm import tqdm
 
 from data_prep.config import HubSource, JsonSource
-from data_prep.config_file import validate
-from data_prep.console import UserError, print_now
-from data_prep.files import atomic_path, read_json
 from data_prep.task_rows import read_rows
+from data_prep.utils.config_file import validate
+from data_prep.utils.console import UserError, print_now
+from data_prep.utils.files import atomic_path, read_json
 from pretrain.models.export import load_language_model
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.view_templates import ViewTemplate, pairing_from_export, view_template

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from data_prep.console import UserError
-from data_prep.files import read_json
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json
 from pretrain.config import load_config
 from pretrain.models.export import PREDICTOR_KEY, write_export
 from pretrain.models.export_readme import render_readme

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from data_prep.config import JsonSource
-from data_prep.console import UserError
-from data_prep.files import write_text
+from data_prep.utils.console import UserError
+from data_prep.utils.files import write_text
 from pretrain.config import RunConfig, dump_config, finetuning_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.task_corpus import prepare_task_corpus

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data_prep.console import UserError
-from data_prep.files import read_json
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json
 from pretrain.evaluation.inference import encode_prompts, left_pad, load_causal_lm
 from pretrain.evaluation.workers import shard_rows
 from pretrain.tasks.scoring import Answer

@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.config_file import apply_overrides
-from data_prep.console import UserError, exit_on_user_error, ignore_output_errors
-from data_prep.launch_env import launched_process_count
+from data_prep.utils.config_file import apply_overrides
+from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors
+from data_prep.utils.launch_env import launched_process_count
 from pretrain.config import RunConfig, check_task, load_config, parse_task
 from pretrain.evaluation.checkpoints import evaluate_step, evaluation_lock, unpin_checkpoint, unpin_if_done
 from pretrain.evaluation.results import print_summary

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError
-from data_prep.files import read_json_lines, sha256_file, write_text
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json_lines, sha256_file, write_text
 from pretrain.run_folder import read_metrics, read_rewinds, read_status
 from pretrain.tasks.options import TaskConfig
 

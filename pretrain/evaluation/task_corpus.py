@@ -4,13 +4,13 @@ import hashlib
 from pathlib import Path
 
 from data_prep.config import DataConfig, JsonSource
-from data_prep.console import UserError
-from data_prep.files import sha256_file
 from data_prep.nlrx_grammar import generate
 from data_prep.pipeline import prepare
 from data_prep.sources.files import find_files
 from data_prep.sources.json_lines import SUFFIXES
 from data_prep.task_rows import write_views
+from data_prep.utils.console import UserError
+from data_prep.utils.files import sha256_file
 from pretrain.config import RunConfig
 from pretrain.run_folder import MODEL_DIR
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import HubSource, JsonSource, task_source
-from data_prep.console import print_now
-from data_prep.files import write_text
 from data_prep.shards import MANIFEST, read_manifest, view_hashes
 from data_prep.task_rows import Row, read_rows, write_views
 from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import print_now
+from data_prep.utils.files import write_text
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, was_trained_on
 from pretrain.evaluation.finetune import finetune

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError, print_now, report
+from data_prep.utils.console import UserError, print_now, report
 from pretrain.config import RunConfig
 from pretrain.evaluation.checkpoints import evaluate_step, evaluation_lock, unpin_if_done
 from pretrain.evaluation.results import evaluated_steps

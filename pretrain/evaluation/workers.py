@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_prep.console import UserError, exit_on_user_error
+from data_prep.utils.console import UserError, exit_on_user_error
 from pretrain.local_gpu import select_gpu
 from pretrain.training.distributed import leave_group, normalize_launcher_env
 

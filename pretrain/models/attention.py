@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 
 Mask = torch.Tensor | BlockMask
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"

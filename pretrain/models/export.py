@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.files import copy_folder, write_json, write_text
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.files import copy_folder, write_json, write_text
 from pretrain.models.attention import resolve_attention
 from pretrain.models.families import register_family_from_folder
 from pretrain.models.language_model import LanguageModel

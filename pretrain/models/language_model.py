@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.activations import ACT2FN
 
-from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
 from pretrain.data.batch import Batch
 from pretrain.data.layout import SpecialTokenIds
 from pretrain.models.attention import FULL_ATTENTION, SLIDING_ATTENTION, Mask, attention_mask

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.models.language_model import LanguageModel
 from pretrain.sections import LoraConfig
 

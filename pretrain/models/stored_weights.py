@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.report.runs import Metric, Run, declared_direction, is_run, known_metrics, read_run
 from pretrain.tasks.directions import VALIDATION
 

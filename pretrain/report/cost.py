@@ -1,7 +1,7 @@
 """FLOPs of a run, counted as in a dry run."""
 
-from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus, was_trained_on
 from pretrain.report.runs import Run

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import micro_batches
 from pretrain.data.loader import Rows, draw_random_bits, plan_rows

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.files import read_json_lines
+from data_prep.utils.files import read_json_lines
 from pretrain.report.arms import Comparison
 from pretrain.report.runs import Run
 from pretrain.run_folder import step_name

@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from data_prep.console import UserError, exit_on_user_error
-from data_prep.files import write_text
+from data_prep.utils.console import UserError, exit_on_user_error
+from data_prep.utils.files import write_text
 from pretrain.report.arms import STUDY, read_comparison
 
 

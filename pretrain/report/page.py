@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.report import narrative, plots
 from pretrain.report.curves import Band, metric_bands, tag_bands
 from pretrain.report.embeddings import EmbeddingProjection, picture

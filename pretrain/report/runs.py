@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
-from data_prep.console import UserError
-from data_prep.files import read_json_or_none
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json_or_none
 from pretrain.config import dump_config, load_config
 from pretrain.evaluation.results import read_results, scoring_version
 from pretrain.objectives.configs import objective_configs

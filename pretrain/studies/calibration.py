@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError, print_now
+from data_prep.utils.console import UserError, print_now
 from pretrain.config import RunConfig, dump_config
 from pretrain.report.runs import is_run
 from pretrain.run_folder import read_metrics

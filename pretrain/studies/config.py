@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.config_file import LocalPath, Section, load_yaml, validate
-from data_prep.console import UserError
+from data_prep.utils.config_file import LocalPath, Section, load_yaml, validate
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.report.runs import Metric
 from pretrain.sections import BUDGETS

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import HubSource, TaskTest, evaluation_tests
-from data_prep.console import UserError, print_now
 from data_prep.inputs import changed_settings
 from data_prep.pipeline import prepare
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import open_source
 from data_prep.units import Job
+from data_prep.utils.console import UserError, print_now
 from pretrain.config import RunConfig
 from pretrain.studies.config import Study
 

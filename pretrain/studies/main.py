@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError, exit_on_user_error, ignore_output_errors, print_now
-from data_prep.files import try_lock
+from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors, print_now
+from data_prep.utils.files import try_lock
 from pretrain.studies.config import Study, load_study
 
 

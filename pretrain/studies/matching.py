@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.sections import BUDGETS

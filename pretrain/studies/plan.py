@@ -2,7 +2,7 @@
 
 import statistics
 
-from data_prep.console import UserError, print_now
+from data_prep.utils.console import UserError, print_now
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation.results import print_table
 from pretrain.report.runs import read_run

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import read_json_or_none, write_json
+from data_prep.utils.files import read_json_or_none, write_json
 from pretrain.config import RunConfig
 from pretrain.studies.config import Study, run_name
 

@@ -6,8 +6,8 @@ Finished runs are skipped and interrupted runs resume. A failure is reported, an
 import time
 from pathlib import Path
 
-from data_prep.console import UserError, print_now
-from data_prep.files import write_text
+from data_prep.utils.console import UserError, print_now
+from data_prep.utils.files import write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.report.runs import read_run

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.console import UserError, print_now
+from data_prep.utils.console import UserError, print_now
 from pretrain.studies.config import SlurmConfig
 from pretrain.studies.record import Run, StudyRecord
 from pretrain.studies.runner import is_done, is_trained, log_path, rewrite_run_config, write_run_config

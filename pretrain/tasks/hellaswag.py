@@ -11,8 +11,8 @@ Log-likelihoods include the end token. A tie for the highest value counts as wro
 from collections.abc import Sequence
 from typing import Literal
 
-from data_prep.console import UserError
 from data_prep.tasks.hellaswag import choices
+from data_prep.utils.console import UserError
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import TaskResult, TaskRun, count_too_long_options, is_strict_argmax, rate

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.scoring import (
     Answer,

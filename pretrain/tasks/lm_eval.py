@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import Field
 
 from data_prep.config import DataConfig
-from data_prep.config_file import LocalPath
-from data_prep.console import UserError
+from data_prep.utils.config_file import LocalPath
+from data_prep.utils.console import UserError
 from pretrain.tasks.directions import MetricDirections
 from pretrain.tasks.options import TaskConfig, check_package
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource, task_source
-from data_prep.config_file import LocalPath, Section
-from data_prep.console import UserError
 from data_prep.tasks import public_row_format
+from data_prep.utils.config_file import LocalPath, Section
+from data_prep.utils.console import UserError
 from pretrain.sections import LoraConfig, TrainConfig
 
 if TYPE_CHECKING:

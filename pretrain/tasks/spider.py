@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from data_prep.config import DataConfig
-from data_prep.config_file import LocalPath
-from data_prep.console import UserError
+from data_prep.utils.config_file import LocalPath
+from data_prep.utils.console import UserError
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset

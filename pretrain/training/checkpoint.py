@@ -31,8 +31,8 @@ import deepspeed
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from data_prep.console import UserError
-from data_prep.files import sha256_file, sync_folder, write_text
+from data_prep.utils.console import UserError
+from data_prep.utils.files import sha256_file, sync_folder, write_text
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import die_with_parent

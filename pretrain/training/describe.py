@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from data_prep.console import UserError
-from data_prep.files import sha256_file, write_json, write_text
+from data_prep.utils.console import UserError
+from data_prep.utils.files import sha256_file, write_json, write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.data.corpus import corpus_identity, source_weights
 from pretrain.revision import ROOT, revision

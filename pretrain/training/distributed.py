@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from data_prep.console import UserError
-from data_prep.launch_env import find_mpi, launched_process_count
+from data_prep.utils.console import UserError
+from data_prep.utils.launch_env import find_mpi, launched_process_count
 from pretrain.local_gpu import select_gpu
 from pretrain.training.rank_store import RankStore
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from data_prep.console import UserError, print_now
 from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer, import_tokenizer
+from data_prep.utils.console import UserError, print_now
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, make_layout

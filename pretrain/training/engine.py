@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from data_prep.console import UserError, print_now
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError, print_now
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.models.attention import resolve_attention

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.run_folder import PINS, list_steps, step_name
 
 SUPERVISED_VARIABLE = "JEPA_SUPERVISED"

@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import SpecialTokenIds

@@ -11,8 +11,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data_prep.console import UserError, exit_on_user_error, ignore_output_errors, report
-from data_prep.launch_env import is_silent_rank
+from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors, report
+from data_prep.utils.launch_env import is_silent_rank
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.rank_log import RankLog

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import print_now
-from data_prep.files import write_text
+from data_prep.utils.console import print_now
+from data_prep.utils.files import write_text
 from pretrain.run_folder import parse_metrics_line, warn_about_corrupt_lines
 
 NEWLINE = b"\n"

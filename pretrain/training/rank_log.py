@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from data_prep.console import Tee, UserError
+from data_prep.utils.console import Tee, UserError
 from pretrain.training import console_copy
 
 LOGS = "logs"

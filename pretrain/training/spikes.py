@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError
-from data_prep.files import write_json
+from data_prep.utils.console import UserError
+from data_prep.utils.files import write_json
 from pretrain.run_folder import PINS, REWINDS, list_steps, read_rewinds, step_name
 
 WINDOW = 100

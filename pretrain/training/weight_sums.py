@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.training.distributed import World
 
 PERIOD = 4093

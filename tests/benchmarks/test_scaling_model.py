@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.scaling_model import RANKS, Cluster, Link, Work, fit_link, read_doctor_links, step_seconds
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from tests.commands import run_command, tiny_config, write_config
 from tests.processes import TIMEOUT
 

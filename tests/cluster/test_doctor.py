@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.console import UserError
-from data_prep.files import try_lock
 from data_prep.pipeline import prepare
+from data_prep.utils.console import UserError
+from data_prep.utils.files import try_lock
 from pretrain.cluster import checks_nodes, checks_run, environment, facts, network
 from pretrain.cluster.estimate import ResourceEstimate
 from pretrain.cluster.findings import Finding

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 from data_prep import executor as executor_module
-from data_prep.console import UserError, exit_on_user_error
 from data_prep.executor import MpiExecutor, Task
-from data_prep.launch_env import find_mpi
 from data_prep.progress import Progress
+from data_prep.utils.console import UserError, exit_on_user_error
+from data_prep.utils.launch_env import find_mpi
 
 FOLDER = Path(sys.argv[1])
 executor_module.ABORT_GRACE_SECONDS = 3.0  # enough for a busy launcher to forward the output of a rank

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.console import UserError
 from data_prep.executor import LocalExecutor, Task
 from data_prep.progress import Progress
+from data_prep.utils.console import UserError
 from tests.data_prep.conftest import MPIRUN, needs_mpi
 from tests.processes import TIMEOUT
 

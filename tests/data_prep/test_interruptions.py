@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.console import UserError
 from data_prep.pipeline import prepare
+from data_prep.utils.console import UserError
 from tests.data_prep.conftest import MPIRUN, NUM_FILES, REPO_ROOT, needs_mpi
 from tests.processes import TIMEOUT, contents, processes_of_session, wait_for
 from tests.small_corpora import VOCAB_SIZE, data_config, json_source, prepare_quietly

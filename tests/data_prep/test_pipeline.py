@@ -15,12 +15,12 @@ import tokenizers
 
 from data_prep import encode
 from data_prep.config import NlrxSource
-from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import open_shard
 from data_prep.sources.nlrx import PIECE_RECORDS, Nlrx
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.verify import verify
+from data_prep.utils.console import UserError
 from tests.data_prep.conftest import NUM_FILES
 from tests.processes import TIMEOUT, contents
 from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepare_quietly, shard_rows, split_rows

@@ -13,9 +13,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from data_prep.console import UserError
-from data_prep.files import read_json
 from data_prep.tokenizer import Tokenizer, import_tokenizer, train
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json
 from tests.processes import TIMEOUT
 from tests.small_corpora import data_config, json_source, prepare_quietly
 

@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 
 from data_prep import units
-from data_prep.console import UserError
 from data_prep.pipeline import prepare
+from data_prep.utils.console import UserError
 from tests.data_prep.conftest import MPIRUN, needs_mpi
 from tests.processes import TIMEOUT
 from tests.small_corpora import data_config, json_source, prepare_quietly
@@ -144,6 +144,14 @@ def test_an_empty_corpus_is_an_error(write_jsonl, reference_corpus, tmp_path, ro
             )
         )
     assert "\n" not in str(raised.value) and not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("dta", "data"), ("evalution", "evaluation"), ("evaluations", "evaluation")]
+)
+def test_a_misspelt_section_that_is_read_is_an_error(corpus, run_expecting_user_error, key, nearest):
+    message = run_expecting_user_error(corpus, f"{key}.tasks=[]")
+    assert message == f"unknown key {key!r} in {corpus}; the nearest known key is {nearest!r}"
 
 
 def test_an_unwritable_folder_is_one_line(corpus, run_expecting_user_error, tmp_path):

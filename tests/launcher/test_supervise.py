@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from launcher import supervise
 from launcher.supervise import is_rank_command, main
 from pretrain.run_folder import list_steps, read_status, write_status
@@ -36,7 +36,7 @@ NEVER = 2.0 * TIMEOUT
 LIMITS = {"GRACE": NEVER, "EXIT_SECONDS": NEVER, "SAVE_SECONDS": NEVER, "UNKILLABLE": NEVER}
 """Constants of launcher/supervise.py with which no time limit expires, even on a slow machine."""
 SUPERVISE = """
-from data_prep.console import exit_on_user_error
+from data_prep.utils.console import exit_on_user_error
 from launcher import supervise
 vars(supervise).update({limits})
 exit_on_user_error(supervise.main)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.local_gpu import gpu_index, select_gpu
 
 

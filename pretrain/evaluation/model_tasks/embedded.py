@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.evaluation.embed import embed, finite_rows
 from pretrain.evaluation.task_run import CheckpointTask
 

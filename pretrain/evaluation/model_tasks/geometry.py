@@ -23,7 +23,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data_prep.files import write_json
+from data_prep.utils.files import write_json
 from pretrain.evaluation.model_tasks.embedded import PairEmbeddings, embed_test_pairs
 from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.objectives.monitors import effective_rank

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.evaluation.inference import load_causal_lm
 from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.tasks.directions import MetricDirection, MetricDirections

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import JsonSource
-from data_prep.console import UserError, exit_on_user_error, print_now
 from data_prep.task_rows import read_rows
 from data_prep.tasks import public_row_format
+from data_prep.utils.console import UserError, exit_on_user_error, print_now
 from pretrain.tasks.sql.databases import database_name
 from pretrain.tasks.sql.execution import QueryRunner, tokens
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from data_prep.config_file import Section
+from data_prep.utils.config_file import Section
 from pretrain.data.layout import Layout, Pairing, SpanSampling, SpecialTokenIds, make_layout
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from data_prep.config_file import Section
+from data_prep.utils.config_file import Section
 
 
 class RegularizerConfig(Section):

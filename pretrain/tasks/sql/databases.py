@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 
 if TYPE_CHECKING:
     from data_prep.task_rows import Row

@@ -6,11 +6,11 @@ import threading
 import pytest
 
 from data_prep.config import FiltersConfig
-from data_prep.config_file import validate
-from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from data_prep.selection import filters
 from data_prep.selection.filters import filter_reason, search_time_limit
+from data_prep.utils.config_file import validate
+from data_prep.utils.console import UserError
 from tests.small_corpora import data_config, json_source, prepare_quietly
 
 

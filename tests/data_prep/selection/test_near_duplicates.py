@@ -235,7 +235,7 @@ def test_a_missing_library_is_one_line():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO_ROOT)
     assert done.stderr.splitlines()[-1].startswith(
-        "data_prep.console.UserError: removing near-duplicates requires the package rensa"
+        "data_prep.utils.console.UserError: removing near-duplicates requires the package rensa"
     )
     assert "pip install '.[near-duplicates]'" in done.stderr
 

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from data_prep.config import EvaluationFiles, JsonSource, TaskTest, evaluation_tests
-from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
 from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows, task_tests
 
 

@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
 from tests.data_prep.sources.hub_server import serve
 from tests.small_corpora import data_config, split_rows
 

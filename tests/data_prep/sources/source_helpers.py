@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from data_prep.config import DataConfig
-from data_prep.config_file import validate
 from data_prep.sources import open_source
 from data_prep.sources.record import Reader
+from data_prep.utils.config_file import validate
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 VIEWS = ("text", "code")

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from data_prep.console import UserError
 from data_prep.sources import files
+from data_prep.utils.console import UserError
 from tests.data_prep.sources.source_helpers import VIEWS, open_reader, read_views, read_with_locations, write
 from tests.small_corpora import data_config, prepare_quietly, split_rows
 

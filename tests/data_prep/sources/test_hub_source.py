@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.console import UserError
 from data_prep.pipeline import prepare
+from data_prep.utils.console import UserError
 from tests.commands import ROOT
 from tests.data_prep.sources.source_helpers import open_reader, read_views, read_with_locations
 from tests.small_corpora import data_config

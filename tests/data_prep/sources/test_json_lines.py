@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.console import UserError
 from data_prep.sources import files
 from data_prep.sources.record import Record
+from data_prep.utils.console import UserError
 from tests.data_prep.sources.source_helpers import (
     SHARED,
     VIEWS,

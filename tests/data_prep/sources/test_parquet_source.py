@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from tests.data_prep.sources.source_helpers import SHARED, needs_shared, open_reader, read_views, read_with_locations
 
 ROWS = {

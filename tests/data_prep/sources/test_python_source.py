@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from tests.commands import ROOT
 from tests.data_prep.sources.source_helpers import open_reader, read_views, read_with_locations, write
 

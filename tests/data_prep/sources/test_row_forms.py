@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.config import JsonSource
-from data_prep.console import UserError
 from data_prep.sources import open_source
 from data_prep.task_rows import read_rows
+from data_prep.utils.console import UserError
 from tests.small_corpora import data_config
 
 USER, ASSISTANT = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "reply"}

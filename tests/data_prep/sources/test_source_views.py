@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from data_prep.console import UserError
 from data_prep.sources.record import Record
+from data_prep.utils.console import UserError
 from tests.data_prep.sources.source_helpers import open_reader
 
 ROW = {

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from data_prep.console import UserError
 from data_prep.sources import files, text
+from data_prep.utils.console import UserError
 from tests.data_prep.sources.source_helpers import (
     SHARED,
     needs_shared,

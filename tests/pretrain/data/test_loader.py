@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import JsonSource, NlrxSource
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import source_weights
 from pretrain.data.layout import Pairing, make_layout

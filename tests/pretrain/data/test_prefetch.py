@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.data import prefetch
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import Pairing, make_layout

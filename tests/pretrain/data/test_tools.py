@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main as data_prep_main
-from data_prep.console import exit_on_user_error
-from data_prep.files import write_json
 from data_prep.shards import FORMAT, MANIFEST
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.show import display_width, printable, shortened, show_record
+from data_prep.utils.console import exit_on_user_error
+from data_prep.utils.files import write_json
 from pretrain.data.__main__ import main
 from tests.commands import ROOT
 from tests.processes import TIMEOUT

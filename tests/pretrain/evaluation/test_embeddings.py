@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
+from data_prep.utils.console import UserError
 from pretrain.config import load_config, parse_task
 from pretrain.data.batch import micro_batches
 from pretrain.data.layout import FORWARD

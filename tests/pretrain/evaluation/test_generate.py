@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.sentencepiece_json import added_token
 from data_prep.tokenizer import Tokenizer, train
+from data_prep.utils.console import UserError
 from pretrain.evaluation.generate import generate_answers
 from pretrain.models.language_model import build_model_config
 from tests.commands import TINY_SHAPE

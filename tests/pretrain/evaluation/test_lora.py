@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import load_config, parse_task
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.models.export import load_language_model

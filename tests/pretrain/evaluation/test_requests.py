@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config, parse_task
 from pretrain.evaluation.checkpoints import unpin_checkpoint
 from pretrain.evaluation.results import append_result, read_results, result_key

@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from data_prep.config import HubSource, JsonSource
-from data_prep.console import UserError
 from data_prep.task_rows import read_rows
 from data_prep.tasks.row_format import RowFormat
+from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation import task_run

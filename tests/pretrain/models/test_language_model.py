@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from data_prep.console import UserError
 from data_prep.tokenizer import train
+from data_prep.utils.console import UserError
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.models.language_model import (

@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import pretrain.models.openelm  # noqa: F401  registers the family
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.models.language_model import build_model_config, pretrained_config
 from pretrain.sections import Family
 from tests.commands import ROOT

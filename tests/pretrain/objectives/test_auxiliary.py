@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout

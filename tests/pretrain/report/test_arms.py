@@ -5,7 +5,7 @@ import re
 
 import yaml
 
-from data_prep.files import read_json, write_json
+from data_prep.utils.files import read_json, write_json
 from pretrain.report.arms import read_comparison
 from pretrain.report.page import markdown
 from pretrain.report.summary import summarize

@@ -2,7 +2,7 @@
 
 import json
 
-from data_prep.files import read_json_lines
+from data_prep.utils.files import read_json_lines
 from pretrain.run_folder import read_metrics
 from tests.pretrain.report.report_helpers import assert_self_contained, parse_table, render_report
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from data_prep.console import UserError
-from data_prep.files import read_json, write_json
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json, write_json
 from pretrain.report.arms import read_comparison
 from pretrain.report.cost import flops_per_token
 from pretrain.report.embeddings import picture

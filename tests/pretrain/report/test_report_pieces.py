@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.report.curves import join
 from pretrain.report.embeddings import project
 from pretrain.report.examples import Answer, Example

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.files import read_json_lines
+from data_prep.utils.files import read_json_lines
 
 SEEDS = (1, 2)
 ARMS = {

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from data_prep.console import UserError
-from data_prep.files import read_json, write_json
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json, write_json
 from pretrain.config import load_config
 from pretrain.studies.corpora import assign_corpora, prepare_corpus
 from pretrain.studies.matching import load_base_config

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.studies.calibration import fingerprint
 from pretrain.studies.config import as_override, load_study
 from tests.commands import ROOT

@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 import psutil
 import pytest
 
-from data_prep.console import UserError
 from data_prep.task_rows import Row
+from data_prep.utils.console import UserError
 from pretrain.evaluation.sql.make_databases import check_queries, make_databases
 from pretrain.tasks.scoring import Answer
 from pretrain.tasks.spider import judge, score

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from data_prep.config import JsonSource
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import EvaluationConfig, RunConfig, load_config, parse_task
 from pretrain.evaluation.job import choose_tasks
 from pretrain.evaluation.task_corpus import prepare_task_corpus

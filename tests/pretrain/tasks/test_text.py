@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.tasks import text
 from pretrain.tasks.scoring import Answer

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.training.distributed import World
 from tests.processes import TIMEOUT
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import torch
 
-from data_prep.console import UserError
-from data_prep.files import sha256_file
+from data_prep.utils.console import UserError
+from data_prep.utils.files import sha256_file
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training import checkpoint
 from pretrain.training.checkpoint import (

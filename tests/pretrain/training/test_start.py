@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus
 from pretrain.run_folder import read_status

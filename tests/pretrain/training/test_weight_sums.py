@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 from pretrain.run_folder import step_name
 from pretrain.training.checkpoint import consolidate
 from pretrain.training.distributed import World

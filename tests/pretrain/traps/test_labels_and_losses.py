@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data import batch as batches
 from pretrain.data.batch import Batch

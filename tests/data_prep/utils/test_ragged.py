@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_prep.ragged import ragged_ranges, ragged_sums, splitmix64
+from data_prep.utils.ragged import ragged_ranges, ragged_sums, splitmix64
 
 RUNS = [
     [],

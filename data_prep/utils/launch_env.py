@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 
 
 def launched_process_count() -> int:

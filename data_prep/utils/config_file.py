@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from data_prep.console import UserError
+from data_prep.utils.console import UserError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -34,21 +34,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-SECTIONS = (
-    "name",
-    "seed",
-    "output_dir",
-    "data",
-    "model",
-    "objective",
-    "train",
-    "deepspeed",
-    "checkpoint",
-    "evaluation",
-    "monitor",
-)
-
-
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """Path of a file or folder; a leading `~` is expanded to the home directory."""
 
@@ -60,12 +45,12 @@ class Section(BaseModel):
 
 
 def load_yaml(
-    path: str | Path, overrides: typing.Sequence[str] = (), sections: typing.Sequence[str] = SECTIONS
+    path: str | Path, overrides: typing.Sequence[str] = (), sections: typing.Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Read a configuration file and apply `dotted.key=value` overrides, whose values are YAML.
 
-    `sections` are the allowed top-level keys. `{dotted.key}` inside `name` is replaced by that key's value, for
-    example to give each arm of a study its own folder.
+    `sections` are the allowed top-level keys; with None, all keys are allowed. `{dotted.key}` inside `name` is replaced
+    by that key's value, for example to give each arm of a study its own folder.
     """
     try:
         content = Path(path).read_bytes()
@@ -79,11 +64,9 @@ def load_yaml(
         raise UserError(f"{path} is not a mapping of keys; it should start with `name:`")
     in_file = set(config)
     apply_overrides(config, overrides)
-    unknown = [key for key in config if key not in sections]
-    if unknown:
-        raise UserError(
-            _unknown_key(str(unknown[0]), sections, str(path) if unknown[0] in in_file else "the command line")
-        )
+    for key in config:
+        if sections is not None and key not in sections:
+            raise UserError(_unknown_key(str(key), sections, str(path) if key in in_file else "the command line"))
     if isinstance(config.get("name"), str):
         config["name"] = re.sub(r"\{([\w.]+)\}", lambda match: str(_look_up(config, match[1])), config["name"])
     return config

@@ -1,0 +1,1 @@
+"""Shared utilities of all commands: console, atomic files, configuration files, launchers, ragged arrays."""
