@@ -15,9 +15,9 @@ from cost_bench import Bench, Measurement
 
 from data_prep.utils.console import print_now
 from pretrain.config import load_config
+from pretrain.planning.flops import count_parameters, parameter_count
 from pretrain.training.distributed import init_world
-from pretrain.training.engine import parameter_count
-from pretrain.training.throughput import Throughput, count_parameters
+from pretrain.training.throughput import Throughput
 
 ROUND_INTERVALS = {"three_passes_512": 3}
 """Interval between the rounds that include an arm. A step of this arm takes longer than a round of all others, and

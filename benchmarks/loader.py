@@ -247,7 +247,8 @@ def start_up(path: str) -> None:
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
     from pretrain.data.layout import SpecialTokenIds
-    from pretrain.training.setup import check, make_loader
+    from pretrain.planning.plan import make_loader
+    from pretrain.training.setup import check
 
     config = load_config(path)
     specials = SpecialTokenIds(0, 2, 3, 4, VOCABULARY)
@@ -287,7 +288,7 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
     from pretrain.models.language_model import special_ids
-    from pretrain.training.setup import make_loader
+    from pretrain.planning.plan import make_loader
 
     overrides = [
         f"data.path={folder / 'demo'}",

@@ -190,7 +190,7 @@ def fit_link(times: list[tuple[float, float]], ranks: int, rounds: int = 1) -> L
 
 def estimate_work(plan: Any, flops: float, micro_steps: int) -> Work:
     """Return a rank's work, estimated from the plan of --dry-run."""
-    from pretrain.training.memory import ITEM_BYTES
+    from pretrain.planning.memory import ITEM_BYTES
 
     train, item = plan.config.train, ITEM_BYTES[plan.config.train.precision]
     sizes = [parameter.numel() for parameter in plan.model.parameters()]
@@ -210,7 +210,7 @@ def estimate_work(plan: Any, flops: float, micro_steps: int) -> Work:
 
 def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
     """Return the memory of a rank in bytes, estimated as in --dry-run."""
-    from pretrain.training.dry_run import model_states_per_rank, non_state_memory
+    from pretrain.planning.rank_memory import model_states_per_rank, non_state_memory
 
     states = model_states_per_rank(plan, stage, ranks)
     non_state = {

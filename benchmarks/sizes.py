@@ -100,12 +100,16 @@ def choose_stage_and_rows(plan: Any, memory: float, ranks: int) -> dict[str, Any
 
     Offloading is chosen only if no stage fits without offloading. The stage is None if nothing fits.
     """
+    from pretrain.planning.memory import OPTIMIZER_BYTES
+
     for offload in (False, True):
         for stage in (1, 2, 3) if ranks > 1 else (3,):
             for rows in ROWS:
                 train = plan.config.train.model_copy(update={"micro_batch_rows": rows, "global_batch_rows": rows})
                 resized_plan = replace(plan, config=plan.config.model_copy(update={"train": train}))
-                needed = rank_bytes(resized_plan, stage, ranks) - (12 * plan.parameters.total / ranks if offload else 0)
+                needed = rank_bytes(resized_plan, stage, ranks) - (
+                    OPTIMIZER_BYTES * plan.parameters.total / ranks if offload else 0
+                )
                 if needed <= USABLE_MEMORY_FRACTION * memory * 1e9:
                     return {"stage": stage, "offload_optimizer": offload, "micro_batch_rows": rows, "bytes": needed}
     return {"stage": None}

@@ -103,6 +103,7 @@ RANK_UNITS = {
     "local_gpu",
     "models",
     "objectives",
+    "planning",
     "relevant_env",
     "revision",
     "run_folder",

@@ -9,8 +9,6 @@ PROCESS_BYTES = {"cuda": 2**30, "cpu": 512 * 2**20}
 
 On a GPU this is the CUDA context and NCCL's buffers, on CPU Python with its libraries.
 """
-CHECKPOINT_BYTES = 12
-"""Bytes of a trained parameter in a checkpoint: weight and two moments in fp32. Frozen ones keep their precision."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,9 @@ def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
     Raises UserError if the run could not start with this configuration.
     """
     # Imported here, because torch and DeepSpeed take seconds to import.
-    from pretrain.training.dry_run import checked_plan, model_states_per_rank, non_state_memory
-    from pretrain.training.memory import ITEM_BYTES
+    from pretrain.planning.memory import ITEM_BYTES, OPTIMIZER_BYTES
+    from pretrain.planning.rank_memory import model_states_per_rank, non_state_memory
+    from pretrain.training.dry_run import checked_plan
 
     plan = checked_plan(config, ranks)
     states = model_states_per_rank(plan, int(plan.zero.stage), ranks)
@@ -60,6 +59,7 @@ def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
         offloads=plan.zero.offload_optimizer is not None or plan.zero.offload_param is not None,
         bucket=item * min(plan.zero.reduce_bucket_size, plan.trained),
         precision=config.train.precision,
-        checkpoint=CHECKPOINT_BYTES * plan.trained + item * (plan.total - plan.trained),
+        # a trained parameter is saved in fp32 with its two moments, like the optimizer's states; others in their precision
+        checkpoint=OPTIMIZER_BYTES * plan.trained + item * (plan.total - plan.trained),
         checkpoints=config.checkpoint.keep + 1 + permanent_checkpoints,
     )

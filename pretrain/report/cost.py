@@ -4,9 +4,9 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus, was_trained_on
+from pretrain.planning.plan import make_plan
 from pretrain.report.runs import Run
 from pretrain.run_folder import MODEL_DIR
-from pretrain.training.dry_run import make_plan
 
 
 def flops_per_token(run: Run) -> float:

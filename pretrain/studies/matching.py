@@ -20,10 +20,10 @@ from typing import Any
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus, source_weights
+from pretrain.planning.plan import Plan, make_plan
 from pretrain.sections import BUDGETS
 from pretrain.studies.config import Study
 from pretrain.tasks.options import AnswerTask
-from pretrain.training.dry_run import Plan, make_plan
 from pretrain.training.setup import check
 
 ROWS = ("global_batch_rows", "micro_batch_rows")

@@ -21,6 +21,7 @@ from pretrain.data.prefetch import Prefetch, StepData
 from pretrain.objectives.base import Objective, total_loss
 from pretrain.objectives.monitors import embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
+from pretrain.planning.budget import Progress, consumed_fraction
 from pretrain.run_folder import REWIND_REASON_PREFIX, list_steps, write_status
 from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import request_evaluation, start_evaluations
@@ -29,7 +30,7 @@ from pretrain.training.metrics import Metrics
 from pretrain.training.progress_line import collapse_warning, progress_line, validation_line
 from pretrain.training.rank_store import LocalRankStore, RankStore
 from pretrain.training.saving import Saver
-from pretrain.training.schedule import Progress, consumed_fraction, learning_rate
+from pretrain.training.schedule import learning_rate
 from pretrain.training.spikes import CannotRewind, SpikeRule, excluded_steps, rewind
 from pretrain.training.stop import StopRequest
 from pretrain.training.throughput import Throughput

@@ -1,6 +1,6 @@
 """The lines that a run prints about its progress."""
 
-from pretrain.training.schedule import Progress
+from pretrain.planning.budget import Progress
 
 
 def progress_line(progress: Progress, fraction: float, values: dict[str, float]) -> str:

@@ -19,11 +19,11 @@ from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARTITION_COUNT
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
+from pretrain.planning.flops import full_shape
 from pretrain.run_folder import list_steps, step_name
 from pretrain.sections import CheckpointConfig
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
-from pretrain.training.engine import full_shape
 from pretrain.training.host_copies import HostCopies
 from pretrain.training.random_state import random_state, random_state_file_name
 

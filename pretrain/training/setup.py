@@ -21,21 +21,23 @@ from data_prep.utils.files import copy_folder, sha256_file, try_lock
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, check_data_section, source_weights
 from pretrain.data.layout import Layout, SpecialTokenIds
-from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.objectives.base import build_objective
+from pretrain.planning.flops import count_parameters, parameter_count
+from pretrain.planning.plan import make_loader
+from pretrain.planning.settings import engine_settings
 from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import MODEL_DIR, list_steps, read_status, write_status
 from pretrain.tasks.options import check_package
 from pretrain.training import checkpoint
 from pretrain.training.describe import check_same_run, record_start
 from pretrain.training.distributed import World
-from pretrain.training.engine import build_engine, engine_settings, parameter_count
+from pretrain.training.engine import build_engine
 from pretrain.training.evaluation_requests import check_device, requested_evaluations, start_evaluations
 from pretrain.training.loop import Trainer
 from pretrain.training.metrics import Metrics
 from pretrain.training.stop import StopRequest
-from pretrain.training.throughput import Throughput, count_parameters
+from pretrain.training.throughput import Throughput
 from pretrain.training.validation import Validation
 from pretrain.training.weight_sums import check_weights, weight_sums
 
@@ -205,19 +207,6 @@ def _lock_folder(run_dir: Path) -> IO[bytes]:
     if lock is None:
         raise UserError(f"another run is active in {run_dir}; wait for it, or choose another `name`")
     return lock
-
-
-def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
-    """Return the loader of the training split. Raises UserError if the weights of the sources leave no record."""
-    return Loader(
-        corpus,
-        layout,
-        config.data.sequence_length,
-        config.seed,
-        weights=source_weights(corpus.manifest, config.data.sources),
-        dropout=config.objective.record_dropout,
-        epochs=config.train.epochs,
-    )
 
 
 def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) -> None:

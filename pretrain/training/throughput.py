@@ -1,71 +1,7 @@
 """FLOPs and throughput of a model, counted without padding."""
 
-from dataclasses import dataclass
-
-import torch
-
 from pretrain.data.loader import Rows
-from pretrain.models.language_model import LanguageModel
-from pretrain.training.engine import parameter_count
-
-PEAK_BF16_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-}
-"""Dense bf16 peak in FLOP/s by the full name of a device, from its manufacturer's data sheet. Other devices have no
-MFU, because a guessed peak would be misleading."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameter counts by part of the model."""
-
-    layers: int
-    """Transformer layers and final norm."""
-    embedding: int
-    head: int
-    """Output head; the same parameters as the embedding if they are tied."""
-    tied: bool
-    predictor: int
-    """Embedding of the predictor tokens."""
-
-    @property
-    def total(self) -> int:
-        """Number of all parameters; tied ones count once."""
-        return self.layers + self.embedding + (0 if self.tied else self.head) + self.predictor
-
-    def flops(self, positions: float, targets: float) -> tuple[float, float]:
-        """Return the FLOPs of the layers and of the output head, forward and backward.
-
-        The layers need 6 FLOPs per position and parameter, and the head 6 per next-token target and parameter
-        (Kaplan et al., arXiv 2001.08361, section 2.1). Attention scores and padding are not counted.
-        """
-        return 6 * self.layers * positions, 6 * self.head * targets
-
-
-def count_parameters(model: LanguageModel) -> Parameters:
-    """Return the parameter counts of a model, which may be partitioned or on the meta device."""
-    embedding = model.vocab_size * model.hidden_size
-    tied = bool(model.causal_lm.config.tie_word_embeddings)
-    predictor = 0 if model.predictor is None else parameter_count(model.predictor)
-    layers = parameter_count(model) - predictor - embedding * (1 if tied else 2)
-    return Parameters(layers, embedding, embedding, tied, predictor)
-
-
-def peak_flops() -> float | None:
-    """Return the dense bf16 peak of this device in FLOP/s; None if it is not known."""
-    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+from pretrain.planning.flops import Parameters, peak_flops
 
 
 class Throughput:

@@ -5,10 +5,10 @@ import yaml
 
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import SpecialTokenIds
+from pretrain.planning.plan import make_loader
 from pretrain.studies.corpora import assign_corpora
 from pretrain.studies.matching import Matching, load_base_config
 from pretrain.studies.plan import make_runs
-from pretrain.training.setup import make_loader
 from tests.pretrain.studies.conftest import STEPS
 
 ARMS = {

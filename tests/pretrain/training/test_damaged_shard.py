@@ -12,8 +12,8 @@ import pytest
 from pretrain.config import load_config
 from pretrain.data.corpus import Corpus
 from pretrain.models.language_model import special_ids
+from pretrain.planning.plan import make_loader
 from pretrain.run_folder import list_steps, read_status
-from pretrain.training.setup import make_loader
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 
 STEP = 4

@@ -19,9 +19,9 @@ from pretrain.models import head
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import build_model_config, random_causal_lm, special_ids
 from pretrain.models.lora import add_adapters
+from pretrain.planning.memory import activations
 from pretrain.sections import LoraConfig
 from pretrain.training.main import main
-from pretrain.training.memory import activations
 from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_lora import WITHOUT_PEFT
 from tests.pretrain.training.test_launchers import INVALID_CONFIGS, write_invalid_config

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pretrain.config import RunConfig
+from pretrain.planning.settings import engine_settings
 from pretrain.run_folder import step_name
 from pretrain.training import throughput
-from pretrain.training.engine import engine_settings
 from pretrain.training.evaluation_requests import evaluation_environment
 from pretrain.training.layers import limit_compile_threads
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config

@@ -2,8 +2,9 @@
 
 import pytest
 
+from pretrain.planning.budget import Progress, consumed_fraction
 from pretrain.sections import TrainConfig
-from pretrain.training.schedule import Progress, consumed_fraction, learning_rate
+from pretrain.training.schedule import learning_rate
 
 
 def train(**changes) -> TrainConfig:

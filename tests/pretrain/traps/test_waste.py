@@ -19,7 +19,8 @@ from pretrain.objectives import auxiliary
 from pretrain.objectives.base import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather
-from pretrain.training.throughput import Parameters, Throughput
+from pretrain.planning.flops import Parameters
+from pretrain.training.throughput import Throughput
 from tests.mutants import assert_detects_mutant
 
 ONE_RANK = Gather(all_gather=lambda mine: mine, rank=0)

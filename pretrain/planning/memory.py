@@ -9,6 +9,8 @@ from pretrain.models.language_model import LanguageModel
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes per element for each precision."""
+OPTIMIZER_BYTES = 12
+"""Bytes per trained parameter of DeepSpeed's optimizer: an fp32 copy of the parameter, and two moments."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ def model_states(
     """
     item_bytes = ITEM_BYTES[precision]
     if stage == 0:
-        adam = (8.0 if precision == "fp32" else 12.0) * trained
+        adam = (8 if precision == "fp32" else OPTIMIZER_BYTES) * float(trained)
         return ModelStates(
             item_bytes * parameters, item_bytes * trained, adam, item_bytes * (parameters + trained) + adam
         )
     weights = item_bytes * parameters / (ranks if stage == 3 else 1)
     unpartitioned = item_bytes * small if stage == 3 and ranks > 1 else 0
-    optimizer = 12.0 * trained / ranks
+    optimizer = OPTIMIZER_BYTES * trained / ranks
     if stage == 1 and accumulated > item_bytes:
         gradients = float((accumulated + item_bytes) * trained)
         return ModelStates(weights, gradients, optimizer, weights + gradients + optimizer)

@@ -1,0 +1,38 @@
+"""Counters of a run, and the fraction of its budget that they have consumed."""
+
+from dataclasses import asdict, dataclass
+
+from pretrain.sections import TrainConfig
+
+
+@dataclass
+class Progress:
+    """Counters of a run so far, over all ranks; saved with every checkpoint."""
+
+    step: int = 0
+    records: int = 0
+    tokens: int = 0
+    """Corpus tokens, without copies, special or predictor tokens and padding."""
+    positions: int = 0
+    """Computed positions, without padding."""
+    skipped_steps: int = 0
+    """Steps without an update."""
+    seconds: float = 0.0
+    """Time spent training, summed over all launches."""
+
+    def state(self) -> dict[str, float]:
+        """Return the counters by name."""
+        return asdict(self)
+
+
+def consumed_fraction(progress: Progress, train: TrainConfig, total_epoch_records: int) -> float:
+    """Return the consumed fraction of the budget; the run ends at 1.
+
+    `total_epoch_records` is the number of records in train.epochs epochs.
+    """
+    if train.steps is not None:
+        return progress.step / train.steps
+    if train.tokens is not None:
+        return progress.tokens / train.tokens
+    budget = train.records if train.records is not None else total_epoch_records
+    return progress.records / budget

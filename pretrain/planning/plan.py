@@ -1,0 +1,232 @@
+"""The plan of a run: its model, its steps and their FLOPs, from the configuration and the lengths of the records.
+
+Only the model is built, on the meta device, so it has shapes but no values. There is no process group and no run
+folder.
+"""
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from data_prep.tokenizer import Tokenizer, import_tokenizer
+from pretrain.config import RunConfig
+from pretrain.data.corpus import Corpus, source_weights
+from pretrain.data.layout import Layout, make_layout
+from pretrain.data.loader import Loader, loss_denominators
+from pretrain.data.order import Order
+from pretrain.models.language_model import LanguageModel, special_ids
+from pretrain.models.lora import adapter_sizes
+from pretrain.planning.flops import Parameters, count_parameters
+from pretrain.planning.memory import layer_widths
+from pretrain.planning.model import meta_model
+from pretrain.planning.settings import check_zero_options, engine_settings
+
+RANKS = (1, 8, 64)
+"""Numbers of ranks to compare if there is no launcher and they divide the global batch."""
+PLANNED_WINDOWS = 4
+"""Largest number of windows of the first epoch from which the mean values of a step are computed."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Counts of a step in one layout, over all ranks. They are means, so they need not be integers."""
+
+    positions: float
+    targets: float
+    """Next-token targets."""
+    predictor: float
+    """Predictor tokens."""
+    visible: float
+    """Number of keys that a query sees, including the query's position, summed over all queries."""
+
+    def flops(self, parameters: Parameters, model: LanguageModel) -> dict[str, float]:
+        """Return the FLOPs of a step by part of the model.
+
+        Attention scores need 12 FLOPs per layer, width of the query heads and visible key: two products, forward and
+        backward.
+        """
+        layers, head = parameters.flops(self.positions, self.targets)
+        return {
+            "layers": layers,
+            "output head": head,
+            "attention scores": 12 * self.visible * sum(layer.queries for layer in layer_widths(model)),
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """A global batch: means over planned steps, or upper bounds if there is no corpus."""
+
+    stream: Stream
+    planned: int = 0
+    """Number of steps planned for these means."""
+    skipped_windows: int = 0
+    """Number of windows of the first epoch that are not sampled."""
+    records: float = 0
+    tokens: float = 0
+    """Corpus tokens."""
+    pairs: float = 0
+    without_pairs: Stream | None = None
+    """The same records under objective.name=next_token; None if the run's objective has no pairs."""
+    order: Order | None = None
+    """Order of the records; None without a corpus."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run, from which all tables are printed."""
+
+    config: RunConfig
+    corpus: Corpus | None
+    model: LanguageModel
+    """On the meta device."""
+    parameters: Parameters
+    """Parameter counts of the model without adapters."""
+    adapters: list[int]
+    """Sizes of the parameters that model.lora adds."""
+    step: Step
+    zero: DeepSpeedZeroConfig
+    ranks: int | None
+    """Number of ranks set by the launcher; None without a launcher."""
+
+    @property
+    def total(self) -> int:
+        """Number of all parameters, adapters included."""
+        return self.parameters.total + sum(self.adapters)
+
+    @property
+    def trained(self) -> int:
+        """Number of trained parameters."""
+        return self.parameters.predictor + sum(self.adapters) if self.config.model.lora else self.total
+
+    @property
+    def rank_counts(self) -> list[int]:
+        """Numbers of ranks to show: the launcher's, or the ones of RANKS that divide the global batch."""
+        if self.ranks is not None:
+            return [self.ranks]
+        largest = self.config.train.global_batch_rows // self.config.train.micro_batch_rows
+        divisors = {ranks for ranks in RANKS if largest % ranks == 0}
+        return sorted(divisors | ({largest} if largest < max(RANKS) else set()))
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a step."""
+        return sum(self.step.stream.flops(self.parameters, self.model).values())
+
+
+def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None) -> "Plan":
+    """Return the plan of a run. Raises UserError.
+
+    With a corpus, the values of a step are means over the steps of a few windows of the first epoch.
+    """
+    settings = engine_settings(config, ranks or 1)
+    check_zero_options(settings)
+    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
+    tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
+    model = meta_model(config, tokenizer)
+    step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
+    adapters = adapter_sizes(model, config.model.lora) if config.model.lora else []
+    return Plan(config, corpus, model, count_parameters(model), adapters, step, zero, ranks)
+
+
+def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
+    """Return the loader of the training split. Raises UserError if the weights of the sources leave no record."""
+    return Loader(
+        corpus,
+        layout,
+        config.data.sequence_length,
+        config.seed,
+        weights=source_weights(corpus.manifest, config.data.sources),
+        dropout=config.objective.record_dropout,
+        epochs=config.train.epochs,
+    )
+
+
+def _future_tokenizer(config: RunConfig) -> Any:
+    """Return the tokenizer that data_prep would import; if data_prep would train one, only its size and special ids."""
+    if config.data.tokenizer.path is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            return import_tokenizer(Path(config.data.tokenizer.path), Path(folder))
+    return SimpleNamespace(vocab_size=config.data.tokenizer.vocab_size, pad_id=0, bos_id=2, eos_id=3, sep_id=4)
+
+
+def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> Step:
+    """Return means over the steps of a few of the loader's windows, spread evenly over the first epoch."""
+    data = config.data
+    specials = special_ids(tokenizer, model.vocab_size)
+    layout = config.make_layout(specials, corpus.views)
+    plain = make_layout(
+        config.objective.layout,
+        specials,
+        views=corpus.views,
+        lm_views=data.lm_views,
+        train_end_token=data.train_end_token,
+    )
+    loader = make_loader(config, corpus, layout)
+    sums: Counter[str] = Counter()
+    stream: Counter[str] = Counter()
+    without_pairs: Counter[str] = Counter()
+    windows = loader.order.windows(0)
+    planned = sorted({round(part * (windows - 1) / (PLANNED_WINDOWS - 1)) for part in range(PLANNED_WINDOWS)})
+    for window in planned:
+        loader.load_state({"epoch": 0, "window": window, "row": 0})
+        while (loader.epoch, loader.window) == (0, window):
+            rows = loader.next_rows(config.train.global_batch_rows)
+            if loader.exhausted and sums["steps"]:
+                break  # the last step of a run is skipped, because it is not full
+            sums.update(
+                steps=1,
+                records=len(rows.records),
+                tokens=int(rows.lengths.sum()),
+                pairs=loss_denominators(rows, layout)["pairs"],
+            )
+            stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
+            without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
+    steps = sums.pop("steps")
+    mean, plain_mean = (
+        Stream(**{name: total / steps for name, total in counts.items()}) for counts in (stream, without_pairs)
+    )
+    return Step(
+        mean,
+        steps,
+        windows - len(planned),
+        **{name: total / steps for name, total in sums.items()},
+        without_pairs=plain_mean if layout.read_outs else None,
+        order=loader.order,
+    )
+
+
+def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
+    """Return the fields of a Stream, summed over records with view lengths (N, views) and segments (N, segments)."""
+    predicting = [index for index, segment in enumerate(layout.segments) if segment.view is None]
+    return {
+        "positions": int(segment_lengths.sum()),
+        "targets": int(layout.count_lm_targets(lengths, segment_lengths).sum()),
+        "predictor": layout.predictor_tokens * int((segment_lengths[:, predicting] > 0).sum()),
+        "visible": _visible_keys(layout, segment_lengths),
+    }
+
+
+def _visible_keys(layout: Layout, lengths: np.ndarray) -> int:
+    """Return the number of visible keys of all queries of records with segment lengths (N, segments).
+
+    A token sees its own segment up to itself, and all tokens of the ancestors of that segment.
+    """
+    ancestors = np.zeros_like(lengths)
+    for index, segment in enumerate(layout.segments):
+        if segment.parent is not None:
+            ancestors[:, index] = ancestors[:, segment.parent] + lengths[:, segment.parent]
+    return int((lengths * (lengths + 1) // 2 + lengths * ancestors).sum())
+
+
+def _largest_step(config: RunConfig) -> Step:
+    """Return the upper bound of a step: each row is filled by one record, and every position is a target."""
+    rows = config.train.global_batch_rows
+    length = config.data.sequence_length
+    return Step(Stream(rows * length, rows * length, 0, rows * length * (length + 1) / 2))
