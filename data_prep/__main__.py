@@ -77,5 +77,10 @@ def run_verify(arguments: list[str]) -> None:
     verify(path, print_now)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run `main`, with one line and exit code 2 for an error that the user can fix."""
     exit_on_user_error(main, silent=is_silent_rank)
+
+
+if __name__ == "__main__":
+    run()

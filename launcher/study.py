@@ -5,7 +5,13 @@ The same command resumes a study that was stopped.
 
 from pathlib import Path
 
-from pretrain.studies.main import main
+from pretrain.studies.main import main as run_study
+
+
+def main() -> None:
+    """Run a study with the commands of this folder."""
+    run_study(Path(__file__).parent)
+
 
 if __name__ == "__main__":
-    main(Path(__file__).parent)
+    main()

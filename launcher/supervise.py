@@ -321,5 +321,10 @@ def main() -> None:
         sys.exit(supervise(words, run_dir, crashes))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run `main`, with one line and exit code 2 for an error that the user can fix."""
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -59,7 +59,7 @@ def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
         offloads=plan.zero.offload_optimizer is not None or plan.zero.offload_param is not None,
         bucket=item * min(plan.zero.reduce_bucket_size, plan.trained),
         precision=config.train.precision,
-        # a trained parameter is saved in fp32 with its two moments, like the optimizer's states; others in their precision
+        # a trained parameter is saved like the state of the optimizer; other parameters keep their precision
         checkpoint=OPTIMIZER_BYTES * plan.trained + item * (plan.total - plan.trained),
         checkpoints=config.checkpoint.keep + 1 + permanent_checkpoints,
     )

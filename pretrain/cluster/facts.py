@@ -55,7 +55,8 @@ def packages() -> dict[str, Any]:
             if equals and not name.startswith("#")
         }
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        required = [_normalized_name(requirement.split("==")[0]) for requirement in project["dependencies"]]
+        names = [re.split(r"[=<>~!\[ ]", requirement)[0] for requirement in project["dependencies"]]
+        required = [_normalized_name(name) for name in names]
     installed = {}
     for name in locked:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
