@@ -83,6 +83,12 @@ def write_config(folder: Path, config: dict) -> Path:
     return path
 
 
+def read_complete_lines(path: Path) -> list[dict]:
+    """Return the JSON values of a file's complete lines. A process may be writing the last line at the moment."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def environment(**more: str) -> dict[str, str]:
     """Return the environment of a command under test.
 

@@ -16,7 +16,15 @@ from pretrain.training import checkpoint
 from pretrain.training.checkpoint import prune
 from pretrain.training.evaluation_requests import request_evaluation
 from pretrain.training.spikes import rewind
-from tests.commands import BackgroundCommand, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.commands import (
+    BackgroundCommand,
+    prepare_corpus,
+    ranks_command,
+    read_complete_lines,
+    run_command,
+    tiny_config,
+    write_config,
+)
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 from tests.processes import TIMEOUT
 
@@ -50,7 +58,7 @@ def start_watch(folder, number, *arguments):
 
 def results(folder):
     path = folder / "runs" / "run" / "evaluation" / "results.jsonl"
-    return [(result["task"], result["step"]) for result in read_lines(path)] if path.exists() else []
+    return [(result["task"], result["step"]) for result in read_complete_lines(path)]
 
 
 @pytest.fixture(scope="module")

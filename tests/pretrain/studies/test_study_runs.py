@@ -12,7 +12,7 @@ from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import read_run
 from pretrain.run_folder import read_metrics, read_status
 from pretrain.studies.runner import EXIT_CODE_STOPPED
-from tests.commands import ROOT, BackgroundCommand, run_command
+from tests.commands import ROOT, BackgroundCommand, read_complete_lines, run_command
 from tests.pretrain.studies.conftest import STEPS
 from tests.pretrain.training.pause_points import release_file
 from tests.processes import TIMEOUT, wait_for
@@ -37,8 +37,7 @@ def start():
 
 
 def results(run_dir):
-    path = run_dir / "evaluation" / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_complete_lines(run_dir / "evaluation" / "results.jsonl")
 
 
 @pytest.fixture

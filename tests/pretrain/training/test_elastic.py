@@ -1,6 +1,5 @@
 """A run resumes on a different number of ranks with the same records, order, losses and optimizer state."""
 
-import json
 import signal
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tests.commands import (
     BackgroundCommand,
     prepare_corpus,
     ranks_command,
+    read_complete_lines,
     run_command,
     tiny_config,
     write_config,
@@ -27,8 +27,7 @@ CHAIN = (1, 2, 4, 1)
 
 
 def metrics(folder: Path, name: str) -> list[dict]:
-    path = folder / "runs" / name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_complete_lines(folder / "runs" / name / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)], ids=lambda stage: f"ZeRO {stage}")

@@ -32,6 +32,7 @@ from tests.commands import (
     environment,
     prepare_corpus,
     ranks_command,
+    read_complete_lines,
     run_command,
     tiny_config,
     write_config,
@@ -58,8 +59,7 @@ def config(folder: Path, name: str, **changes) -> Path:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_complete_lines(run_dir / "metrics.jsonl")
 
 
 def test_the_spike_score_is_robust_to_outliers():
