@@ -377,7 +377,8 @@ def check_memory(bench: Bench) -> Result:
 ESTIMATE = """
 import json, sys
 from pretrain.config import load_config
-from pretrain.training.dry_run import non_state_memory, checked_plan, model_states_per_rank
+from pretrain.planning.rank_memory import model_states_per_rank, non_state_memory
+from pretrain.training.dry_run import checked_plan
 path, ranks, *rows = sys.argv[1:]
 results = {}
 for number in map(int, rows):

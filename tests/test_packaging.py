@@ -1,4 +1,4 @@
-"""The wheel: its commands work in an environment of its own, outside of the project's folder."""
+"""The commands of the wheel work in a fresh environment, outside of the project's folder."""
 
 import os
 import shutil

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 INTERRUPTED_EXIT_CODE = 130
@@ -93,3 +93,12 @@ def report(error: UserError, silent: bool = False) -> None:
     if not silent:
         with contextlib.suppress(OSError):  # the exit code still reports the error
             print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, the heading first. Only the first column is left-aligned; rows may omit their last columns."""
+    columns = max(map(len, rows))
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    separator = "-" * (sum(widths) + 2 * (columns - 1))
+    print("\n" + "\n".join([lines[0], separator, *lines[1:]]), flush=True)

@@ -56,7 +56,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     read_manifest(arguments.path)  # reports a missing corpus before the slow import of torch
     from data_prep.tools.show import show_record
     from pretrain.data.corpus import Corpus
-    from pretrain.data.picture import picture
+    from pretrain.data.row_drawing import draw_row
 
     corpus = Corpus(arguments.path, arguments.split)
     row_length = arguments.row_length or corpus.manifest["settings"]["data"]["sequence_length"]
@@ -70,7 +70,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     for record in range(arguments.record, min(arguments.record + arguments.records, len(corpus))):
         print(show_record(corpus.tokenizer, record, corpus.tokens_by_view(record), width), end="\n\n")
     try:
-        print(picture(corpus, arguments.record, arguments.layout, arguments.predictor_tokens, row_length, width))
+        print(draw_row(corpus, arguments.record, arguments.layout, arguments.predictor_tokens, row_length, width))
     except ValueError as error:
         raise UserError(f"cannot draw the row: {error}; choose another --record or --row-length") from None
 

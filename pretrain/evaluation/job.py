@@ -10,7 +10,7 @@ from data_prep.utils.console import UserError, exit_on_user_error, ignore_output
 from data_prep.utils.launch_env import launched_process_count
 from pretrain.config import RunConfig, check_task, load_config, parse_task
 from pretrain.evaluation.checkpoints import evaluate_step, evaluation_lock, unpin_checkpoint, unpin_if_done
-from pretrain.evaluation.results import print_summary
+from pretrain.evaluation.summary import print_summary
 from pretrain.evaluation.watch import watch
 from pretrain.run_folder import list_steps
 from pretrain.tasks.options import TaskConfig

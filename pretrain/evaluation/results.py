@@ -1,16 +1,14 @@
-"""The results file evaluation/results.jsonl, and the summary table."""
+"""The results of a run's evaluations, in evaluation/results.jsonl."""
 
 import glob
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_lines, sha256_file, write_text
-from pretrain.run_folder import read_metrics, read_rewinds, read_status
+from pretrain.run_folder import read_rewinds
 from pretrain.tasks.options import TaskConfig
 
 SCORING_VERSION = 2
@@ -18,8 +16,6 @@ SCORING_VERSION = 2
 
 Scores of different versions are never compared or averaged. Results without a version have version 1.
 """
-TABLE_COLUMNS = 6
-"""Maximum number of metrics per task in the summary table; a task lists its most informative metrics first."""
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
@@ -105,57 +101,3 @@ def append_result(run_dir: Path, result: dict[str, Any], tensorboard: bool = Tru
     for metric, value in result["metrics"].items():
         writer.add_scalar(f"evaluation/{result['task']}/{metric}", value, result["step"])
     writer.close()
-
-
-def print_summary(run_dir: Path) -> None:
-    """Print the results of training and evaluation, and how to see the curves."""
-    print(f"\n{run_dir}: {read_status(run_dir).get('status', 'unknown')}")
-    metrics = read_metrics(run_dir)
-    tags = [
-        "loss/lm",
-        "loss/jepa",
-        "validation/loss/lm",
-        "validation/loss/jepa",
-        "validation/embedding/paired_cosine",
-        "validation/embedding/shuffled_cosine",
-        "validation/embedding/retrieval_at_1",
-        "validation/embedding/effective_rank",
-    ]
-    rows = [["training", "first", "last"]]
-    for tag in tags:
-        values = [line[tag] for line in metrics if line.get(tag) is not None]
-        if values:
-            rows.append([tag, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
-    print_table(rows)
-    all_results = read_results(run_dir)
-    for task, version in dict.fromkeys((result["task"], scoring_version(result)) for result in all_results):
-        results = [result for result in all_results if (result["task"], scoring_version(result)) == (task, version)]
-        results.sort(key=lambda result: result["step"])
-        all_names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
-        names = all_names[:TABLE_COLUMNS]
-        rows = [[task if version == SCORING_VERSION else f"{task}, scoring {version}", "rows", "finetuned", *names]]
-        rows += [
-            [
-                f"step {result['step']}",
-                str(result["rows"]),
-                "yes" if result["finetune"] is not None else "no",
-                *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names),
-            ]
-            for result in results
-        ]
-        print_table(rows)
-        if len(all_names) > len(names):
-            print(f"(also in results.jsonl: {', '.join(all_names[TABLE_COLUMNS:])})", flush=True)
-    tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
-    print(
-        f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
-        "        then open the page that it prints; Custom Scalars shows both loss terms in one chart",
-        flush=True,
-    )
-
-
-def print_table(rows: list[list[str]]) -> None:
-    """Print a table whose first row is the header; the first column is left-aligned, all others are right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    print("\n" + lines[0] + "\n" + "-" * len(lines[0]) + "\n" + "\n".join(lines[1:]), flush=True)

@@ -190,11 +190,3 @@ def _activation_table(plan: Plan) -> Table:
 def _memory_unit(plan: Plan) -> tuple[str, int]:
     """Return the memory unit and its bytes: GiB for at least 100 million parameters, else MiB."""
     return ("GiB", 2**30) if plan.total >= 10**8 else ("MiB", 2**20)
-
-
-def print_table(rows: Table) -> None:
-    """Print a table. Only the first column is left-aligned; rows may omit their last columns."""
-    columns = max(map(len, rows))
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    print("\n" + lines[0] + "\n" + "-" * (sum(widths) + 2 * (columns - 1)) + "\n" + "\n".join(lines[1:]))

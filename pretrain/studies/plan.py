@@ -2,9 +2,8 @@
 
 import statistics
 
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError, print_now, print_table
 from pretrain.data.corpus import Corpus
-from pretrain.evaluation.results import print_table
 from pretrain.report.runs import read_run
 from pretrain.studies.config import Study
 from pretrain.studies.matching import Matching

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 from data_prep.shards import MANIFEST
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError, print_now, print_table
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.planning.plan import Plan, make_plan
 from pretrain.planning.settings import engine_settings
-from pretrain.planning.tables import plan_tables, print_table
+from pretrain.planning.tables import plan_tables
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import normalize_launcher_env
 from pretrain.training.setup import check

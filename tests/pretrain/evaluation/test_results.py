@@ -3,7 +3,8 @@
 import pytest
 
 from pretrain.config import parse_task
-from pretrain.evaluation.results import SCORING_VERSION, append_result, is_evaluated, print_summary, result_key
+from pretrain.evaluation.results import SCORING_VERSION, append_result, is_evaluated, result_key
+from pretrain.evaluation.summary import print_summary
 from tests.pretrain.report.tiny_study import change_lines
 
 TASK = parse_task({"name": "nl_rx"}, "task")

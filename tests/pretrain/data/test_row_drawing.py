@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.data.batch import assemble
-from pretrain.data.picture import picture
+from pretrain.data.row_drawing import draw_row
 from tests.pretrain.data.test_batch import Case, Node, record_tree, some_records
 
 ROW = 64
@@ -75,7 +75,7 @@ def case(request, write_corpus, specials):
         else [record[:1] for record in some_records(0)]
     )
     corpus = write_corpus(records, shard_records=4)
-    found = ParsedPicture(picture(corpus, 2, case.kind, case.k, ROW, width=80))
+    found = ParsedPicture(draw_row(corpus, 2, case.kind, case.k, ROW, width=80))
     expected, pairs, place = [], [], 0
     for record in dict.fromkeys(segment[1] for segment in found.segments):
         nodes, record_pairs = record_tree(case, list(records[record]), case.views > 1, specials)
@@ -169,11 +169,11 @@ MISTAKES = {
 def test_a_mistake_in_the_batch_is_marked(mistake, write_corpus, monkeypatch):
     change, sign = MISTAKES[mistake]
     corpus = write_corpus(some_records(0))
-    right = picture(corpus, 2, "joint", 1, ROW, width=200)
+    right = draw_row(corpus, 2, "joint", 1, ROW, width=200)
     monkeypatch.setattr(
-        "pretrain.data.picture.assemble", lambda *arguments: replace(made := assemble(*arguments), **change(made))
+        "pretrain.data.row_drawing.assemble", lambda *arguments: replace(made := assemble(*arguments), **change(made))
     )
-    wrong = picture(corpus, 2, "joint", 1, ROW, width=200)
+    wrong = draw_row(corpus, 2, "joint", 1, ROW, width=200)
     assert wrong.count(sign) > right.count(sign)
 
 

@@ -34,7 +34,7 @@ class _Segment:
     stop: int
 
 
-def picture(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_length: int, width: int) -> str:
+def draw_row(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_length: int, width: int) -> str:
     """Return a drawing of the row that contains `record`, packed together with the records after it.
 
     Lines have at most `width` columns (at least 80). `kind` is joint or independent. Raises ValueError if the record
