@@ -1,1 +1,1 @@
-"""The training loop on DeepSpeed ZeRO-3. No other package depends on DeepSpeed."""
+"""The training loop on DeepSpeed ZeRO-3. Only this package and pretrain.planning depend on DeepSpeed."""

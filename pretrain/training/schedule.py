@@ -1,4 +1,4 @@
-"""Budget and learning rate, which both depend on the consumed fraction of the run."""
+"""The learning rate, which depends on the consumed fraction of the budget."""
 
 import math
 

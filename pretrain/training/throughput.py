@@ -1,4 +1,4 @@
-"""FLOPs and throughput of a model, counted without padding."""
+"""Throughput and MFU of a run, counted without padding."""
 
 from pretrain.data.loader import Rows
 from pretrain.planning.flops import Parameters, peak_flops
