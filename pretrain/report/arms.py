@@ -1,6 +1,10 @@
 """Arms of a comparison, each with one run per seed, read from a study or from run directories."""
 
+import atexit
 import json
+import lzma
+import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,8 @@ from pretrain.tasks.directions import VALIDATION
 
 STUDY = "study.json"
 """File that makes a folder a study."""
+RUNS_ARCHIVE = "runs.tar.xz"
+"""File in a study folder with the records of its runs, in place of their directories."""
 TRAINING_DATA_KEYS = ("data.lm_views", "data.train_end_token", "data.sequence_length")
 """Keys of `data` that affect the training and do not follow from the shards."""
 KEYS_IGNORED_BETWEEN_ARMS = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
@@ -102,7 +108,8 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
     path = folder / STUDY
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-        arms = [_study_arm(folder, name, arm) for name, arm in study["arms"].items()]
+        runs_folder = _extracted(folder / RUNS_ARCHIVE) if (folder / RUNS_ARCHIVE).is_file() else folder
+        arms = [_study_arm(runs_folder, name, arm) for name, arm in study["arms"].items()]
         title, matched_by, study_baseline = str(study["name"]), study["matched_by"], study["baseline"]
         planned = Metric(study["metric"]["task"], study["metric"]["name"], bool(study["metric"]["higher_is_better"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -121,6 +128,21 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
                 "or fix metric in the study file and start the study again; finished runs are kept"
             )
     return _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
+
+
+def _extracted(archive: Path) -> Path:
+    """Extract an archive of run directories to a folder that is deleted when this process ends, and return the folder.
+
+    Raises UserError for a corrupt archive, and for one with links or paths that lead out of the folder.
+    """
+    temporary = tempfile.TemporaryDirectory(prefix="jepa-study-")
+    atexit.register(temporary.cleanup)
+    try:
+        with tarfile.open(archive, "r:xz") as records:
+            records.extractall(temporary.name, filter="data")
+    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"cannot read {archive}: {error}; restore the file, or the run directories") from None
+    return Path(temporary.name)
 
 
 def _study_arm(folder: Path, name: str, arm: dict[str, Any]) -> Arm:
