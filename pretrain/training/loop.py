@@ -163,7 +163,7 @@ class Trainer:
             values = gradients | (self._step_values(consensus.losses, score) if logging or not updated else {})
             if logging:
                 values |= embeddings | self.throughput.take()
-                self._say(progress_line(self.progress, self.fraction, values))
+                self._say(progress_line(self.progress, self.fraction, values, self.objective.units))
                 if not self.validation:
                     self._watch_for_collapse(values, "embedding/")
             validating = bool(self.validation) and (last or self._due(self.config.monitor.validate_every))
@@ -397,7 +397,7 @@ class Trainer:
         values = self.validation.run(self.engine, self.objective.units, self._stop_requested)
         if values is None:
             return None
-        self._say(validation_line(self.progress, values))
+        self._say(validation_line(self.progress, values, self.objective.units))
         self._watch_for_collapse(values, "validation/embedding/")
         return values
 

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ class Metrics:
     """The writer of metrics.jsonl and TensorBoard files, used by rank 0 of the training run only.
 
     A run that resumes from `step` removes everything that was written after that step, so no step is repeated or
-    missing. If the disk is full, values are kept in memory and written once the disk has room.
+    missing. If the disk is full, values are kept in memory and written once the disk has room. The loss `terms` share a
+    chart in TensorBoard.
     """
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool):
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool, terms: Sequence[str]):
         path = run_dir / "metrics.jsonl"
         if path.exists():
             # a kill may truncate the last line
@@ -41,6 +43,7 @@ class Metrics:
             write_text(path, "".join(line + "\n" for line in earlier_lines))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open during the run)
         self._unwritten = b""
+        self._terms = terms
         self._folder = run_dir / "tensorboard" / "train" if tensorboard else None
         self._writer: Any = None
         self._unflushed: list[tuple[int, dict[str, float]]] = []
@@ -87,17 +90,11 @@ class Metrics:
         _backdate(self._folder)
         self._writer = open_tensorboard(self._folder, purge_step=step)
         _silence_threads()
-        self._writer.add_custom_scalars(
-            {
-                "loss": {
-                    "loss/lm and loss/jepa": ["Multiline", ["^loss/lm$", "^loss/jepa$"]],
-                    "validation/loss/lm and validation/loss/jepa": [
-                        "Multiline",
-                        ["^validation/loss/lm$", "^validation/loss/jepa$"],
-                    ],
-                }
-            }
-        )
+        charts = {}
+        for prefix in ("loss", "validation/loss"):
+            tags = [f"{prefix}/{term}" for term in self._terms]
+            charts[" and ".join(tags)] = ["Multiline", [f"^{tag}$" for tag in tags]]
+        self._writer.add_custom_scalars({"loss": charts})
 
     def _add(self, entries: list[tuple[int, dict[str, float]]]) -> None:
         try:

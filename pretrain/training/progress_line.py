@@ -1,12 +1,14 @@
 """The lines that a run prints about its progress."""
 
+from collections.abc import Iterable
+
 from pretrain.planning.budget import Progress
 
 
-def progress_line(progress: Progress, fraction: float, values: dict[str, float]) -> str:
-    """Return the line of a logged step: progress, losses, cosines of the embeddings, speed, and time left."""
+def progress_line(progress: Progress, fraction: float, values: dict[str, float], terms: Iterable[str]) -> str:
+    """Return the line of a logged step: progress, loss terms, cosines of the embeddings, speed, and time left."""
     parts = [f"step {progress.step:>6}", f"{fraction:>4.0%}"]
-    parts += [f"{term} {values[f'loss/{term}']:.4f}" for term in ("lm", "jepa") if f"loss/{term}" in values]
+    parts += [f"{term} {values[f'loss/{term}']:.4f}" for term in terms if f"loss/{term}" in values]
     if "embedding/shuffled_cosine" in values:
         parts.append(f"cos {values['embedding/paired_cosine']:.2f}/{values['embedding/shuffled_cosine']:.2f}")
     parts += [
@@ -24,11 +26,9 @@ def progress_line(progress: Progress, fraction: float, values: dict[str, float])
     return "  ".join(parts)
 
 
-def validation_line(progress: Progress, values: dict[str, float]) -> str:
-    """Return the line of a validation."""
-    names = {
-        "validation/loss/lm": "lm",
-        "validation/loss/jepa": "jepa",
+def validation_line(progress: Progress, values: dict[str, float], terms: Iterable[str]) -> str:
+    """Return the line of a validation: loss terms and embedding monitors."""
+    names = {f"validation/loss/{term}": term for term in terms} | {
         "validation/embedding/paired_cosine": "paired cosine",
         "validation/embedding/shuffled_cosine": "shuffled",
         "validation/embedding/retrieval_at_1": "retrieval@1",

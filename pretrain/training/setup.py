@@ -143,7 +143,9 @@ def set_up(
     if world.is_main:
         # the metrics of a step with a pending validation are written after that validation
         last_written_step = trainer.progress.step - (trainer.pending_validation is not None)
-        trainer.metrics = Metrics(config.run_dir, last_written_step, config.monitor.tensorboard)
+        trainer.metrics = Metrics(
+            config.run_dir, last_written_step, config.monitor.tensorboard, tuple(trainer.objective.units)
+        )
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
     return trainer

@@ -278,7 +278,7 @@ def test_damaged_lines_of_metrics_are_reported_on_reading_and_on_resuming(tmp_pa
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(damaged).encode() + b"\n\xff\xfe\n" + b'{"step": 8, "lo')
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 8))
     assert "metrics.jsonl: 4 corrupt lines are ignored, the first is line 3" in capfd.readouterr().err
-    Metrics(tmp_path, 6, tensorboard=False).close()
+    Metrics(tmp_path, 6, tensorboard=False, terms=("lm",)).close()
     assert "metrics.jsonl: 4 corrupt lines are removed, the first is line 3" in capfd.readouterr().err
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7)) and capfd.readouterr().err == ""
 
@@ -287,7 +287,7 @@ def test_tensorboard_shows_the_new_steps_after_a_resume_even_if_the_clock_went_b
     folder = tmp_path / "tensorboard" / "train"
 
     def train(start: int, stop: int, value: float) -> None:
-        metrics = Metrics(tmp_path, start, tensorboard=True)
+        metrics = Metrics(tmp_path, start, tensorboard=True, terms=("lm",))
         for step in range(start + 1, stop + 1):
             metrics.write({"step": step}, {"loss/lm": value})
         metrics.close()

@@ -1,14 +1,16 @@
 """The output of a run goes to the console and to its log; a run survives the loss of its console."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import IO
 
 import pytest
 
+from pretrain.evaluation.summary import print_summary
 from pretrain.run_folder import read_status
-from tests.commands import ROOT, prepare_corpus, ranks_command, start, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, start, tiny_config, write_config
 from tests.processes import TIMEOUT, wait_for
 
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
@@ -20,6 +22,24 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("output")
     prepare_corpus(write_config(folder, tiny_config(folder)))
     return folder
+
+
+def test_every_term_of_the_objective_is_shown(folder, capsys):
+    """In the progress line, the validation line, a TensorBoard chart and the summary."""
+    objective = {"name": "llm_jepa", "weight": 0.5, "regularizers": [{"name": "coding_rate", "weight": 0.1}]}
+    changes = {"train__steps": 2, "monitor__validate_every": 2, "monitor__tensorboard": True}
+    path = write_config(folder, tiny_config(folder, name="terms", objective=objective, **changes))
+    output = run_command(["python", "launcher/run.py", str(path)]).stdout
+    run_dir = folder / "runs" / "terms"
+    number = r"-?\d+\.\d{4}"
+    assert re.search(rf"step      2 .* lm {number}  jepa {number}  coding_rate {number}  ", output)
+    assert re.search(rf"validation at step 2: lm {number}, jepa {number}, coding_rate {number}, ", output)
+    events = b"".join(path.read_bytes() for path in (run_dir / "tensorboard").rglob("events*"))
+    assert b"^validation/loss/coding_rate$" in events
+    print_summary(run_dir)
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "loss/" in line]
+    terms = ["lm", "jepa", "coding_rate"]
+    assert rows == [f"loss/{term}" for term in terms] + [f"validation/loss/{term}" for term in terms]
 
 
 def full_disk() -> IO[str]:
