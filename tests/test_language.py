@@ -57,7 +57,7 @@ ACCEPTED = {
 ACCEPTED_DOCSTRINGS: dict[tuple[str, str], str] = {}
 """(file, beginning of a docstring) -> why it may begin with that word. At most 10."""
 
-NOT_PROSE = {".xz", ".png", ".json", ".jsonl", ".lock", ".html", ".gz"}
+NOT_PROSE = {".cff", ".xz", ".png", ".json", ".jsonl", ".lock", ".html", ".gz"}
 RECORDS = re.compile(r"docs/studies/\w+/")
 """Folders with what the studies wrote when they ran."""
 
