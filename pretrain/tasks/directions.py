@@ -49,6 +49,8 @@ def direction(task: str, metric: str) -> MetricDirection | None:
 
     A prefix `A_to_B_` of a retrieval metric, such as `code_to_text_`, names a direction of prediction and is ignored.
     """
+    if task == VALIDATION and metric.startswith("loss/"):
+        return "lower"
     declared = metric_directions(task)
     name = split_direction(metric)[1] if task == "retrieval" else metric
     return declared.get(name)

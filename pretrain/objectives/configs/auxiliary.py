@@ -1,12 +1,11 @@
 """The configuration of objectives with an auxiliary term: its weight, the schedule of the weight, and regularizers."""
 
 from itertools import pairwise
-from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from pretrain.objectives.configs.base import ObjectiveConfig
-from pretrain.objectives.configs.regularizers import CodingRateConfig, RegularizerConfig, SigregConfig, VicregConfig
+from pretrain.objectives.configs.regularizers import AnyRegularizerConfig, RegularizerConfig
 
 
 class AuxiliaryConfig(ObjectiveConfig):
@@ -18,7 +17,7 @@ class AuxiliaryConfig(ObjectiveConfig):
     """Schedule of a factor on `weight` and on the regularizers' weights: points (consumed fraction of the budget,
     factor) with linear interpolation. For example, [[0, 0], [0.1, 1]] is a warm-up. The factor is constant before the
     first point and after the last. Default: always 1."""
-    regularizers: list[Annotated[SigregConfig | VicregConfig | CodingRateConfig, Field(discriminator="name")]] = []
+    regularizers: list[AnyRegularizerConfig] = []
     """Terms against collapse of the embeddings of pairs; see below."""
 
     @field_validator("weight_schedule")

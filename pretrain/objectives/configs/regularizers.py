@@ -1,6 +1,6 @@
 """The configurations of regularizers against collapse."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -46,3 +46,7 @@ class CodingRateConfig(RegularizerConfig):
     """Difference between the largest possible coding rate and the rate of the embeddings."""
     precision: float = Field(default=0.05, gt=0)
     """Squared distortion (epsilon^2) up to which embeddings count as equal."""
+
+
+AnyRegularizerConfig = Annotated[SigregConfig | VicregConfig | CodingRateConfig, Field(discriminator="name")]
+"""Any of the regularizers, selected by `name`."""
