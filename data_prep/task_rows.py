@@ -44,9 +44,9 @@ class Row(NamedTuple):
 class RowReader:
     """A reader of the rows of one source.
 
-    A row is read with the `views` of the source. If the source has no `views`, or the row does not fit them, the row is
-    read in the format of the task's public data set, by the names of the views, or as a conversation. With
-    `allow_missing_views`, a row may lack some of the views; these are then empty.
+    A row is read with the `views` of the source, if it has any. If there are none, or if the row does not fit a mapping
+    of views, these formats are tried: the task's public data set, columns with the names of the views, a conversation.
+    With `allow_missing_views`, a row may lack some of the views; these are then empty.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RowReader:
         self._mapping = RowMapping(source, views, key)
         self._by_name = RowMapping(JsonSource(type="json"), views, key)
         self.remainders = 0
-        """Number of lists whose last texts are too few for another record."""
+        """Number of lists that end with too few texts for a complete record."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order. Raises UserError with the location for a row that lacks a view."""

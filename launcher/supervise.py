@@ -43,7 +43,7 @@ from pretrain.training.main import EXIT_CODE_STOPPED
 SCRIPT = "run.py"
 POLL = 0.2
 GRACE = 10.0
-"""Time in seconds in which another signal counts as a repetition of the first; the ranks use the same time."""
+"""Time after the first signal in which further signals are ignored, in seconds; the ranks use the same time."""
 EXIT_SECONDS = 5.0
 """Time that the remaining processes have to exit after the launcher has ended, in seconds."""
 SAVE_SECONDS = 60.0
@@ -56,7 +56,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class StopSignals:
-    """Signals received so far: the first asks the ranks to stop, and a later one ends everything immediately."""
+    """Signals received so far: the first asks the ranks to stop, and one after GRACE seconds ends everything."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -89,8 +89,8 @@ class Command:
         self.mark = uuid.uuid4().hex
         self.stop = stop
         self.signalled: set[int] = set()
-        """Ids of the processes that have received a signal. They get no second signal, because a rank would then exit
-        immediately."""
+        """Ids of the processes that have received a signal. They get no second one except SIGKILL, because
+        a rank would then exit immediately."""
         self.code: int | None = None
         """Exit code of the first process, negative if a signal ended it; None while it is running."""
         try:

@@ -1,4 +1,4 @@
-"""Local folders of `type: hub`, read by the readers of their file types.
+"""Sources of `type: hub` whose path is a local folder, read with this project's readers for their file types.
 
 `datasets` would reinterpret the values of JSON and CSV files, so it does not read them. It still decides which
 files belong to a split, because it knows the hub's file name conventions and README.md settings.
@@ -28,7 +28,7 @@ READERS: dict[tuple[str, ...], Callable[..., Reader]] = {
     json_lines.SUFFIXES: JsonLines,
     parquet.SUFFIXES: Parquet,
 }
-WITHOUT_EFFECT = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
+SUPPORTED_SETTINGS = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
 """Settings of a `datasets` builder that leave the text of files unchanged, or that the readers here support."""
 
 
@@ -120,11 +120,11 @@ def _check_split(source: HubSource, name: str, splits: list[str]) -> None:
 def _is_standard(config: Any) -> bool:
     """Return whether a README.md sets no special options, such as the quote character of a CSV file."""
     standard = vars(type(config)())
-    return all(value == standard.get(key) for key, value in vars(config).items() if key not in WITHOUT_EFFECT)
+    return all(value == standard.get(key) for key, value in vars(config).items() if key not in SUPPORTED_SETTINGS)
 
 
 def _named_as_given(folder: str, file: str) -> str:
-    """Return a path as the file statistics of a corpus name it: below the folder as the user wrote it."""
+    """Return the path of a file with the folder spelled as the user wrote it, as in the file statistics of a corpus."""
     return str(Path(folder) / os.path.relpath(file, os.path.realpath(folder)))
 
 

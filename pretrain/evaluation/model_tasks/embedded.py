@@ -22,11 +22,11 @@ class PairEmbeddings(NamedTuple):
 
 
 def embed_test_pairs(run: CheckpointTask) -> tuple[dict[str, PairEmbeddings], int, dict[str, int]]:
-    """Return the pairs of the test rows, the number of rows, and the counts of skipped rows that are not 0.
+    """Return the pairs of the test rows, the number of rows, and the nonzero counts of skipped rows by reason.
 
     too_long counts the rows that do not fit into the model's positions, and not_finite the rows with embeddings that
-    are not finite. The pairs are keyed by the prefix of their metrics, which is empty for the first direction. Raises
-    UserError if fewer than two rows remain.
+    are not finite. The pairs map the metric prefix of each direction of prediction, such as `text_to_code_`, to its
+    embeddings; the prefix of the first direction is empty. Raises UserError if fewer than two rows remain.
     """
     rows = run.read_test()
     embeddings = embed(run.export, [row.views for row in rows])

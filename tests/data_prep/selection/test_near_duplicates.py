@@ -37,7 +37,10 @@ def find_near_duplicates(
     parts: int = 1,
     threshold: float = 0.8,
 ) -> list[list[int]]:
-    """Return the indices of the dropped records of each unit. An ordinal on disk is twice the index plus one."""
+    """Return the indices of the dropped records of each unit.
+
+    Ordinals are written as 2 * index + 1, so they differ from the indices.
+    """
     signatures, bands = (
         [folder / f"{kind}-{unit}.npy" for unit in range(len(units))] for kind in ("signatures", "bands")
     )
@@ -75,7 +78,8 @@ def check_against_all_pairs(found: list[int], records: list[Record]) -> int:
     found = set(found)
     above = missed = 0
     for index, shingle_sets in enumerate(sets):
-        # Only these earlier records are compared, because all other records have a similarity near 0.
+        # Only these earlier records are compared, because all other records have a similarity near 0. Shingles that
+        # are mostly padding are skipped, because unrelated texts share them.
         candidates = {earlier for shingle in shingle_sets[0] if shingle[3] for earlier in holders.get(shingle, [])}
         closest = max((similarity(shingle_sets, sets[earlier]) for earlier in candidates), default=0.0)
         for shingle in shingle_sets[0]:
@@ -190,7 +194,7 @@ def test_large_groups_are_cut_and_read_in_pieces(tmp_path, monkeypatch):
     ]
 
 
-def test_a_group_that_fills_its_runs_is_read_to_the_end(tmp_path, monkeypatch):
+def test_a_group_whose_size_is_a_multiple_of_the_largest_is_read_to_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(near_duplicates, "LARGEST_GROUP", 10)
     assert find_near_duplicates(tmp_path, [[(LONG,)] * 20], threshold=1.0) == [[n for n in range(20) if n % 10]]
 
@@ -206,7 +210,7 @@ def test_no_records_and_no_units(tmp_path):
 
 
 def used_shape(threshold: float, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Return the bands of a sketch and the hashes in each, found by a change of every single hash."""
+    """Return the number of bands in a sketch and of hashes in each, measured by changing one hash at a time."""
     # Row 0 has the hashes 0, and row 1 + n differs from it in hash n.
     hashes = np.concatenate([np.zeros((1, NUM_HASHES)), np.eye(NUM_HASHES)]).astype(np.uint32)
     monkeypatch.setattr(near_duplicates, "_minhash", lambda shingles, ends: hashes)
@@ -227,7 +231,7 @@ def test_the_bands_at_the_default_threshold_stay_the_same(monkeypatch):
     assert used_shape(DEFAULT_THRESHOLD, monkeypatch) == (18, 7)
 
 
-def test_a_missing_library_is_one_line():
+def test_a_missing_library_is_a_user_error_with_the_install_command():
     program = (
         "import sys; sys.modules['rensa'] = None\n"
         "from data_prep.selection import near_duplicates\n"
@@ -257,7 +261,7 @@ def test_real_glosses_and_news_pairs(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nl-rx-synth", "spider"])
-def test_only_exact_copies_among_templated_records_are_dropped(tmp_path, name):
+def test_almost_only_exact_copies_among_templated_records_are_dropped(tmp_path, name):
     if not (DATA / name).exists():
         pytest.skip("the public sets are not in ../shared/data")
     with (DATA / name / "test.jsonl").open() as lines:

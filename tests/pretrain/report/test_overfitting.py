@@ -1,4 +1,4 @@
-"""The section of a report about arms past their best validation loss."""
+"""The section of a report on overfitting, which compares arms after their lowest validation loss."""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Train several runs in the same ranks, some with a trap reintroduced: `trapped_runs.py [CHANGE+...:]CONFIG ...`.
+"""Train several runs in the same ranks, some with a deliberate bug: `trapped_runs.py [CHANGE+...:]CONFIG ...`.
+
+A trap is a mistake that is common in training code; its number is the one of the test `test_trap_NN_...`.
 
 The file NAME.rankR.json next to the configuration records how the run ended and how many texts it tokenized. A second
 start of a run overwrites it.
