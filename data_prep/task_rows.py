@@ -72,8 +72,8 @@ class RowReader:
 
     def _rows_of(self, columns: Columns, location: str) -> Iterator[Row]:
         """Yield the rows of one object: several if a column has a list of texts, else one."""
-        is_public = self.row_format is not None and self.row_format.columns <= columns.keys()
-        if is_public and self.source.views is None and self._mapping.of(columns) is self._mapping.columns:
+        has_public_columns = self.row_format is not None and self.row_format.columns <= columns.keys()
+        if has_public_columns and self.source.views is None and self._mapping.of(columns) is self._mapping.columns:
             yield self._public_row(columns, location)
             return
         records = list(self._mapping.of(columns).records(columns, 0))
@@ -82,7 +82,7 @@ class RowReader:
             self.remainders += len(complete) < len(records)
             records = complete
         elif not self._fits(records[0]):
-            if is_public:
+            if has_public_columns:
                 yield self._public_row(columns, location)
                 return
             by_name = [record for record in self._by_name.of(columns).records(columns, 0) if self._fits(record)]
@@ -143,8 +143,8 @@ def read_rows(
         raise UserError(f"{source.path} ({key}) has no rows")
     if reader.remainders:
         print_now(
-            f"note: {source.path} ({key}): the last texts of {reader.remainders:,} lists are too few for another row "
-            "and are skipped"
+            f"note: {source.path} ({key}): {reader.remainders:,} lists end with too few texts for a complete row; "
+            "those texts are skipped"
         )
     return result
 

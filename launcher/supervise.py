@@ -49,7 +49,7 @@ EXIT_SECONDS = 5.0
 SAVE_SECONDS = 60.0
 """The limit that replaces EXIT_SECONDS if the ranks were signalled to stop, in seconds. It is longer because a launcher
 that received the signal too may exit before the ranks have saved."""
-UNKILLABLE = 30.0
+KILL_SECONDS = 30.0
 """Time after the deadline of `Command.end` in which every process must be gone, in seconds."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 PR_SET_CHILD_SUBREAPER = 36
@@ -114,7 +114,7 @@ class Command:
         # Asks twice, because the first scan may miss a process that is starting.
         while remaining := self._processes() or self._processes():
             overdue = time.monotonic() - deadline
-            if overdue > UNKILLABLE:
+            if overdue > KILL_SECONDS:
                 raise UserError(
                     f"SIGKILL did not end the processes {', '.join(str(process.pid) for process in remaining)}: "
                     "check what they are waiting for"
@@ -261,7 +261,7 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         highest_step = step if rewound else max(step, highest_step)
         if failures >= crashes:
             _log(
-                f"giving up: consecutive crashes without a checkpoint newer than step {highest_step}: {failures}; "
+                f"giving up after {failures} consecutive crashes without a checkpoint newer than step {highest_step}; "
                 f"the last crash: {ended}. See the error in the output above; "
                 f"checkpoints and status.json are in {run_dir}"
             )

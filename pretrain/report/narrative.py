@@ -149,7 +149,7 @@ def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
                 numbers += f"; {test.reason}"
             sentences.append(
                 f"{outcome} in {measure} past the best validation loss: "
-                f"change of {arm_mean} against {baseline_mean} ({numbers})."
+                f"change of {arm_mean} against {baseline_mean} (difference {numbers})."
             )
     return sentences
 

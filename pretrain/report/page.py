@@ -18,9 +18,9 @@ PAST = [
     "arm",
     "lowest validation loss",
     "total tokens / tokens up to that loss",
-    "rise of the loss to the end",
+    "loss increase from there to the end",
     "metric at that loss, interpolated",
-    "change of the metric to the end",
+    "metric change from there to the end",
 ]
 """Column headings of the table on overfitting."""
 AMOUNTS = ("tokens", "flops", "seconds")

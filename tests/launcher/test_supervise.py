@@ -33,7 +33,7 @@ PYTHON = sys.executable
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 NEVER = 2.0 * TIMEOUT
 """Time longer than any test waits, in seconds. A process that ends within TIMEOUT has not waited this long."""
-LIMITS = {"GRACE": NEVER, "EXIT_SECONDS": NEVER, "SAVE_SECONDS": NEVER, "UNKILLABLE": NEVER}
+LIMITS = {"GRACE": NEVER, "EXIT_SECONDS": NEVER, "SAVE_SECONDS": NEVER, "KILL_SECONDS": NEVER}
 """Constants of launcher/supervise.py with which no time limit expires, even on a slow machine."""
 SUPERVISE = """
 from data_prep.utils.console import exit_on_user_error
@@ -205,7 +205,7 @@ sys.exit(1)
 """)
     assert run.end() == 1 and run.starts() == 2
     assert (
-        "supervise: giving up: consecutive crashes without a checkpoint newer than step 10: 2; "
+        "supervise: giving up after 2 consecutive crashes without a checkpoint newer than step 10; "
         "the last crash: exit code 1, status.json: failed at step 10 (RuntimeError: no such thing)."
     ) in run.output()
 

@@ -177,7 +177,8 @@ def test_only_the_incomplete_end_of_a_list_is_skipped(write_jsonl, tmp_path, cap
     source = task_tests(write_jsonl(tmp_path / "test.jsonl", rows), views="paraphrases")[0].source
     assert [row.views for row in read_rows(source, ("one", "two"), "task.test")] == [("a", "b"), ("e", "f")]
     assert (
-        "(task.test): the last texts of 2 lists are too few for another row and are skipped" in capsys.readouterr().out
+        "(task.test): 2 lists end with too few texts for a complete row; those texts are skipped"
+        in capsys.readouterr().out
     )
 
 

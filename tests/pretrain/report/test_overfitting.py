@@ -42,13 +42,13 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
     text, page = render_report(study)
     past = parse_table(text.partition("## Past the best validation loss")[2])
     assert past["plain"]["lowest validation loss"].startswith("0.5000")
-    assert past["plain"]["rise of the loss to the end"].startswith("0.4200")
+    assert past["plain"]["loss increase from there to the end"].startswith("0.4200")
     assert past["plain"]["total tokens / tokens up to that loss"] == "2.0"
-    assert past["plain"]["change of the metric to the end"].startswith("−0.1000")
+    assert past["plain"]["metric change from there to the end"].startswith("−0.1000")
     sentences = text.partition("## Past the best validation loss")[2]
     assert (
         "steady does better than plain in validation/loss/lm past the best validation loss: change of +0.0667 "
-        "against +0.4200 (−0.3533 over 3 seeds, 95% interval"
+        "against +0.4200 (difference −0.3533 over 3 seeds, 95% interval"
     ) in sentences
     assert "alike: no difference from plain found in validation/loss/lm" in sentences
     assert (
@@ -79,9 +79,11 @@ def test_the_metric_at_the_lowest_validation_loss_is_interpolated_or_missing(stu
     text = text.partition("## Past the best validation loss")[2].replace("\\", "")
     table = parse_table(text)
     assert table["plain"]["metric at that loss, interpolated"] == "0.3000"
-    assert table["plain"]["change of the metric to the end"] == "0.4000"
+    assert table["plain"]["metric change from there to the end"] == "0.4000"
     assert (
-        table["other"]["metric at that loss, interpolated"] == table["other"]["change of the metric to the end"] == "–"
+        table["other"]["metric at that loss, interpolated"]
+        == table["other"]["metric change from there to the end"]
+        == "–"
     )
     for arm, seed in (("plain", 2), ("other", 1)):
         reason = "the metric needs evaluated checkpoints before and after"
