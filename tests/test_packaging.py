@@ -42,7 +42,7 @@ def test_the_wheel_holds_code_configurations_and_types(wheel):
     assert {"data_prep/py.typed", "pretrain/py.typed"} <= names
 
 
-def test_the_commands_of_an_installed_wheel_prepare_train_and_evaluate(wheel, tmp_path):
+def test_the_commands_of_an_installed_wheel_prepare_and_train(wheel, tmp_path):
     """The environment of this test has the dependencies; a path file makes them visible in the fresh one."""
     fresh = tmp_path / "fresh"
     run([sys.executable, "-m", "venv", "--without-pip", fresh])
