@@ -1,11 +1,21 @@
-"""Console output of the commands, and the handling of user errors: one line, exit code 2."""
+"""Console output of the commands, and the handling of user errors: one line, exit code 2.
+
+What a command says about itself goes through the standard `logging` module: a module logs to
+`logging.getLogger(__name__)`, `info` for progress and notes, `warning` for what the user should look at. The messages
+are shown after `show_messages`, which `exit_on_user_error` calls. Tables and results are printed.
+"""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
+PACKAGES = ("data_prep", "pretrain", "launcher")
+"""Names of the loggers whose messages are shown. Other libraries have handlers of their own."""
+LEVEL_VARIABLE = "LOGLEVEL"
+"""Environment variable with the lowest level that is shown; the launchers of torch read it too."""
 INTERRUPTED_EXIT_CODE = 130
 """Exit code after Ctrl-C, as in shells."""
 
@@ -17,18 +27,70 @@ class UserError(Exception):
     """
 
 
+class LineFormatter(logging.Formatter):
+    """A formatter that puts the level in front of warnings and errors only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        line = super().format(record)
+        return line if record.levelno < logging.WARNING else f"{record.levelname}: {line}"
+
+
+class _ConsoleHandler(logging.Handler):
+    """A handler that prints to the current `sys.stdout` or `sys.stderr`, which may be replaced during a run."""
+
+    def __init__(self, stream: Literal["stdout", "stderr"]):
+        super().__init__()
+        self._stream = stream
+        self.setFormatter(LineFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record. As for any `print`, a closed pipe is an error."""
+        print(self.format(record), file=getattr(sys, self._stream), flush=True)
+
+
+def show_messages(stream: Literal["stdout", "stderr"] = "stdout") -> None:
+    """Show the messages of this project on a stream, from the level in LOGLEVEL on, by default INFO.
+
+    Raises UserError for an unknown level.
+    """
+    level = os.environ.get(LEVEL_VARIABLE, "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise UserError(f"the environment variable {LEVEL_VARIABLE} is {level}: set it to INFO, WARNING or ERROR")
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
+        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _ConsoleHandler)]
+        logger.addHandler(_ConsoleHandler(stream))
+        logger.setLevel(level)
+
+
+def show_only_errors() -> None:
+    """Show no more messages below ERROR in this process, because a peer shows the same ones."""
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.ERROR)
+
+
 def print_now(text: str) -> None:
     """Print and flush at once, to keep the lines of several processes in order in a log."""
     print(text, flush=True)
 
 
-def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] = lambda: False) -> None:
+def exit_on_user_error(
+    main: Callable[[], None],
+    *,
+    silent: Callable[[], bool] = lambda: False,
+    messages: Literal["stdout", "stderr"] = "stdout",
+) -> None:
     """Run `main` and exit cleanly: a UserError prints one line and exits with code 2, Ctrl-C with code 130.
 
-    `silent` is called when an error occurs and returns whether this process must not print the error, because a peer
-    prints the same one. A closed output pipe (`| head`) ends the process silently.
+    `silent` returns whether this process must not print errors and messages, because a peer prints the same ones.
+    `messages` is the stream of log messages; a command whose standard output is its result uses stderr. A closed output
+    pipe (`| head`) ends the process silently.
     """
     try:
+        show_messages(messages)
+        if silent():
+            show_only_errors()
         main()
         sys.stdout.flush()
     except UserError as error:
