@@ -89,7 +89,7 @@ def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], loc
         f"train.global_batch_rows={rows}",
         f"train.micro_batch_rows={rows}",
         "checkpoint.every=1000000",
-        "monitor.tensorboard=false",
+        "monitor.loggers=[]",
     )
     run_command("launcher/evaluate.py", folder, "--task", "nl_rx", f"task.test={arguments.test}")
     run_command(

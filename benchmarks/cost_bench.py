@@ -16,14 +16,13 @@ from pretrain.config import RunConfig, load_config
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import SpecialTokenIds
-from pretrain.data.loader import Rows, draw_random_bits, loss_denominators
+from pretrain.data.loader import Rows, count_pairs, count_targets, draw_random_bits
 from pretrain.models.language_model import special_ids
 from pretrain.objectives.base import build_objective, total_loss
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine
 
 WEIGHTS = {"lm": 1.0, "jepa": 1.0}
-UNITS = {"lm": "targets", "jepa": "pairs"}
 WARMUP_STEPS = {"cpu": 0, "cuda": 2}
 """Number of untimed steps after a change of arm, because DeepSpeed prefetches partitioned parameters in the order of
 the previous step."""
@@ -133,7 +132,7 @@ class Bench:
         """Return a new measurement with the rows, targets and micro steps of an optimizer step of an arm."""
         rows, lengths = self.plan(arm)
         rows, micro_steps = self.split(rows, lengths)
-        return Measurement(rows, lengths, loss_denominators(rows[0], arm.passes[0].layout)["targets"], micro_steps)
+        return Measurement(rows, lengths, count_targets(rows[0], arm.passes[0].layout), micro_steps)
 
     def step(self, name: str) -> dict[str, float]:
         """Run one optimizer step, including the planning of its rows, and return the losses."""
@@ -141,8 +140,9 @@ class Bench:
         engine = self.engines[arm.predictor_tokens]
         rows, lengths = self.plan(arm)
         rows, micro_steps = self.split(rows, lengths)
-        units = loss_denominators(rows[0], arm.passes[0].layout) | {
-            "pairs": loss_denominators(rows[-1], arm.passes[-1].layout)["pairs"]
+        counts = {
+            "lm": count_targets(rows[0], arm.passes[0].layout),
+            "jepa": count_pairs(rows[-1], arm.passes[-1].layout),
         }
         streams = [
             micro_batches(
@@ -168,14 +168,14 @@ class Bench:
                 ).terms
             terms = combine(terms)
             engine.backward(
-                total_loss(terms, {term: units[UNITS[term]] for term in terms}, WEIGHTS, self.world.size),
+                total_loss(terms, counts, WEIGHTS, self.world.size),
                 scale_wrt_gas=False,
             )
             engine.step()
             for term, value in terms.items():
                 sums[term] = sums.get(term, 0) + value.detach()
         totals = self.world.sum(list(sums.values()))
-        return {term: total / units[UNITS[term]] for term, total in zip(sums, totals, strict=True)}
+        return {term: total / counts[term] for term, total in zip(sums, totals, strict=True)}
 
     def time(self, name: str, round_number: int, steps: int) -> None:
         """Record the mean duration of a step in this round.

@@ -134,7 +134,7 @@ class Bench:
                 "precision": "bf16",
             },
             "checkpoint": {"every": 10**6, "keep": 1},
-            "monitor": {"log_every": 1, "validate_every": 10**6, "validation_records": 40, "tensorboard": False},
+            "monitor": {"log_every": 1, "validate_every": 10**6, "validation_records": 40, "loggers": []},
         }
         for key, value in changes.items():
             section, _, inner = key.partition("__")

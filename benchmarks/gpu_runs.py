@@ -109,8 +109,7 @@ def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
             "reserved_bytes": torch.cuda.max_memory_reserved(),
             "allocator_retries": statistics.get("num_alloc_retries", 0),
         }
-    if trainer.metrics:
-        trainer.metrics.close()
+    if world.is_main:
         results["metrics"] = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     trainer.engine.destroy()
     del trainer

@@ -254,7 +254,7 @@ def start_up(path: str) -> None:
     specials = SpecialTokenIds(0, 2, 3, 4, VOCABULARY)
     before, started = resident_bytes(), time.perf_counter()
     corpus = Corpus(config.data.path, "train")
-    check(config, corpus, log)
+    check(config, corpus)
     loader = make_loader(config, corpus, config.objective.make_layout(specials, corpus.views, "all"))
     start_seconds, start_bytes = time.perf_counter() - started, resident_bytes() - before
     rows = loader.next_rows(STEP_ROWS)
@@ -295,7 +295,7 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
         f"output_dir={folder}",
         f"train.steps={steps}",
         "train.epochs=null",
-        "monitor.tensorboard=false",
+        "monitor.loggers=[]",
     ]
     demo = ["configs/demo.yaml", *overrides]
     with socket.create_server(("127.0.0.1", 0)) as probe:

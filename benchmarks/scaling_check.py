@@ -102,7 +102,7 @@ def _config(folder: Path, name: str, steps: int, ranks: int, shape: dict[str, An
                 "objective": {"name": "next_token"},
                 "train": {"steps": steps, "learning_rate": 1e-4, "global_batch_rows": 4 * ranks, "micro_batch_rows": 4},
                 "checkpoint": {"every": 10 * steps},
-                "monitor": {"log_every": 1, "validate_every": 10 * steps, "tensorboard": False},
+                "monitor": {"log_every": 1, "validate_every": 10 * steps, "loggers": []},
             }
         )
     )

@@ -52,7 +52,7 @@ def test_the_commands_of_an_installed_wheel_prepare_and_train(wheel, tmp_path):
     run([*install, "--no-deps", "--no-index", "--ignore-installed", wheel])
     assert {path.name for path in (fresh / "bin").glob("jepa-*")} == {f"jepa-{name}" for name in COMMANDS}
 
-    config = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, monitor__tensorboard=False))
+    config = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, monitor__loggers=[]))
     variables = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     options = {"cwd": tmp_path, "env": variables | {"PATH": f"{fresh / 'bin'}{os.pathsep}{os.environ['PATH']}"}}
     run(["jepa-prepare", config], **options)

@@ -4,7 +4,7 @@ Every rank computes the same packing from the record lengths alone. It therefore
 global batch without communication, and reads only the tokens of its own rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,13 +67,28 @@ class Rows:
         )
 
 
-def loss_denominators(rows: Rows, layout: Layout) -> dict[str, int]:
-    """Return the counts that normalise the loss terms: next-token `targets`, `pairs` and `spans` of the rows."""
-    return {
-        "targets": int(layout.count_lm_targets(rows.lengths, rows.segment_lengths).sum()),
-        "pairs": int(layout.pairs(rows.segment_lengths, rows.paired).sum()),
-        "spans": int(layout.count_spans(rows.segment_lengths).sum()),
-    }
+Unit = Callable[[Rows, Layout], int]
+"""A unit over which a loss term is summed, as the function that counts it in rows."""
+
+
+def count_targets(rows: Rows, layout: Layout) -> int:
+    """Return the number of next-token targets of the rows."""
+    return int(layout.count_lm_targets(rows.lengths, rows.segment_lengths).sum())
+
+
+def count_pairs(rows: Rows, layout: Layout) -> int:
+    """Return the number of pairs of a prediction and a target embedding."""
+    return int(layout.pairs(rows.segment_lengths, rows.paired).sum())
+
+
+def count_spans(rows: Rows, layout: Layout) -> int:
+    """Return the number of spans, see pretrain/data/spans.py."""
+    return int(layout.count_spans(rows.segment_lengths).sum())
+
+
+def loss_denominators(rows: Rows, layout: Layout, units: Mapping[str, Unit]) -> dict[str, int]:
+    """Return the count that normalises each loss term over the rows. `units` has the unit of each term."""
+    return {term: count(rows, layout) for term, count in units.items()}
 
 
 def draw_random_bits(records: np.ndarray, seed: int, passes: np.ndarray) -> np.ndarray:

@@ -3,14 +3,14 @@
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from pretrain.data.batch import Batch
-from pretrain.data.loader import Loader, Rows, loss_denominators
+from pretrain.data.loader import Loader, Rows, Unit, count_targets, loss_denominators
 
 PREFETCH_STEPS = 2
 """Maximum number of prepared steps."""
@@ -21,8 +21,10 @@ class StepData:
     """The data of one step: the rows and counts of the global batch, and the micro batches of this rank."""
 
     rows: Rows
+    targets: int
+    """Number of next-token targets in these rows."""
     loss_denominators: dict[str, int]
-    """Counts that normalise the loss terms; see `loss_denominators` in pretrain/data/loader.py."""
+    """Count that normalises each loss term; see `loss_denominators` in pretrain/data/loader.py."""
     batches: list[Batch]
     state: dict[str, int]
     """State of the loader after this step."""
@@ -31,15 +33,22 @@ class StepData:
 class Prefetch:
     """The steps of a loader in order, `count` rows each; a context manager that ends the thread.
 
-    On CUDA the batches are in pinned memory. Until the thread ends, nothing else may use the loader.
+    `units` has the unit of each loss term. On CUDA the batches are in pinned memory. Until the thread ends, nothing
+    else may use the loader.
     """
 
     def __init__(
-        self, loader: Loader, count: int, micro_batches: Callable[[Rows], Iterable[Batch]], device: torch.device
+        self,
+        loader: Loader,
+        count: int,
+        micro_batches: Callable[[Rows], Iterable[Batch]],
+        units: Mapping[str, Unit],
+        device: torch.device,
     ):
         self._loader = loader
         self._count = count
         self._micro_batches = micro_batches
+        self._units = units
         self._pin = device.type == "cuda"
         set_device = functools.partial(torch.cuda.set_device, device) if self._pin else None
         self._thread = ThreadPoolExecutor(1, "prefetch", set_device)
@@ -83,4 +92,6 @@ class Prefetch:
             return None
         rows = self._loader.next_rows(self._count)
         batches = [batch.pin_memory_copy() if self._pin else batch for batch in self._micro_batches(rows)]
-        return StepData(rows, loss_denominators(rows, self._loader.layout), batches, self._loader.state())
+        layout = self._loader.layout
+        counts = loss_denominators(rows, layout, self._units)
+        return StepData(rows, count_targets(rows, layout), counts, batches, self._loader.state())

@@ -95,7 +95,7 @@ def append_result(run_dir: Path, result: dict[str, Any], tensorboard: bool = Tru
     )
     if not tensorboard:
         return
-    from pretrain.training.metrics import open_tensorboard
+    from pretrain.training.loggers.tensorboard import open_tensorboard
 
     writer = open_tensorboard(run_dir / "tensorboard" / "evaluation")
     for metric, value in result["metrics"].items():

@@ -59,7 +59,7 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
             "counts": result.counts,
             "seconds": round(time.perf_counter() - started, 1),
         },
-        config.monitor.tensorboard,
+        "tensorboard" in config.monitor.loggers,
     )
     counts = [f"{name} {count:,}" for name, count in result.counts.items() if count or name == "unseen"]
     print(

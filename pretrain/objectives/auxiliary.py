@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pretrain.data.batch import Batch
+from pretrain.data.loader import Unit, count_pairs, count_targets
 from pretrain.objectives.base import CrossEntropy, ObjectiveOutput
 from pretrain.objectives.next_token import next_token_sum
 from pretrain.objectives.pool import Gather, Pool, gather_pool, select_pair_embeddings
@@ -18,10 +19,12 @@ class AuxiliaryObjective(ABC):
     pooled = False
     """Whether the auxiliary term needs the pairs of all ranks."""
 
-    def __init__(self, weight: float, unit: str, regularizers: Sequence[Regularizer]):
+    def __init__(self, weight: float, unit: Unit, regularizers: Sequence[Regularizer]):
         self.regularizers = list(regularizers)
         self.weights: Mapping[str, float] = {"lm": 1.0, "jepa": weight} | {one.name: one.weight for one in regularizers}
-        self.units: Mapping[str, str] = {"lm": "targets", "jepa": unit} | {one.name: "pairs" for one in regularizers}
+        self.units: Mapping[str, Unit] = {"lm": count_targets, "jepa": unit} | dict.fromkeys(
+            (one.name for one in regularizers), count_pairs
+        )
 
     @abstractmethod
     def auxiliary_sum(

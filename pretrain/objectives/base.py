@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from pretrain.data.batch import Batch
+from pretrain.data.loader import Unit
 from pretrain.objectives.configs import ObjectiveConfig
 from pretrain.objectives.pool import Gather, Pool
 
@@ -28,8 +29,9 @@ class Objective(Protocol):
 
     weights: Mapping[str, float]
     """The weight of each term in the loss."""
-    units: Mapping[str, str]
-    """Unit over which each term is summed, and by whose count it is divided: `targets`, `pairs` or `spans`."""
+    units: Mapping[str, Unit]
+    """Unit over which each term is summed, as the function that counts it: `count_targets`, `count_pairs`,
+    `count_spans` of pretrain/data/loader.py, or a function of the objective's own."""
 
     def __call__(
         self,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.data.batch import Batch
+from pretrain.data.loader import count_pairs
 from pretrain.objectives.auxiliary import AuxiliaryObjective
 from pretrain.objectives.configs.llm_jepa import Config
 from pretrain.objectives.pool import Pool, local_value_global_grad
@@ -64,7 +65,7 @@ class LlmJepa(AuxiliaryObjective):
         stop_gradient: bool = False,
         regularizers: Sequence[Regularizer] = (),
     ):
-        super().__init__(weight, "pairs", regularizers)
+        super().__init__(weight, count_pairs, regularizers)
         self.distance, self.stop_gradient = distance, stop_gradient
         self.pooled = distance == "info_nce"
         self.temperature = DEFAULT_TEMPERATURE if temperature is None else temperature

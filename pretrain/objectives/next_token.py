@@ -3,6 +3,7 @@
 import torch
 
 from pretrain.data.batch import Batch
+from pretrain.data.loader import count_targets
 from pretrain.objectives.base import CrossEntropy, ObjectiveOutput
 from pretrain.objectives.configs.next_token import Config
 from pretrain.objectives.pool import Gather, gather_pool, select_pair_embeddings
@@ -17,7 +18,7 @@ class NextToken:
     """The language-model loss alone."""
 
     weights = {"lm": 1.0}
-    units = {"lm": "targets"}
+    units = {"lm": count_targets}
 
     def __call__(
         self,

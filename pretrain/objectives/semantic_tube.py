@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.data.batch import Batch
+from pretrain.data.loader import count_spans
 from pretrain.objectives.auxiliary import AuxiliaryObjective
 from pretrain.objectives.configs.semantic_tube import Config
 from pretrain.objectives.pool import Pool
@@ -30,7 +31,7 @@ class SemanticTube(AuxiliaryObjective):
     """The language-model loss plus `weight` times the curvature of the path of hidden states."""
 
     def __init__(self, weight: float, regularizers: Sequence[Regularizer] = ()):
-        super().__init__(weight, "spans", regularizers)
+        super().__init__(weight, count_spans, regularizers)
 
     def auxiliary_sum(
         self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None

@@ -18,7 +18,7 @@ from data_prep.tokenizer import Tokenizer, import_tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.layout import Layout, make_layout
-from pretrain.data.loader import Loader, loss_denominators
+from pretrain.data.loader import Loader, count_pairs
 from pretrain.data.order import Order
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.models.lora import adapter_sizes
@@ -184,7 +184,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
                 steps=1,
                 records=len(rows.records),
                 tokens=int(rows.lengths.sum()),
-                pairs=loss_denominators(rows, layout)["pairs"],
+                pairs=count_pairs(rows, layout),
             )
             stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
             without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))

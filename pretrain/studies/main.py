@@ -63,7 +63,7 @@ def _show(study: Study) -> None:
             f"start the study to prepare it, or run python -m data_prep {study.base}"
         )
         return
-    matching = Matching(study, overrides, print_now)
+    matching = Matching(study, overrides)
     speeds = {
         arm: calibration["tokens_per_second"] for arm, calibration in StudyRecord(study.folder).calibration.items()
     }
@@ -85,7 +85,7 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
         prepare_corpus(corpus)
     record = StudyRecord(study.folder)
     processes = ProcessRunner(lock)
-    matching = Matching(study, overrides, print_now)
+    matching = Matching(study, overrides)
     speeds = {}
     if study.config.matched_by == "seconds":
         speeds = calibrate(study, list(matching.arms.values()), record, launcher_dir, processes)

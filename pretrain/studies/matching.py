@@ -12,8 +12,8 @@ be added to a study later.
               speeds of both come from a short run (calibration.py)
 """
 
+import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,18 +56,21 @@ class Arm:
 class Matching:
     """Batches and budgets of all arms. The corpora of the arms must be prepared.
 
-    Raises UserError for an arm whose run could not start. `say` receives each distinct warning once.
+    Raises UserError for an arm whose run could not start. The notes of these checks are logged once, not for each arm.
     """
 
-    def __init__(self, study: Study, corpora: dict[str, dict[str, Any]], say: Callable[[str], None]):
+    def __init__(self, study: Study, corpora: dict[str, dict[str, Any]]):
         self.study = study
-        self._say = say
-        self._reported: set[str] = set()
-        self.base = load_base_config(study)
-        plan = self._plan(self.base)
-        self.base_step_tokens = plan.step.tokens
-        self.base_tokens = budget_tokens(plan)
-        self.arms = {name: self._arm(name, corpora[name]) for name in study.config.arms}
+        checks, once = logging.getLogger(check.__module__), _OncePerText()
+        checks.addFilter(once)
+        try:
+            self.base = load_base_config(study)
+            plan = self._plan(self.base)
+            self.base_step_tokens = plan.step.tokens
+            self.base_tokens = budget_tokens(plan)
+            self.arms = {name: self._arm(name, corpora[name]) for name in study.config.arms}
+        finally:
+            checks.removeFilter(once)
 
     @property
     def baseline(self) -> Arm:
@@ -122,15 +125,25 @@ class Matching:
     def _plan(self, config: RunConfig) -> Plan:
         corpus = Corpus(config.data.path, "train")
         try:
-            check(config, corpus, self._print_once)
+            check(config, corpus)
             return make_plan(config, corpus)
         except UserError as error:
             raise UserError(f"{config.name}: {error}") from None
 
-    def _print_once(self, line: str) -> None:
-        if line not in self._reported:
-            self._reported.add(line)
-            self._say(line)
+
+class _OncePerText(logging.Filter):
+    """A filter that drops a message with the same text as an earlier one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._texts: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the text is new."""
+        text = record.getMessage()
+        is_new = text not in self._texts
+        self._texts.add(text)
+        return is_new
 
 
 def load_base_config(study: Study) -> RunConfig:

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import die_with_parent
 from pretrain.training.random_state import restore_random_state
 from pretrain.training.stop import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -192,7 +195,7 @@ class VerifiedCheckpoint:
         return self.path if ranks == self.ranks else self.path.with_name(f".{self.path.name}.universal.tmp")
 
 
-def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> VerifiedCheckpoint | None:
+def find_newest(folder: Path, world: World) -> VerifiedCheckpoint | None:
     """Return the newest valid checkpoint; None if there is none. All ranks must call this together.
 
     A corrupt checkpoint is set aside, and the previous one is used. Raises UserError if all are corrupt.
@@ -203,12 +206,11 @@ def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> Verif
         problems = [found for found in world.gather_objects(check(checkpoint, world.rank, world.size)) if found]
         if not problems:
             if world.is_main:
-                _repair_latest(folder, checkpoint.name, say)
+                _repair_latest(folder, checkpoint.name)
             manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
             return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"])
-        say(
-            f"WARNING: the checkpoint {checkpoint} is corrupt: {problems[0]}; setting it aside as "
-            f"damaged-{checkpoint.name}"
+        logger.warning(
+            f"the checkpoint {checkpoint} is corrupt: {problems[0]}; setting it aside as damaged-{checkpoint.name}"
         )
         if world.is_main:
             _set_aside(checkpoint, problems[0])
@@ -228,21 +230,19 @@ def _set_aside(checkpoint: Path, problem: str) -> None:
         write_text(aside / DAMAGE_FILE, problem + "\n")
 
 
-def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
+def _repair_latest(folder: Path, name: str) -> None:
     try:
         previous = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         previous = ""
     if previous != name:
         problem = f"named {previous[:40]}" if previous else "was empty or missing"
-        say(f"note: {folder / LATEST} {problem}; the newest valid checkpoint is {name}")
+        logger.info(f"note: {folder / LATEST} {problem}; the newest valid checkpoint is {name}")
         with contextlib.suppress(OSError):
             write_text(folder / LATEST, name + "\n")
 
 
-def make_universal(
-    found: VerifiedCheckpoint, world: World, stop: StopRequest, say: Callable[[str], None], round_robin: bool = False
-) -> None:
+def make_universal(found: VerifiedCheckpoint, world: World, stop: StopRequest, round_robin: bool = False) -> None:
     """Convert a checkpoint of a different number of ranks to DeepSpeed's universal format.
 
     The main rank writes the converted checkpoint next to the original. Raises UserError if the conversion fails or the
@@ -257,7 +257,7 @@ def make_universal(
             "deepspeed.zero_optimization.round_robin_gradients, and DeepSpeed cannot load that on another number of "
             f"ranks: start with {found.ranks}"
         )
-    say(
+    logger.info(
         f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: "
         "converting it"
     )

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from data_prep.utils.console import UserError
+from data_prep.utils.console import UserError, show_only_errors
 from data_prep.utils.launch_env import find_mpi, launched_process_count
 from pretrain.local_gpu import select_gpu
 from pretrain.training.rank_store import RankStore
@@ -144,6 +144,8 @@ def init_world() -> World:
             "launcher"
         ) from None
     world = World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), rank_store)
+    if not world.is_main:
+        show_only_errors()
     world = replace(world, hosts=tuple(world.gather_objects(socket.gethostname())))
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.hosts.count(world.hosts[world.rank])))

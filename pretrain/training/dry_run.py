@@ -1,10 +1,11 @@
 """The dry run: print the plan of a run and check what would stop it, without starting it."""
 
+import logging
 import os
 from pathlib import Path
 
 from data_prep.shards import MANIFEST
-from data_prep.utils.console import UserError, print_now, print_table
+from data_prep.utils.console import UserError, print_table
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.planning.plan import Plan, make_plan
@@ -13,6 +14,8 @@ from pretrain.planning.tables import plan_tables
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import normalize_launcher_env
 from pretrain.training.setup import check
+
+logger = logging.getLogger(__name__)
 
 
 def dry_run(config: RunConfig) -> None:
@@ -24,17 +27,19 @@ def dry_run(config: RunConfig) -> None:
     corpus = plan.corpus
 
     if config.ignored_keys:
-        print(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
+        logger.info(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
     if config.model.lora:
-        print("note: FLOPs and activations are for training the whole model; adapters need up to a third fewer FLOPs")
+        logger.info(
+            "note: FLOPs and activations are for training the whole model; adapters need up to a third fewer FLOPs"
+        )
     if corpus is None:
-        print(
+        logger.info(
             f"note: there is no corpus in {config.data.path}. The vocabulary is taken from data.tokenizer and rows are "
             "assumed to be full.\nTo include records, pairs and the cost of the JEPA term, run: python -m data_prep "
             "CONFIG"
         )
     if plan.step.skipped_windows:
-        print(f"note: means of a step are over {plan.step.planned:,} steps, spread evenly over the first epoch")
+        logger.info(f"note: means of a step are over {plan.step.planned:,} steps, spread evenly over the first epoch")
     for table in plan_tables(plan):
         print_table(table)
     print(
@@ -63,7 +68,7 @@ def _rank_and_ranks() -> tuple[int, int | None]:
 
 def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) -> None:
     """Raise the UserErrors of a real run about the corpus, files and the run folder."""
-    check(config, corpus, print_now)
+    check(config, corpus)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
     # a run that was killed early leaves a folder without config.yaml

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from data_prep.tokenizer import Tokenizer
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.models.attention import resolve_attention
@@ -90,7 +90,7 @@ def build_engine(
     if config.train.compile:
         compile_layers(model)
     if config.train.compile or attention == "flex_attention":
-        raise_recompile_limit(model, print_now if world.is_main else lambda text: None)
+        raise_recompile_limit(model)
         limit_compile_threads(world.hosts.count(world.hosts[world.rank]))
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,12 +1,22 @@
 """Requests for background evaluations of a training run, and the launch of the evaluation job."""
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.utils.console import UserError
 from pretrain.run_folder import PINS, list_steps, step_name
+from pretrain.training.hooks import Hook
+
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
+
+logger = logging.getLogger(__name__)
 
 SUPERVISED_VARIABLE = "JEPA_SUPERVISED"
 """Environment variable by which launcher/supervise.py recognises the processes of a run, which it ends with the run."""
@@ -109,3 +119,38 @@ def start_evaluations(run_dir: Path, device: str) -> None:
             env=evaluation_environment(device),
             check=False,
         )
+
+
+class BackgroundEvaluations(Hook):
+    """A hook that starts an evaluation in the background for some checkpoints (evaluation.every)."""
+
+    def before_save(self, run: "Trainer") -> None:
+        """Request the evaluation of a checkpoint, if one is due."""
+        step = run.progress.step
+        if run.world.is_main and _is_due(run, step):
+            with _warn_on_os_error(step):
+                request_evaluation(run.config.run_dir, step)
+
+    def after_save(self, run: "Trainer", step: int) -> None:
+        """Start the evaluation of a complete checkpoint, if one is due."""
+        if run.world.is_main and _is_due(run, step):
+            device = run.config.evaluation.device
+            logger.info(
+                f"evaluating step {step} in the background on {device}, log: "
+                f"{run.config.run_dir / 'evaluation' / 'log.txt'}"
+            )
+            with _warn_on_os_error(step):
+                start_evaluations(run.config.run_dir, device)
+
+
+def _is_due(run: "Trainer", step: int) -> bool:
+    return bool(run.config.evaluation.every) and step % run.config.evaluation.every == 0
+
+
+@contextmanager
+def _warn_on_os_error(step: int) -> Iterator[None]:
+    """Turn an OSError, such as a full disk, into a warning instead of ending the run."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(f"skipping the evaluation of step {step}: {error.strerror or error}")

@@ -5,13 +5,14 @@ None of these changes what the layers compute.
 
 import logging
 import os
-from collections.abc import Callable
 
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from pretrain.models.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
 
 GRAPHS_PER_SHAPE = 8
 """Number of graphs that torch._dynamo may create for layers of one shape. Training, validation and checkpointing need
@@ -45,11 +46,11 @@ def compile_layers(model: LanguageModel) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
-def raise_recompile_limit(model: LanguageModel, warn: Callable[[str], None]) -> None:
+def raise_recompile_limit(model: LanguageModel) -> None:
     """Raise torch._dynamo's limit to allow compiling every layer, or the FlexAttention of every layer.
 
-    The layers share their code and therefore one limit, and the layers of OpenELM have different shapes. `warn` is
-    called once if the limit is reached nevertheless.
+    The layers share their code and therefore one limit, and the layers of OpenELM have different shapes. If the
+    limit is reached nevertheless, there is one warning.
     """
     limit = GRAPHS_PER_SHAPE * len({_shape(layer) for layer in model.causal_lm.model.layers})
     settings = torch._dynamo.config
@@ -58,7 +59,7 @@ def raise_recompile_limit(model: LanguageModel, warn: Callable[[str], None]) -> 
     messages = logging.getLogger("torch._dynamo.convert_frame")
     for handler in [handler for handler in messages.handlers if isinstance(handler, _LimitReached)]:
         messages.removeHandler(handler)  # added by an earlier run in this process
-    messages.addHandler(_LimitReached(warn))
+    messages.addHandler(_LimitReached())
 
 
 def limit_compile_threads(ranks: int) -> None:
@@ -78,16 +79,16 @@ def _shape(layer: nn.Module) -> tuple[tuple[int, int], ...]:
 class _LimitReached(logging.Handler):
     """A log handler that turns torch._dynamo's message about a reached limit into a warning, once."""
 
-    def __init__(self, warn: Callable[[str], None]):
+    def __init__(self) -> None:
         super().__init__()
-        self._warn: Callable[[str], None] | None = warn
+        self._warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Warn if the record is that message; ignore all other records."""
         message = " ".join(record.getMessage().split())
-        if self._warn and message.startswith("torch._dynamo hit config."):
-            self._warn(
-                f"WARNING: some layers run uncompiled, and more slowly: {message[:300]}; set TORCH_LOGS=recompiles to "
+        if not self._warned and message.startswith("torch._dynamo hit config."):
+            self._warned = True
+            logger.warning(
+                f"some layers run uncompiled, and more slowly: {message[:300]}; set TORCH_LOGS=recompiles to "
                 "see the reasons"
             )
-            self._warn = None

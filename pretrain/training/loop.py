@@ -1,13 +1,13 @@
 """The training loop."""
 
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -19,27 +19,28 @@ from pretrain.data.layout import SpecialTokenIds
 from pretrain.data.loader import Loader, Rows
 from pretrain.data.prefetch import Prefetch, StepData
 from pretrain.objectives.base import Objective, total_loss
-from pretrain.objectives.monitors import embedding_monitors, has_collapsed
+from pretrain.objectives.monitors import embedding_monitors
 from pretrain.objectives.pool import Pool
 from pretrain.planning.budget import Progress, consumed_fraction
 from pretrain.run_folder import REWIND_REASON_PREFIX, list_steps, write_status
+from pretrain.training.collapse import CollapseWarning
 from pretrain.training.distributed import World
-from pretrain.training.evaluation_requests import request_evaluation, start_evaluations
+from pretrain.training.evaluation_requests import BackgroundEvaluations
 from pretrain.training.gradients import gradient_diagnostics
-from pretrain.training.metrics import Metrics
-from pretrain.training.progress_line import collapse_warning, progress_line, validation_line
-from pretrain.training.rank_store import LocalRankStore, RankStore
+from pretrain.training.hooks import Ending, Hook, StepReport, StopTraining
+from pretrain.training.loggers import build_loggers
+from pretrain.training.progress_line import ProgressLines
+from pretrain.training.rank_store import LocalRankStore
 from pretrain.training.saving import Saver
 from pretrain.training.schedule import learning_rate
-from pretrain.training.spikes import CannotRewind, SpikeRule, excluded_steps, rewind
-from pretrain.training.stop import StopRequest
+from pretrain.training.spikes import SpikeGuard
+from pretrain.training.stop import LauncherGraceNote, StopRequest
 from pretrain.training.throughput import Throughput
-from pretrain.training.validation import Validation
+from pretrain.training.validation import PeriodicValidation, Validation
 from pretrain.training.watchdog import Watchdog
 from pretrain.training.weight_sums import weight_sums
 
-LAUNCHER_GRACE = 30.0
-"""Time after a signal until deepspeed, torchrun and, by default, Slurm kill the ranks, in seconds."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class StepConsensus:
 
 @dataclass
 class Trainer:
-    """The components and the state of a training run."""
+    """The components and the state of a training run.
+
+    The loop trains, counts and saves. Everything else that happens during a run is a hook; see
+    pretrain/training/hooks.py.
+    """
 
     config: RunConfig
     world: World
@@ -68,59 +73,69 @@ class Trainer:
     objective: Objective
     throughput: Throughput
     validation: Validation | None
-    metrics: Metrics | None = None
-    """Writer of the metrics, on rank 0 only."""
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
-    collapsed: bool = False
-    spikes: SpikeRule = field(default_factory=SpikeRule)
-    pending_validation: dict[str, float] | None = None
+    unlogged: dict[str, float] | None = None
     """Values of the last step if a signal interrupted its validation; the next launch repeats that validation."""
     reason: str = ""
     """Reason why the run stopped before its end."""
     step_seconds: float = 0.0
     """Duration of the last step."""
-    warned_about_launchers: bool = False
     print_fatal: Callable[[str], None] = field(default=partial(print, file=sys.stderr, flush=True))
     """Function that prints to the console, on any rank, why this process ends."""
 
     def __post_init__(self) -> None:
         self.saver = Saver(
-            self.engine,
-            self.config.run_dir / "checkpoints",
-            self.config.checkpoint,
-            self.world,
-            self._say,
-            self._on_saved,
+            self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._on_saved
         )
-        self.excluded_steps = excluded_steps(self.config.run_dir)
-        self.watchdog: Watchdog | None = None
+        self.watchdog = Watchdog(
+            self.world.rank_store or LocalRankStore(),
+            self.world.rank,
+            self.world.hosts,
+            self.config.monitor.hang_seconds,
+            self._report_hang,
+        )
         if self.world.rank_store is not None:  # from here on the peers wait for this rank
-            self.watchdog = self._watch(self.world.rank_store)
+            self.watchdog.begin()
+        self.spikes = SpikeGuard(self.config.run_dir, self.pool_rows)
+        self.hooks: list[Hook] = [
+            self.watchdog,
+            self.spikes,
+            BackgroundEvaluations(),
+            LauncherGraceNote(),
+            ProgressLines(),
+            CollapseWarning(),
+            PeriodicValidation(),
+            *(build_loggers(self.config.monitor.loggers) if self.world.is_main else []),
+        ]
 
     def train(self) -> str:
         """Train until the budget is used up or a signal arrives; return the final status.
 
         Raises UserError, on all ranks, if a shard is corrupt or the last checkpoint cannot be written.
         """
-        if self.watchdog is None:
-            self.watchdog = self._watch(LocalRankStore())
-        ended = False
+        ending: Ending = "crashed"
         try:
+            for hook in self.hooks:
+                hook.start(self)
             with Prefetch(
-                self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device
+                self.loader,
+                self.config.train.global_batch_rows,
+                self._micro_batches,
+                self.objective.units,
+                self.world.device,
             ) as data:
                 status = self._train(data)
-            self._finish_save()
-            ended = True
+            self.finish_save()
+            ending = status
         except UserError:  # all ranks raise it together
-            self._finish_save()
-            ended = True
+            self.finish_save()
+            ending = "failed"
             raise
         finally:
             self.saver.close()
-            if self.watchdog:
-                self.watchdog.close(ended)
+            for hook in self.hooks:
+                hook.end(self, ending)
         if self.saver.problem and not self.reason.startswith(REWIND_REASON_PREFIX):
             steps = list_steps(self.config.run_dir / "checkpoints")
             raise UserError(
@@ -129,74 +144,58 @@ class Trainer:
             )
         return status
 
-    def _train(self, data: Prefetch) -> str:
-        stopping = self._stop_requested()
+    def _train(self, data: Prefetch) -> Literal["finished", "resumable"]:
+        stopping = self.stop_requested()
         data_failed = True  # the first step must check for data errors on all ranks
-        if stopping:
-            self.reason = self._stop_reason()
+        try:
+            if self.unlogged is not None and not stopping:
+                values, self.unlogged = self.unlogged, None
+                stopping = not self._call_hooks(StepReport(values, repeated=True))
+            while not self.at_end and not stopping:
+                step = self.world.run_and_sync_errors(data.next) if data_failed else data.next()
+                report, consensus = self._train_step(step, data)
+                data_failed = consensus.data_failed
+                stopping = not self._call_hooks(report) or consensus.stopping
+                if self.at_end or stopping or data_failed or self.is_due(self.config.checkpoint.every):
+                    self._save(step.state)
+        except StopTraining as stop:
+            self.reason = str(stop)
             return "resumable"
-        if self.pending_validation is not None:
-            stopping = not self._finish_step(self.pending_validation, validating=True)
-        while self.fraction < 1 and not stopping:
-            step = self.world.run_and_sync_errors(data.next) if data_failed else data.next()
-            data.pop_wait_seconds()
-            started = time.perf_counter()
-            self._count(step.rows)
-            self._set_learning_rate()
-            last = self.fraction >= 1
-            logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
-            divisors = {term: step.loss_denominators[unit] for term, unit in self.objective.units.items()}
-            gradients = self._measure_gradients(step, divisors)
-            consensus, pool, score, skip_update = self._compute(step, divisors, data, with_pool=logging)
-            updated = self._update(consensus.losses, skip_update)
-            stopping, data_failed = consensus.stopping, consensus.data_failed
-            embeddings = self._diagnose(pool)
-            seconds = time.perf_counter() - started
-            self.progress.seconds += seconds
-            self.step_seconds = seconds
-            self.throughput.add(step.rows, step.loss_denominators["targets"], seconds, data.pop_wait_seconds())
-            if score > self.config.train.spike_score and self.config.train.on_spike == "rewind" and self._rewind(score):
-                return "resumable"
-            if self.saver.in_progress and not consensus.saving:
-                self._finish_save()
+        if self.at_end and self.unlogged is None:
+            return "finished"
+        self.reason = f"stopped by {self.stop.received.name if self.stop.received else 'a signal to another rank'}"
+        return "resumable"
 
-            values = gradients | (self._step_values(consensus.losses, score) if logging or not updated else {})
-            if logging:
-                values |= embeddings | self.throughput.take()
-                self._say(progress_line(self.progress, self.fraction, values, self.objective.units))
-                if not self.validation:
-                    self._watch_for_collapse(values, "embedding/")
-            validating = bool(self.validation) and (last or self._due(self.config.monitor.validate_every))
-            stopping |= not self._finish_step(values, validating)
-            if last or stopping or data_failed or self._due(self.config.checkpoint.every):
-                self._save(step.state)
-        if self.fraction < 1 or self.pending_validation is not None:
-            self.reason = self._stop_reason()
-            return "resumable"
-        return "finished"
+    def _train_step(self, step: StepData, data: Prefetch) -> tuple[StepReport, StepConsensus]:
+        """Train one step; return its values and the consensus of the ranks."""
+        data.pop_wait_seconds()
+        started = time.perf_counter()
+        self._count(step.rows)
+        self._set_learning_rate()
+        logged = self.at_end or self.progress.step == 1 or self.is_due(self.config.monitor.log_every)
+        gradients = self._measure_gradients(step)
+        consensus, pool, score, skip_update = self._compute(step, data, with_pool=logged)
+        updated = self._update(consensus.losses, skip_update)
+        embeddings = self._diagnose(pool)
+        self.step_seconds = time.perf_counter() - started
+        self.progress.seconds += self.step_seconds
+        self.throughput.add(step.rows, step.targets, self.step_seconds, data.pop_wait_seconds())
+        if self.saver.in_progress and not consensus.saving:
+            self.finish_save()
+        values = gradients | (self._step_values(consensus.losses, score) if logged or not updated else {})
+        if logged:
+            values |= embeddings | self.throughput.take()
+        return StepReport(values, logged, score), consensus
 
-    def _finish_step(self, values: dict[str, float], validating: bool) -> bool:
-        """Validate if `validating`, and write the metrics of the step.
+    def _call_hooks(self, report: StepReport) -> bool:
+        """Call the hooks after a step; return False if a signal interrupted the validation."""
+        for hook in self.hooks:
+            hook.after_step(self, report)
+        return self.unlogged is None
 
-        Return False if a signal interrupted the validation; `pending_validation` then contains the values of the step.
-        """
-        validated = self._validate() if validating else {}
-        self.pending_validation = values if validated is None else None
-        if self.metrics and validated is not None and values | validated:
-            self.metrics.write(self._counters(), values | validated)
-        return validated is not None
-
-    def _watch(self, rank_store: RankStore | LocalRankStore) -> Watchdog:
-        return Watchdog(
-            rank_store, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._report_hang
-        )
-
-    def _report_progress(self) -> None:
-        if self.watchdog:
-            self.watchdog.report_progress(self.progress.step)
-
-    def _extended_timeout(self) -> AbstractContextManager:
-        return self.watchdog.extended_timeout() if self.watchdog else nullcontext()
+    def report_progress(self) -> None:
+        """Report to the watchdog that this rank is making progress."""
+        self.watchdog.report_progress(self.progress.step)
 
     def _report_hang(self, line: str) -> None:
         """Print the error of a run that hangs, and mark the run as resumable."""
@@ -204,19 +203,25 @@ class Trainer:
         steps = list_steps(self.config.run_dir / "checkpoints")
         write_status(self.config.run_dir, "resumable", steps[-1] if steps else 0, line)
 
-    def _stop_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         """Return whether any rank has received a signal to stop. All ranks must call this together."""
-        self._report_progress()
+        self.report_progress()
         return self.world.sum([torch.tensor(self.stop.received is not None, device=self.world.device)])[0] > 0
-
-    def _stop_reason(self) -> str:
-        cause = self.stop.received.name if self.stop.received else "a signal to another rank"
-        return f"stopped by {cause}"
 
     @property
     def fraction(self) -> float:
         """Consumed fraction of the budget."""
         return consumed_fraction(self.progress, self.config.train, self.loader.records)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the budget is used up."""
+        return self.fraction >= 1
+
+    @property
+    def last_logged_step(self) -> int:
+        """Last step whose values have been logged."""
+        return self.progress.step - (self.unlogged is not None)
 
     @property
     def pool_rows(self) -> int:
@@ -229,7 +234,8 @@ class Trainer:
         factor = self.config.objective.factor(self.fraction)
         return {term: weight if term == "lm" else weight * factor for term, weight in self.objective.weights.items()}
 
-    def _due(self, every: int) -> bool:
+    def is_due(self, every: int) -> bool:
+        """Return whether this step is one of every `every` steps."""
         return self.progress.step % every == 0
 
     def _count(self, rows: Rows) -> None:
@@ -243,60 +249,42 @@ class Trainer:
             group["lr"] = learning_rate(self.fraction, self.config.train)
 
     def _compute(
-        self, step: StepData, divisors: dict[str, int], data: Prefetch, with_pool: bool
+        self, step: StepData, data: Prefetch, with_pool: bool
     ) -> tuple[StepConsensus, Pool | None, float, bool]:
         """Run the forward and backward passes over this rank's micro batches.
 
         Return the consensus of all ranks, the last pool, the spike score of the loss, and whether the step is skipped.
 
-        `divisors` are the denominators of the terms: the numbers of target tokens, pairs or spans in the global batch.
         The ranks reach their consensus before the last backward pass. If the step is skipped, that pass makes the
         gradient NaN on all ranks, so DeepSpeed makes no update.
         """
         sums: dict[str, torch.Tensor] = {}
         weights = self.weights
         for number, batch in enumerate(step.batches, start=1):
-            self._report_progress()
+            self.report_progress()
             output = self.engine(batch.to(self.world.device), with_pool=with_pool)
-            loss = total_loss(output.terms, divisors, weights, self.world.size)
+            loss = total_loss(output.terms, step.loss_denominators, weights, self.world.size)
             for name, value in output.terms.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             if number < len(step.batches):
                 self.engine.backward(loss, scale_wrt_gas=False)
                 self.engine.step()
-        consensus = self._reach_consensus(sums, divisors, data.failed())
-        score, skip_update = self._judge(consensus.losses, divisors)
+        consensus = self._reach_consensus(sums, step.loss_denominators, data.failed())
+        score, skip_update = self.spikes.judge(self, consensus.losses, step.loss_denominators)
         self.engine.backward(loss * (torch.nan if skip_update else 1.0), scale_wrt_gas=False)
-        if self.watchdog:
-            self.watchdog.first_step_done()
         return consensus, output.pool and output.pool.detached(), score, skip_update
 
-    def _judge(self, losses: dict[str, float], counts: dict[str, int]) -> tuple[float, bool]:
-        """Return the highest spike score of the terms of a step, and whether to skip the step.
-
-        `counts` are the numbers of tokens, pairs or spans over which the losses are means.
-        """
-        train = self.config.train
-        if not math.isfinite(self._total_loss(losses)) or self.progress.step in self.excluded_steps:
-            return 0.0, True
-        score, highest = self.spikes.judge(losses, counts, self.weights)
-        if score > train.spike_score:
-            self._say(
-                f"WARNING: the loss of step {self.progress.step} is a spike: loss/{highest} is {losses[highest]:.4f}, "
-                f"{score:.1f} standard deviations above its recent values"
-            )
-        return score, score > train.spike_score and train.on_spike != "warn"
-
-    def _total_loss(self, losses: dict[str, float]) -> float:
+    def total_loss(self, losses: Mapping[str, float]) -> float:
+        """Return the weighted sum of the losses of a step."""
         return sum(self.weights[name] * value for name, value in losses.items())
 
-    def _measure_gradients(self, step: StepData, divisors: dict[str, int]) -> dict[str, float]:
+    def _measure_gradients(self, step: StepData) -> dict[str, float]:
         """Return the gradient diagnostics of the step; empty if they are not due."""
         every = self.config.monitor.gradients_every
-        if not every or not self._due(every):
+        if not every or not self.is_due(every):
             return {}
         return gradient_diagnostics(
-            self.engine.module, step.batches, divisors, self.weights, self.world, self._report_progress
+            self.engine.module, step.batches, step.loss_denominators, self.weights, self.world, self.report_progress
         )
 
     def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
@@ -334,45 +322,16 @@ class Trainer:
             nonfinite_terms = " and ".join(name for name, value in losses.items() if not math.isfinite(value))
             if nonfinite_terms:
                 reason = f"{nonfinite_terms} was not finite on some rank"
-            elif self.progress.step in self.excluded_steps:
+            elif self.progress.step in self.spikes.excluded_steps:
                 reason = "its records were excluded by an earlier rewind"
             elif skip_update:
                 reason = "its loss is a spike"
             else:
                 reason = "the gradient was not finite on some rank"
-            self._say(
-                f"WARNING: step {self.progress.step} was skipped: {reason} ({self.progress.skipped_steps} skipped "
-                "steps so far)"
+            logger.warning(
+                f"step {self.progress.step} was skipped: {reason} ({self.progress.skipped_steps} skipped steps so far)"
             )
         return updated
-
-    def _rewind(self, score: float) -> bool:
-        """Make the next launch resume from a checkpoint before this step; return False if that is not possible.
-
-        The step is skipped in either case.
-        """
-        self._finish_save()
-        step = self.progress.step
-        resume_step = 0
-        problem = ""
-        if self.world.is_main:
-            try:
-                resume_step = rewind(self.config.run_dir, step, score)
-            except CannotRewind as error:
-                problem = str(error)
-        resume_step, problem = self.world.gather_objects((resume_step, problem))[0]
-        if problem:
-            self._say(
-                f"WARNING: cannot rewind before the spike of step {step} (score {score:.1f}): {problem}; skipping only "
-                "this step"
-            )
-            return False
-        self.reason = (
-            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next launch resumes "
-            f"from step {resume_step} and skips steps {step - 1} and {step}"
-        )
-        self._say(f"WARNING: {self.reason}")
-        return True
 
     def _diagnose(self, pool: Pool | None) -> dict[str, float]:
         """Return the embedding monitors of a pool by metric tag; empty except on the main rank."""
@@ -381,7 +340,7 @@ class Trainer:
 
     def _step_values(self, losses: dict[str, float], score: float) -> dict[str, float]:
         return (
-            {"loss/total": self._total_loss(losses), "loss/spike_score": score}
+            {"loss/total": self.total_loss(losses), "loss/spike_score": score}
             | {f"loss/{name}": value for name, value in losses.items()}
             | {
                 "optimizer/lr": self.engine.optimizer.param_groups[0]["lr"],
@@ -392,97 +351,39 @@ class Trainer:
             }
         )
 
-    def _validate(self) -> dict[str, float] | None:
-        assert self.validation is not None
-        values = self.validation.run(self.engine, self.objective.units, self._stop_requested)
-        if values is None:
-            return None
-        self._say(validation_line(self.progress, values, self.objective.units))
-        self._watch_for_collapse(values, "validation/embedding/")
-        return values
-
-    def _watch_for_collapse(self, values: dict[str, float], prefix: str) -> None:
-        """Warn if the embeddings have collapsed since the last check. The tags of the monitors start with `prefix`."""
-        monitors = {tag.removeprefix(prefix): value for tag, value in values.items() if tag.startswith(prefix)}
-        had_collapsed = self.collapsed
-        self.collapsed = self.config.objective.pairing is not None and has_collapsed(monitors)
-        if self.collapsed and not had_collapsed:
-            self._say(collapse_warning(monitors))
-
-    def _counters(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
+        """Return the progress counters and the epoch."""
         return self.progress.state() | {"epoch": self.progress.records / self.loader.order.epoch_records}
 
     def _save(self, loader_state: dict[str, int]) -> None:
-        if self.metrics:
-            self.metrics.flush()
-        step = self.progress.step
-        if self._is_evaluated(step) and self.world.is_main:
-            with self._warn_on_os_error(f"evaluation of step {step}"):
-                request_evaluation(self.config.run_dir, step)
-        with self._extended_timeout():
-            weights = self.saver.timed(lambda: weight_sums(self.engine.module, self.world))
-            self.saver.begin(
-                step,
-                {
-                    "progress": self.progress.state(),
-                    "loader": loader_state,
-                    "collapsed": self.collapsed,
-                    "losses": self.spikes.losses,
-                    "pool_rows": self.pool_rows,
-                    "owed": self.pending_validation,
-                    "weights": weights,
-                },
-            )
+        for hook in self.hooks:
+            hook.before_save(self)
+        with self.watchdog.extended_timeout():
+            state = {
+                "progress": self.progress.state(),
+                "loader": loader_state,
+                "owed": self.unlogged,
+                "weights": self.saver.timed(lambda: weight_sums(self.engine.module, self.world)),
+            }
+            for hook in self.hooks:
+                state |= hook.state()
+            self.saver.begin(self.progress.step, state)
 
-    def _finish_save(self) -> None:
-        with self._extended_timeout():
+    def finish_save(self) -> None:
+        """Wait until the checkpoint that is being written is complete. All ranks must call this together."""
+        with self.watchdog.extended_timeout():
             self.saver.finish()
 
     def _on_saved(self, step: int) -> None:
-        """Record a complete checkpoint, and start its evaluation if one is due."""
         if self.world.is_main:
-            self._warn_about_launchers()
             write_status(self.config.run_dir, "running", step)
-            if self._is_evaluated(step):
-                device = self.config.evaluation.device
-                self._say(
-                    f"evaluating step {step} in the background on {device}, log: "
-                    f"{self.config.run_dir / 'evaluation' / 'log.txt'}"
-                )
-                with self._warn_on_os_error(f"evaluation of step {step}"):
-                    start_evaluations(self.config.run_dir, device)
-
-    def _warn_about_launchers(self) -> None:
-        """Warn once if a step and a save take longer than LAUNCHER_GRACE: a signal to the launcher would lose steps."""
-        needed = self.step_seconds + self.saver.duration
-        if self.world.size > 1 and not self.warned_about_launchers and needed > LAUNCHER_GRACE:
-            self.warned_about_launchers = True
-            self._say(
-                f"note: a step and a save take {needed:.0f} s, but launchers kill the ranks {LAUNCHER_GRACE:.0f} s "
-                "after Ctrl-C or SIGTERM, which loses the steps since the last checkpoint: to stop this run, send "
-                "SIGUSR1 to one of its ranks"
-            )
-
-    @contextmanager
-    def _warn_on_os_error(self, what: str) -> Iterator[None]:
-        """Turn an OSError, such as a full disk, into a warning that `what` is skipped, instead of ending the run."""
-        try:
-            yield
-        except OSError as error:
-            self._say(f"WARNING: skipping the {what}: {error.strerror or error}")
-
-    def _is_evaluated(self, step: int) -> bool:
-        return bool(self.config.evaluation.every) and step % self.config.evaluation.every == 0
+        for hook in self.hooks:
+            hook.after_save(self, step)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
         self.progress = Progress(**state["progress"])
         self.loader.load_state(state["loader"])
-        self.collapsed, self.pending_validation = state["collapsed"], state["owed"]
-        # a contrastive loss depends on the size of the pool, so its old values are comparable only with the same size
-        if state.get("pool_rows", self.pool_rows) == self.pool_rows:
-            self.spikes.load(state["losses"])
-
-    def _say(self, text: str) -> None:
-        if self.world.is_main:
-            print(text, flush=True)
+        self.unlogged = state["owed"]
+        for hook in self.hooks:
+            hook.load_state(state)

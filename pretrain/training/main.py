@@ -4,6 +4,7 @@ It imports slow packages late, so an error in the configuration is reported imme
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
 
 ABORT_GRACE_SECONDS = 10.0
 """Time that a rank waits for mpirun to end it after rank 0 has aborted, in seconds."""
@@ -114,7 +117,7 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
         if world.is_main:
             step = max(list_steps(config.run_dir / "checkpoints"), default=0)
             write_status(config.run_dir, "resumable", step, str(stopped))
-            print(f"resumable at step {step}: {config.run_dir}", flush=True)
+            logger.info(f"resumable at step {step}: {config.run_dir}")
         world.barrier()
         sys.exit(EXIT_CODE_STOPPED)
     except Exception as error:
@@ -130,11 +133,9 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
         log.close()
         os._exit(1)
     if world.is_main:
-        assert trainer.metrics is not None  # always set on the main rank
-        trainer.metrics.close()
         write_status(config.run_dir, status, trainer.progress.step, trainer.reason)
         lock.release()
-        print(f"{status} at step {trainer.progress.step}: {config.run_dir}", flush=True)
+        logger.info(f"{status} at step {trainer.progress.step}: {config.run_dir}")
     world.barrier()
     if status == "resumable":
         sys.exit(EXIT_CODE_STOPPED)

@@ -1,8 +1,29 @@
-"""The lines that a run prints about its progress."""
+"""The lines that a run logs about its progress."""
 
+import logging
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from pretrain.planning.budget import Progress
+from pretrain.training.hooks import Hook, StepReport
+
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class ProgressLines(Hook):
+    """A hook that logs a line for some steps (monitor.log_every) and for each validation."""
+
+    def after_step(self, run: "Trainer", report: StepReport) -> None:
+        """Log the progress line of a step."""
+        if report.logged:
+            logger.info(progress_line(run.progress, run.fraction, report.values, run.objective.units))
+
+    def after_validation(self, run: "Trainer", values: dict[str, float]) -> None:
+        """Log the line of a validation."""
+        logger.info(validation_line(run.progress, values, run.objective.units))
 
 
 def progress_line(progress: Progress, fraction: float, values: dict[str, float], terms: Iterable[str]) -> str:
@@ -36,17 +57,6 @@ def validation_line(progress: Progress, values: dict[str, float], terms: Iterabl
     }
     return f"validation at step {progress.step}: " + ", ".join(
         f"{name} {values[tag]:.4f}" for tag, name in names.items() if tag in values
-    )
-
-
-def collapse_warning(monitors: dict[str, float]) -> str:
-    """Return the warning about a collapse. It explains the problem, because the loss curve looks like success."""
-    return (
-        f"WARNING: the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, "
-        f"unrelated views {monitors['shuffled_cosine']:.4f}, and a view finds its partner in "
-        f"{monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa means nothing then, because the model maps "
-        "everything to few directions. Distances without negatives tend to cause this. Use info_nce, which has "
-        "negatives, or objective.regularizers"
     )
 
 

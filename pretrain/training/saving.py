@@ -5,6 +5,7 @@ written. A failed save, for example because the disk is full, does not end the r
 the next save is attempted.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from pretrain.training import checkpoint
 from pretrain.training.distributed import World
 from pretrain.training.host_copies import HostCopies
 from pretrain.training.random_state import random_state, random_state_file_name
+
+logger = logging.getLogger(__name__)
 
 BYTES_PER_PARAMETER = 12
 """Minimum size of a trained parameter in a checkpoint: the weight and two moments in fp32. A frozen parameter is saved
@@ -57,14 +60,12 @@ class Saver:
         folder: Path,
         config: CheckpointConfig,
         world: World,
-        say: Callable[[str], None],
         on_saved: Callable[[int], None],
     ):
         self._engine = engine
         self._folder = folder
         self._config = config
         self._world = world
-        self._say = say
         self._on_saved = on_saved
         self._copies = HostCopies(world.device)
         self._collector = engine.checkpoint_engine = _ShardCollector(self._copies)
@@ -159,8 +160,8 @@ class Saver:
         except OSError as error:
             return _error_text(error)
         if not_removed := checkpoint.prune(self._folder, self._config.keep, self._config.keep_every):
-            self._say(
-                f"WARNING: cannot remove old checkpoints in {self._folder}: {', '.join(not_removed)}; check the "
+            logger.warning(
+                f"cannot remove old checkpoints in {self._folder}: {', '.join(not_removed)}; check the "
                 "permissions, or remove them by hand"
             )
         return None
@@ -170,8 +171,8 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
         self.failed += 1
         self.problem = problem
-        self._say(
-            f"WARNING: the checkpoint of step {step} was not written: {problem}; the run continues, and "
+        logger.warning(
+            f"the checkpoint of step {step} was not written: {problem}; the run continues, and "
             f"{self._folder} still has the earlier checkpoints"
         )
 

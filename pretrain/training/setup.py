@@ -1,5 +1,6 @@
 """Construction of a Trainer from a configuration: cheap checks first, the model last."""
 
+import logging
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ from data_prep.shards import positions_needed
 from data_prep.tokenizer import find_tokenizer, import_tokenizer
 from data_prep.tokenizer_difference import first_difference
 from data_prep.units import Job
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from data_prep.utils.files import copy_folder, sha256_file, try_lock
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, check_data_section, source_weights
@@ -35,11 +36,12 @@ from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine
 from pretrain.training.evaluation_requests import check_device, requested_evaluations, start_evaluations
 from pretrain.training.loop import Trainer
-from pretrain.training.metrics import Metrics
 from pretrain.training.stop import StopRequest
 from pretrain.training.throughput import Throughput
 from pretrain.training.validation import Validation
 from pretrain.training.weight_sums import check_weights, weight_sums
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 LENGTHS_AT_ONCE = 1 << 18
@@ -77,11 +79,10 @@ def set_up(
     """
     stop = stop or StopRequest()
     lock = lock or RunLock(config.run_dir)
-    say = print_now if world.is_main else lambda text: None
     settings = engine_settings(config, world.size)
-    _check_same_environment(world, say)
+    _check_same_environment(world)
     corpus = world.run_and_sync_errors(lambda: Corpus(config.data.path, "train"))
-    world.run_and_sync_errors(lambda: check(config, corpus, say))
+    world.run_and_sync_errors(lambda: check(config, corpus))
     world.run_and_sync_errors(
         lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None
     )
@@ -90,16 +91,16 @@ def set_up(
         lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else []
     )
     for change in changes:
-        say(f"note: resuming with a changed setting: {change}")
+        logger.info(f"note: resuming with a changed setting: {change}")
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
-        say(f"{config.run_dir} is already finished")
+        logger.info(f"{config.run_dir} is already finished")
         _resume_evaluations(config, world)
         return None
     if config.ignored_keys:
-        say(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
+        logger.info(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
 
-    newest = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop, say)
+    newest = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop)
     universal = newest is not None and newest.ranks != world.size
     objective = build_objective(config.objective)
     engine = world.run_and_sync_errors(
@@ -121,19 +122,21 @@ def set_up(
         throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
         validation=_validation(config, corpus, specials, world),
     )
-    say(
+    logger.info(
         f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on "
         f"{world.device.type}"
     )
     if trainer.validation is None:
-        say("note: the corpus has no validation split, so there is no validation")
+        logger.info("note: the corpus has no validation split, so there is no validation")
     if config.monitor.gradients_every and settings["zero_optimization"]["stage"] == 3:
-        say("note: monitor.gradients_every makes ZeRO stage 3 gather each module separately, so all steps are slower")
+        logger.info(
+            "note: monitor.gradients_every makes ZeRO stage 3 gather each module separately, so all steps are slower"
+        )
     if newest:
         checkpoint.load(engine, newest, world)
         check_weights(newest.state.get("weights"), weight_sums(engine.module, world), newest.path)
         trainer.resume(newest.state)
-        say(f"resuming from step {trainer.progress.step}")
+        logger.info(f"resuming from step {trainer.progress.step}")
 
     def describe() -> None:
         _write_model_folder(config, model, corpus)
@@ -141,18 +144,13 @@ def set_up(
 
     world.run_and_sync_errors(lambda: _report_write_errors(config, describe) if world.is_main else None)
     if world.is_main:
-        # the metrics of a step with a pending validation are written after that validation
-        last_written_step = trainer.progress.step - (trainer.pending_validation is not None)
-        trainer.metrics = Metrics(
-            config.run_dir, last_written_step, config.monitor.tensorboard, tuple(trainer.objective.units)
-        )
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
     return trainer
 
 
 def _find_checkpoint(
-    folder: Path, zero: dict[str, Any], world: World, stop: StopRequest, say: Callable[[str], None]
+    folder: Path, zero: dict[str, Any], world: World, stop: StopRequest
 ) -> checkpoint.VerifiedCheckpoint | None:
     """Return the newest valid checkpoint; None if there is none.
 
@@ -161,10 +159,10 @@ def _find_checkpoint(
     """
     if world.is_main:
         checkpoint.remove_leftovers(folder)
-    newest = checkpoint.find_newest(folder, world, say)
+    newest = checkpoint.find_newest(folder, world)
     if newest is not None:
         checkpoint.make_universal(
-            newest, world, stop, say, round_robin=zero["stage"] < 3 and zero.get("round_robin_gradients", False)
+            newest, world, stop, round_robin=zero["stage"] < 3 and zero.get("round_robin_gradients", False)
         )
     return newest
 
@@ -175,7 +173,7 @@ def _resume_evaluations(config: RunConfig, world: World) -> None:
         start_evaluations(config.run_dir, config.evaluation.device)
 
 
-def _check_same_environment(world: World, say: Callable[[str], None]) -> None:
+def _check_same_environment(world: World) -> None:
     """Warn about environment variables that are not the same on all ranks."""
     environments = world.gather_objects(relevant_env(os.environ))
     main = environments[0]
@@ -184,8 +182,8 @@ def _check_same_environment(world: World, say: Callable[[str], None]) -> None:
     }
     for name in sorted(differing):
         rank = next(rank for rank, other in enumerate(environments) if other.get(name) != main.get(name))
-        say(
-            f"WARNING: {name} is {main.get(name)!r} for rank 0 on {world.hosts[0]}, but "
+        logger.warning(
+            f"{name} is {main.get(name)!r} for rank 0 on {world.hosts[0]}, but "
             f"{environments[rank].get(name)!r} for rank {rank} on {world.hosts[rank]}: set it in .deepspeed_env in the "
             "folder where the launcher is started, or in the environment of all nodes"
         )
@@ -211,7 +209,7 @@ def _lock_folder(run_dir: Path) -> IO[bytes]:
     return lock
 
 
-def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) -> None:
+def check(config: RunConfig, corpus: Corpus | None) -> None:
     """Raise UserError for errors that can be found before the model is built.
 
     If there is no corpus, the checks that need its shards are skipped.
@@ -221,16 +219,16 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
         source_weights(corpus.manifest, config.data.sources)
         check_data_section(config.data, corpus.manifest)
         if config.model.init_from is not None and not list_steps(config.run_dir / "checkpoints"):
-            _check_same_tokenizer(config.model.init_from, corpus, say)
+            _check_same_tokenizer(config.model.init_from, corpus)
         corpus.read(np.array([0, len(corpus) - 1]))  # reports missing shards early
         _check_pairs(config, corpus)
-        _check_lengths(config, corpus, say)
+        _check_lengths(config, corpus)
     if config.model.lora:
         check_package("peft", "lora", "model.lora")
     for number, task in enumerate(config.evaluation.tasks):
         task.check_requirements(config.data, f"evaluation.tasks.{number}")
     if corpus is not None and config.data.decontaminate:
-        _check_decontaminated(config, corpus, say)
+        _check_decontaminated(config, corpus)
     steps = list_steps(config.run_dir / "checkpoints")
     if config.checkpoint.resume == "never" and steps:
         raise UserError(
@@ -243,7 +241,7 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
         )
 
 
-def _check_decontaminated(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
+def _check_decontaminated(config: RunConfig, corpus: Corpus) -> None:
     """Warn about test files that data_prep did not compare with the training data."""
     settings = corpus.manifest["settings"]
     compared = settings["data"].get("decontaminate", True)
@@ -258,8 +256,8 @@ def _check_decontaminated(config: RunConfig, corpus: Corpus, say: Callable[[str]
         else:
             not_compared = [] if described in recorded else [test.source.path]
         if not_compared:
-            say(
-                f"WARNING: {config.data.path} was not decontaminated against {not_compared[0]} (task {test.task}): its "
+            logger.warning(
+                f"{config.data.path} was not decontaminated against {not_compared[0]} (task {test.task}): its "
                 "questions may be in the training data; prepare a different data.path with this configuration, or set "
                 "data.decontaminate=false"
             )
@@ -273,20 +271,20 @@ def _check_views(config: RunConfig, corpus: Corpus) -> None:
         )
 
 
-def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None]) -> None:
+def _check_same_tokenizer(folder: str, corpus: Corpus) -> None:
     """Raise UserError if the model in a folder was not trained with the token ids of the corpus."""
     if not Path(folder).is_dir():
         return  # loading the model reports the missing folder
     try:
         find_tokenizer(Path(folder))
     except UserError:
-        say(
+        logger.info(
             f"note: model.init_from: {folder} has no tokenizer, so it is unknown whether its model was trained with "
             "the token ids of the corpus"
         )
         return
     with tempfile.TemporaryDirectory() as temporary:
-        model_tokenizer = import_tokenizer(Path(folder), Path(temporary) / "tokenizer", say=lambda text: None)
+        model_tokenizer = import_tokenizer(Path(folder), Path(temporary) / "tokenizer")
         difference = first_difference(model_tokenizer, corpus.tokenizer)
     if difference is not None:
         raise UserError(
@@ -318,7 +316,7 @@ def _all_lengths(corpus: Corpus) -> Iterator[np.ndarray]:
         yield corpus.lengths(np.arange(start, min(start + LENGTHS_AT_ONCE, len(corpus))))
 
 
-def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
+def _check_lengths(config: RunConfig, corpus: Corpus) -> None:
     """Raise UserError if a record, with all copies that the objective or the validation needs, is longer than a row."""
     length = config.data.sequence_length
     specials = SpecialTokenIds(0, 0, 0, 0, 0)  # the layout needs only their number
@@ -329,7 +327,7 @@ def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]
         if bound <= length:
             return bound
         if len(split) > LENGTHS_AT_ONCE:
-            say(
+            logger.info(
                 f"note: reading the lengths of {len(split):,} records, because the manifest does not show whether all "
                 f"fit data.sequence_length={length}"
             )

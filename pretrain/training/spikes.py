@@ -1,15 +1,23 @@
 """Loss spikes: detection by a robust z-score, and the rewind to a checkpoint before the spike."""
 
 import contextlib
+import logging
+import math
 import shutil
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.utils.console import UserError
 from data_prep.utils.files import write_json
-from pretrain.run_folder import PINS, REWINDS, list_steps, read_rewinds, step_name
+from pretrain.run_folder import PINS, REWIND_REASON_PREFIX, REWINDS, list_steps, read_rewinds, step_name
+from pretrain.training.hooks import Hook, StepReport, StopTraining
+
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 100
 """Largest number of steps with which a loss is compared."""
@@ -82,6 +90,73 @@ class SpikeRule:
             if isinstance(losses, dict)
             else {}
         )
+
+
+class SpikeGuard(Hook):
+    """A hook that reports loss spikes, and skips their steps or goes back to an earlier checkpoint (train.on_spike)."""
+
+    def __init__(self, run_dir: Path, pool_rows: int):
+        self.rule = SpikeRule()
+        self.excluded_steps = excluded_steps(run_dir)
+        """Steps that earlier rewinds exclude from training."""
+        self._pool_rows = pool_rows
+
+    def judge(self, run: "Trainer", losses: Mapping[str, float], counts: Mapping[str, int]) -> tuple[float, bool]:
+        """Return the highest spike score of the terms of a step, and whether to skip the step.
+
+        `counts` are the numbers of tokens, pairs or spans over which the losses are means. All ranks return the same.
+        """
+        train, step = run.config.train, run.progress.step
+        if not math.isfinite(run.total_loss(losses)) or step in self.excluded_steps:
+            return 0.0, True
+        score, highest = self.rule.judge(losses, counts, run.weights)
+        if score > train.spike_score:
+            logger.warning(
+                f"the loss of step {step} is a spike: loss/{highest} is {losses[highest]:.4f}, {score:.1f} standard "
+                "deviations above its recent values"
+            )
+        return score, score > train.spike_score and train.on_spike != "warn"
+
+    def after_step(self, run: "Trainer", report: StepReport) -> None:
+        """Go back to a checkpoint before a spike, if so configured and possible."""
+        if report.spike_score > run.config.train.spike_score and run.config.train.on_spike == "rewind":
+            self._rewind(run, report.spike_score)
+
+    def _rewind(self, run: "Trainer", score: float) -> None:
+        """Make the next launch resume from a checkpoint before this step. The step is skipped in any case."""
+        run.finish_save()
+        step = run.progress.step
+        resume_step = 0
+        problem = ""
+        if run.world.is_main:
+            try:
+                resume_step = rewind(run.config.run_dir, step, score)
+            except CannotRewind as error:
+                problem = str(error)
+        resume_step, problem = run.world.gather_objects((resume_step, problem))[0]
+        if problem:
+            logger.warning(
+                f"cannot rewind before the spike of step {step} (score {score:.1f}): {problem}; skipping only this step"
+            )
+            return
+        reason = (
+            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next launch resumes "
+            f"from step {resume_step} and skips steps {step - 1} and {step}"
+        )
+        logger.warning(reason)
+        raise StopTraining(reason)
+
+    def state(self) -> dict[str, Any]:
+        """Return the recent losses."""
+        return {"losses": self.rule.losses, "pool_rows": self._pool_rows}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore the recent losses from a checkpoint.
+
+        A contrastive loss depends on the size of the pool, so its old values are comparable only with the same size.
+        """
+        if state.get("pool_rows", self._pool_rows) == self._pool_rows:
+            self.rule.load(state["losses"])
 
 
 def excluded_steps(run_dir: Path) -> set[int]:

@@ -1,12 +1,23 @@
 """A signal to stop, stored until all ranks can act on it together."""
 
 import contextlib
+import logging
 import os
 import signal
 import threading
 import time
+from typing import TYPE_CHECKING
+
+from pretrain.training.hooks import Hook
+
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAUNCHER_GRACE = 30.0
+"""Time after a signal until deepspeed, torchrun and, by default, Slurm kill the ranks, in seconds."""
 
 
 class Stopped(Exception):
@@ -50,3 +61,24 @@ class StopRequest:
         with contextlib.suppress(OSError):  # the output may be closed
             message = f"{number.name}: saving and stopping; signal again after {self.GRACE:.0f} s to exit immediately\n"
             os.write(2, message.encode())
+
+
+class LauncherGraceNote(Hook):
+    """A hook that notes once that a step and a save take longer than LAUNCHER_GRACE.
+
+    A signal to the launcher would then lose steps.
+    """
+
+    def __init__(self) -> None:
+        self._noted = False
+
+    def after_save(self, run: "Trainer", step: int) -> None:
+        """Compare the duration of the last step and of the save with the grace period."""
+        needed = run.step_seconds + run.saver.duration
+        if run.world.size > 1 and not self._noted and needed > LAUNCHER_GRACE:
+            self._noted = True
+            logger.info(
+                f"note: a step and a save take {needed:.0f} s, but launchers kill the ranks {LAUNCHER_GRACE:.0f} s "
+                "after Ctrl-C or SIGTERM, which loses the steps since the last checkpoint: to stop this run, send "
+                "SIGUSR1 to one of its ranks"
+            )

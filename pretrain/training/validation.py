@@ -1,6 +1,7 @@
 """Validation: all loss terms and the embedding monitors on held-out records, the same in every validation."""
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import deepspeed
 import numpy as np
@@ -9,10 +10,14 @@ import torch
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, SpecialTokenIds
-from pretrain.data.loader import Rows, draw_random_bits, loss_denominators, plan_rows
+from pretrain.data.loader import Rows, Unit, draw_random_bits, loss_denominators, plan_rows
 from pretrain.objectives.monitors import embedding_monitors
 from pretrain.objectives.pool import Pool
 from pretrain.training.distributed import World
+from pretrain.training.hooks import Hook, StepReport
+
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
 
 
 class Validation:
@@ -45,7 +50,7 @@ class Validation:
         per_micro_step = micro_batch_rows * world.size
         rows = Rows.join([rows], -(-rows.count // per_micro_step) * per_micro_step)
         self.world = world
-        self.loss_denominators = loss_denominators(rows, layout)
+        self.rows, self.layout = rows, layout
         self.batches = list(
             micro_batches(
                 rows,
@@ -60,12 +65,12 @@ class Validation:
         )
 
     def run(
-        self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, str], stop: Callable[[], bool] = lambda: False
+        self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, Unit], stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """Validate on all ranks; return the values by metric tag. Only the main rank returns the embedding monitors.
 
-        `units` maps each term of the objective to the unit whose count divides the term. `stop` is called before each
-        batch and must return the same value on all ranks; if it returns True, the validation ends and returns None.
+        `units` maps each term of the objective to its unit. `stop` is called before each batch and must return the same
+        value on all ranks; if it returns True, the validation ends and returns None.
         """
         engine.eval()
         sums: dict[str, torch.Tensor] = {}
@@ -81,10 +86,33 @@ class Validation:
                     sums[name] = sums.get(name, 0) + value
         engine.train()
         totals = self.world.sum(list(sums.values()))
+        counts = loss_denominators(self.rows, self.layout, units)
         losses = {
-            f"validation/loss/{name}": total / count
+            f"validation/loss/{name}": total / counts[name]
             for name, total in zip(sums, totals, strict=True)
-            if (count := self.loss_denominators[units[name]])  # without pairs, a loss of 0 would look perfect
+            if counts[name]  # without pairs, a loss of 0 would look perfect
         }
         monitors = embedding_monitors(Pool.join(pools)) if self.world.is_main else {}
         return losses | {f"validation/embedding/{name}": value for name, value in monitors.items()}
+
+
+class PeriodicValidation(Hook):
+    """A hook that validates after some steps (monitor.validate_every) and after the last one."""
+
+    def after_step(self, run: "Trainer", report: StepReport) -> None:
+        """Validate if a validation is due, and add its values to the report.
+
+        If a signal interrupts the validation, the run keeps the values of the step unlogged until the next launch has
+        repeated the validation.
+        """
+        if run.validation is None or not (
+            run.at_end or report.repeated or run.is_due(run.config.monitor.validate_every)
+        ):
+            return
+        values = run.validation.run(run.engine, run.objective.units, run.stop_requested)
+        if values is None:
+            run.unlogged, report.values = report.values, {}
+        else:
+            for hook in run.hooks:
+                hook.after_validation(run, values)
+            report.values = report.values | values

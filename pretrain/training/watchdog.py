@@ -16,9 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from pretrain.training import heartbeat_killer
+from pretrain.training.hooks import Ending, Hook, StepReport
 from pretrain.training.rank_store import STORE_TIMEOUT, LocalRankStore, RankStore, StoreUnreachable
+
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
 
 HEARTBEAT_INTERVAL = 1.0
 """Time between two heartbeats, in seconds."""
@@ -70,11 +75,11 @@ def _describe(beat: Beat) -> str:
     return f"rank {beat.rank} on {beat.host} at step {beat.step}"
 
 
-class Watchdog:
+class Watchdog(Hook):
     """The watchdog thread of one rank.
 
-    If the run hangs, the first rank that detects this calls `report` with a line that names the missing ranks. Then
-    every rank that detects this ends its process.
+    It watches from `begin` on, or from the start of the training. If the run hangs, the first rank that detects this
+    calls `report` with a line that names the missing ranks. Then every rank that detects this ends its process.
     """
 
     def __init__(
@@ -95,6 +100,12 @@ class Watchdog:
         self._silence = 0.0
         self._limit = SLOW_LIMIT
         self._stop = threading.Event()
+        self._killer: subprocess.Popen[bytes] | None = None
+        self._killer_input = -1
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def begin(self) -> None:
+        """Start to watch."""
         self._killer = subprocess.Popen(
             [sys.executable, "-S", heartbeat_killer.__file__, str(os.getpid())], stdin=subprocess.PIPE
         )
@@ -103,19 +114,23 @@ class Watchdog:
         os.set_blocking(self._killer_input, False)
         with contextlib.suppress(StoreUnreachable):  # the thread tries again
             self._store_heartbeat()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+
+    def start(self, run: "Trainer") -> None:
+        """Start to watch, if that has not happened yet."""
+        if self._killer is None:
+            self.begin()
+
+    def after_step(self, run: "Trainer", report: StepReport) -> None:
+        """Apply monitor.hang_seconds from here on, because the slow first step is done."""
+        if not report.repeated and self._limit != self._hang_seconds:
+            self._limit = self._hang_seconds
+            self._send_heartbeat()
 
     def report_progress(self, step: int) -> None:
         """Record that the training thread is making progress in `step`."""
         self._own_beat.step = step
         self._own_beat.moves += 1
-
-    def first_step_done(self) -> None:
-        """Apply monitor.hang_seconds from here on, because the slow first step is done."""
-        if self._limit != self._hang_seconds:
-            self._limit = self._hang_seconds
-            self._send_heartbeat()
 
     @contextmanager
     def extended_timeout(self) -> Iterator[None]:
@@ -128,8 +143,14 @@ class Watchdog:
             self._limit = limit
             self._send_heartbeat()
 
+    def end(self, run: "Trainer", ending: Ending) -> None:
+        """Stop watching. Unless this rank has crashed, its peers must not treat it as dead."""
+        self.close(ended=ending != "crashed")
+
     def close(self, ended: bool) -> None:
-        """Stop watching. `ended` means that the run ends normally, so peers must not treat this rank as dead."""
+        """Stop watching. `ended` means that all ranks end together, so peers must not treat this rank as dead."""
+        if self._killer is None:
+            return
         self._stop.set()
         self._thread.join(STORE_TIMEOUT + HEARTBEAT_INTERVAL)
         self._own_beat.ended = ended
@@ -171,7 +192,7 @@ class Watchdog:
     def _send_heartbeat(self) -> None:
         """Send a heartbeat to the heartbeat killer, with the time until the next one is due."""
         timeout = self._limit if len(self._hosts) == 1 else self._max_missed_beats * HEARTBEAT_INTERVAL
-        with contextlib.suppress(OSError):  # the killer has ended
+        with contextlib.suppress(OSError):  # the killer has ended, or has not been started
             os.write(self._killer_input, b"%f\n" % (timeout + KILL_DELAY))
 
     def _store_heartbeat(self) -> None:

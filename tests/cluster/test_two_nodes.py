@@ -105,7 +105,7 @@ class Run:
             name=name,
             train__steps=100_000,
             checkpoint={"every": 4},
-            monitor={"log_every": 1, "hang_seconds": HANG_SECONDS, "tensorboard": False, "validate_every": 10**6},
+            monitor={"log_every": 1, "hang_seconds": HANG_SECONDS, "loggers": [], "validate_every": 10**6},
         )
         self.path = write_config(folder, values)
         self.run_dir = folder / "runs" / name

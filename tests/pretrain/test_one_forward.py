@@ -11,7 +11,7 @@ import torch
 
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.layout import Layout, Pairing, make_layout
-from pretrain.data.loader import Loader, Rows, loss_denominators
+from pretrain.data.loader import Loader, Rows, count_pairs, loss_denominators
 from pretrain.models.language_model import LanguageModel
 from pretrain.objectives.base import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
@@ -50,7 +50,7 @@ class Packed(NamedTuple):
 
 def packed(corpus, specials, layout: Layout, paired: np.ndarray) -> Packed:
     rows = plan(corpus, np.arange(len(corpus)), layout, ROW, paired)
-    batch = assemble(rows, corpus, layout, specials, ROW, loss_denominators(rows, layout)["pairs"] + 2)
+    batch = assemble(rows, corpus, layout, specials, ROW, count_pairs(rows, layout) + 2)
     assert 1 < rows.count < len(corpus), "the test needs several rows with several records"
     return Packed(rows, batch, layout)
 
@@ -67,8 +67,7 @@ def gradients(model: LanguageModel, loss: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def one_forward(model: LanguageModel, packed: Packed, objective) -> Result:
-    units = loss_denominators(packed.rows, packed.layout)
-    divisors = {term: units[unit] for term, unit in objective.units.items()}
+    divisors = loss_denominators(packed.rows, packed.layout, objective.units)
     terms = objective(model(packed.batch), packed.batch, model.cross_entropy, ALONE).terms
     loss = total_loss(terms, divisors, objective.weights, ranks=1)
     losses = {"total": loss.item()} | {name: value.item() / divisors[name] for name, value in terms.items()}

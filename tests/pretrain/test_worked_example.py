@@ -16,9 +16,7 @@ def test_the_objective_of_the_documentation_trains(tmp_path):
     (tmp_path / "pretrain" / "objectives" / "configs" / "huber_jepa.py").write_text(config_source)
     (tmp_path / "pretrain" / "objectives" / "huber_jepa.py").write_text(objective_source)
     objective = {"name": "huber_jepa", "weight": 0.5, "delta": 0.3, "regularizers": [{"name": "vicreg", "weight": 0.1}]}
-    config = write_config(
-        tmp_path, tiny_config(tmp_path, objective=objective, train__steps=3, monitor__tensorboard=False)
-    )
+    config = write_config(tmp_path, tiny_config(tmp_path, objective=objective, train__steps=3, monitor__loggers=[]))
     run_command(["python", "-m", "data_prep", str(config)])
     run_command(["python", str(tmp_path / "launcher" / "run.py"), str(config)], PYTHONPATH=str(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]

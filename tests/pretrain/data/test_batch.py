@@ -10,7 +10,7 @@ import torch
 
 from pretrain.data.batch import Batch, assemble, micro_batches
 from pretrain.data.layout import Layout, Pairing, Segment, make_layout
-from pretrain.data.loader import Rows, loss_denominators
+from pretrain.data.loader import Rows, count_pairs, count_spans, count_targets
 from pretrain.models.attention import visibility_mask
 from tests.row_plans import plan
 
@@ -204,11 +204,8 @@ def case(request, write_corpus, specials) -> tuple[Batch, Expected, Case]:
     rows = plan(corpus, np.arange(len(records)), layout, ROW, paired)
     rows = Rows.join([rows], rows.count + 1)  # an empty row at the end
     expected = build(rows, records, case, specials)
-    assert loss_denominators(rows, layout) == {
-        "targets": len(expected.labels),
-        "pairs": len(expected.read_outs),
-        "spans": 0,
-    }
+    counts = [count(rows, layout) for count in (count_targets, count_pairs, count_spans)]
+    assert counts == [len(expected.labels), len(expected.read_outs), 0]
     return assemble(rows, corpus, layout, specials, ROW, len(expected.read_outs) + 2), expected, case
 
 

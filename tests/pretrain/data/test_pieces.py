@@ -5,7 +5,7 @@ import pytest
 
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader, Rows, loss_denominators
+from pretrain.data.loader import Loader, Rows, count_targets
 from tests.row_plans import plan
 
 ROW = 16
@@ -58,7 +58,7 @@ def test_each_token_of_a_document_is_a_target_and_the_end_token_only_at_its_end(
     ids = batch.token_ids.flatten()
     found = sorted(zip(ids[batch.label_index].tolist(), batch.label_ids.tolist(), strict=True))
     assert found == expected_labels(documents, specials)
-    assert loss_denominators(rows, layout)["targets"] == len(found)
+    assert count_targets(rows, layout) == len(found)
     assert ids.tolist().count(specials.eos) == len(documents)
 
 

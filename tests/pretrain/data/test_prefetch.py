@@ -15,11 +15,12 @@ from data_prep.utils.console import UserError
 from pretrain.data import prefetch
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader, loss_denominators
+from pretrain.data.loader import Loader, count_pairs, count_targets
 from pretrain.data.prefetch import PREFETCH_STEPS, Prefetch
 from tests.commands import environment
 from tests.processes import TIMEOUT, wait_for
 
+UNITS = {"lm": count_targets, "jepa": count_pairs}
 CPU = torch.device("cpu")
 
 
@@ -45,11 +46,12 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 def test_steps_and_states_equal_the_ones_of_the_loader(loader, specials, corpus):
     plain = Loader(corpus, loader.layout, 128, seed=5, dropout=0.3, epochs=2)
-    with Prefetch(loader, 8, batches_of(loader, specials), CPU) as steps:
+    with Prefetch(loader, 8, batches_of(loader, specials), UNITS, CPU) as steps:
         while not plain.exhausted:
             rows, step = plain.next_rows(8), steps.next()
             np.testing.assert_array_equal(step.rows.records, rows.records)
-            assert step.state == plain.state() and step.loss_denominators == loss_denominators(rows, plain.layout)
+            assert step.state == plain.state() and step.targets == count_targets(rows, plain.layout)
+            assert step.loss_denominators == {"lm": step.targets, "jepa": count_pairs(rows, plain.layout)}
             expected = list(batches_of(plain, specials)(rows))
             assert len(step.batches) == len(expected) == 2
             for one, other in zip(step.batches, expected, strict=True):
@@ -59,13 +61,13 @@ def test_steps_and_states_equal_the_ones_of_the_loader(loader, specials, corpus)
 
 
 def test_a_stopped_run_resumes_with_the_first_step_not_taken(loader, specials, corpus):
-    with Prefetch(loader, 8, batches_of(loader, specials), CPU) as steps:
+    with Prefetch(loader, 8, batches_of(loader, specials), UNITS, CPU) as steps:
         taken = [steps.next() for _ in range(3)]
         following = steps.next()
     assert loader.state() != taken[-1].state, "the thread should be ahead"
     resumed = Loader(corpus, loader.layout, 128, seed=5, dropout=0.3, epochs=2)
     resumed.load_state(taken[-1].state)
-    with Prefetch(resumed, 8, batches_of(resumed, specials), CPU) as steps:
+    with Prefetch(resumed, 8, batches_of(resumed, specials), UNITS, CPU) as steps:
         again = steps.next()
     np.testing.assert_array_equal(again.rows.records, following.rows.records)
     assert_same(again.batches[0], following.batches[0])
@@ -78,7 +80,7 @@ def test_the_number_of_prefetched_steps_is_limited(loader, specials):
         made.append(rows)
         return batches_of(loader, specials)(rows)
 
-    with Prefetch(loader, 8, counted, CPU) as steps:
+    with Prefetch(loader, 8, counted, UNITS, CPU) as steps:
         for taken in (0, 1, 2):
             wait_for(lambda taken=taken: len(made) >= taken + PREFETCH_STEPS)
             time.sleep(0.05)  # enough time to make one more step
@@ -94,7 +96,7 @@ def test_an_error_is_raised_unchanged_at_its_step_and_known_before(loader, speci
             raise UserError("the shard x is damaged")
         return batches_of(loader, specials)(rows)
 
-    with Prefetch(loader, 8, damaged, CPU) as steps:
+    with Prefetch(loader, 8, damaged, UNITS, CPU) as steps:
         assert not steps.failed() and steps.next() and not steps.failed() and steps.next()
         assert steps.failed()
         with pytest.raises(UserError, match=r"^the shard x is damaged$"):
@@ -122,7 +124,7 @@ def test_the_time_spent_waiting_for_data_is_measured(loader, specials, monkeypat
             clock.now += 7
         return batches_of(loader, specials)(rows)
 
-    with Prefetch(loader, 8, late, CPU) as steps:
+    with Prefetch(loader, 8, late, UNITS, CPU) as steps:
         steps.next()
         assert steps.pop_wait_seconds() == 7
         clock.now += 100  # spent on the step
@@ -132,7 +134,7 @@ def test_the_time_spent_waiting_for_data_is_measured(loader, specials, monkeypat
 
 def test_the_thread_ends_with_the_run_or_its_error(loader, specials):
     before = prefetch_threads()
-    with pytest.raises(KeyError), Prefetch(loader, 8, batches_of(loader, specials), CPU):
+    with pytest.raises(KeyError), Prefetch(loader, 8, batches_of(loader, specials), UNITS, CPU):
         assert prefetch_threads() == before + 1
         raise KeyError
     assert prefetch_threads() == before
@@ -153,7 +155,7 @@ class Endless:
     def next_rows(self, count):
         time.sleep(0.1)
         raise ValueError
-steps = Prefetch(Endless(), 1, list, torch.device("cpu"))
+steps = Prefetch(Endless(), 1, list, dict(), torch.device("cpu"))
 {end}
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=TIMEOUT, capture_output=True)

@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader, draw_random_bits, loss_denominators
+from pretrain.data.loader import Loader, count_spans, draw_random_bits
 from pretrain.data.spans import draw_spans
 
 DOCUMENT = 6
@@ -73,7 +73,7 @@ def test_each_document_has_one_span_that_stays_within_it(kind, form, pairing, co
     batch = assemble(rows, corpus, layout, specials, 128, 1000)
     spans = batch.span_index.numpy()
     documents = len(rows.records) * (1 if kind == "joint" else 2)
-    assert len(spans) == documents == loss_denominators(rows, layout)["spans"]
+    assert len(spans) == documents == count_spans(rows, layout)
     tokens = batch.token_ids.flatten().numpy()
     # Each document begins with BOS. The lone target of the joint layout does not, but it is the end of its record.
     document_of = np.cumsum(tokens == specials.bos)
@@ -88,11 +88,7 @@ def test_the_remaining_view_of_a_record_is_a_document(write_corpus, specials):
     for form, spans in (("three_points", 3), ("sub_span", 3), ("views", 1)):
         layout = make_layout("joint", specials, spans=form)
         rows = Loader(corpus, layout, 32, seed=0).next_rows(1)
-        assert (
-            loss_denominators(rows, layout)["spans"]
-            == len(assemble(rows, corpus, layout, specials, 32, 0).span_index)
-            == spans
-        )
+        assert count_spans(rows, layout) == len(assemble(rows, corpus, layout, specials, 32, 0).span_index) == spans
 
 
 def test_the_span_of_a_record_depends_on_the_epoch_and_not_on_the_packing(corpus, specials):

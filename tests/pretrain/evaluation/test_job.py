@@ -142,7 +142,7 @@ def test_no_tensorboard_file_is_written_if_the_run_disables_it(run_dir, backgrou
             "--task",
             "loss",
             f"task.test={pairs}",
-            "monitor.tensorboard=false",
+            "monitor.loggers=[]",
         ]
     )
     results = run_dir / "evaluation" / "results.jsonl"

@@ -10,7 +10,7 @@ from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader
+from pretrain.data.loader import Loader, count_pairs, count_spans, count_targets
 from pretrain.models.head import Head
 from pretrain.objectives.base import build_objective, total_loss
 from pretrain.objectives.configs import objective_configs
@@ -47,9 +47,9 @@ def test_objectives_are_found_by_the_names_of_their_files():
 def test_a_configuration_builds_its_objective(overrides, terms):
     objective = build_objective(load_config(DEMO, overrides).objective)
     assert objective.weights == terms
-    units = {name: "pairs" for name in terms} | {"lm": "targets"}
+    units = {name: count_pairs for name in terms} | {"lm": count_targets}
     if "semantic_tube" in overrides[0]:
-        units["jepa"] = "spans"
+        units["jepa"] = count_spans
     assert objective.units == units
 
 

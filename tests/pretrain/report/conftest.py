@@ -35,7 +35,7 @@ def study(tmp_path_factory) -> Path:
                 seed=seed,
                 train__steps=6,
                 monitor__validate_every=3,
-                monitor__tensorboard=False,
+                monitor__loggers=[],
             ),
         )
         for arm, changes in ARMS.items()

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from pretrain.data import prefetch
-from pretrain.training import checkpoint, loop, setup
+from pretrain.training import checkpoint, loop, setup, stop
 from pretrain.training.main import main
 from tests.pretrain.training.pause_points import hold_save, hold_steps, hold_validation
 
@@ -70,7 +70,7 @@ if {"hang", "fail", "abort", "bus"} & set(faults):
 
     def count_then_fail(self, rows):
         original_count(self, rows)
-        self._report_progress()
+        self.report_progress()
         if self.world.is_main and self.progress.step == int(faults.get("hang", 0)):
             threading.Event().wait()
         if self.world.is_main and self.progress.step == int(faults.get("fail", 0)):
@@ -90,11 +90,9 @@ if "convert" in faults:
     ]
 if "robin" in faults:
     make_universal = checkpoint.make_universal
-    checkpoint.make_universal = lambda found, world, stop, say, round_robin=False: make_universal(
-        found, world, stop, say
-    )
+    checkpoint.make_universal = lambda found, world, stop, round_robin=False: make_universal(found, world, stop)
 if "grace" in faults:
-    loop.LAUNCHER_GRACE = 0.0
+    stop.LAUNCHER_GRACE = 0.0
 if "crash" in faults:
 
     def crash(*arguments):

@@ -27,7 +27,6 @@ for argument in sys.argv[1:]:
         model = trainer.engine.module.model
         logits = model.logits(model(batch))[batch.label_index]
     if world.is_main:
-        trainer.metrics.close()
         torch.save(
             {"token_ids": batch.token_ids.flatten(), "label_index": batch.label_index, "logits": logits},
             config.run_dir / "logits.pt",

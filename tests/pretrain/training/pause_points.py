@@ -23,7 +23,7 @@ def hold_steps(config: Path, steps: list[int]) -> None:
     def held_count(self, rows):
         count(self, rows)
         if self.progress.step in steps:
-            _wait(self.stop, release_file(config, self.progress.step), self._report_progress)
+            _wait(self.stop, release_file(config, self.progress.step), self.report_progress)
 
     def held_set_up(run, world, stop, *arguments):
         print("waiting before the start", flush=True)
@@ -37,7 +37,7 @@ def hold_steps(config: Path, steps: list[int]) -> None:
 
 def hold_validation(step: int) -> None:
     """Wait in the validation of a step until any rank has received a signal."""
-    asked_to_stop = loop.Trainer._stop_requested
+    asked_to_stop = loop.Trainer.stop_requested
 
     def held(self):
         if self.progress.step == step and self.world.is_main:
@@ -46,7 +46,7 @@ def hold_validation(step: int) -> None:
             time.sleep(0.05)
         return stopping
 
-    loop.Trainer._stop_requested = held
+    loop.Trainer.stop_requested = held
 
 
 def hold_save(step: int) -> None:

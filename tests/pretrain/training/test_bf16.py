@@ -44,7 +44,7 @@ def folder(prepared, tmp_path_factory):
                     data__tokenizer={"vocab_size": 512},
                     model={"family": family, "shape": shape},
                     checkpoint={"every": STEPS // 2},
-                    monitor__tensorboard=False,
+                    monitor__loggers=[],
                     train={
                         "steps": STEPS,
                         "global_batch_rows": 8,

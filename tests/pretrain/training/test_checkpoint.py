@@ -1,6 +1,7 @@
 """Unit tests of checkpoints in one process: publish, retain, check, find, convert, load, consolidate."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -70,7 +71,7 @@ def test_a_published_checkpoint_is_complete_and_the_latest(tmp_path):
         "manifest.json",
         *(f"shard-{number}.pt" for number in range(5)),
     ]
-    found = find_newest(tmp_path, ALONE, print)
+    found = find_newest(tmp_path, ALONE)
     assert found == VerifiedCheckpoint(path, 2, STATE)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 7
@@ -82,7 +83,7 @@ def test_publishing_a_step_again_replaces_its_checkpoint(tmp_path):
     path = write_checkpoint(tmp_path, 7, ranks=4, files=2)
     assert check(path) is None
     assert len(list(path.glob("*.pt"))) == 2
-    assert find_newest(tmp_path, ALONE, print).ranks == 4
+    assert find_newest(tmp_path, ALONE).ranks == 4
 
 
 def test_a_checkpoint_is_published_even_if_latest_cannot_be_written(tmp_path):
@@ -262,7 +263,7 @@ def test_a_checkpoint_of_an_earlier_version_stays_valid(tmp_path):
     (path / "shard.pt").write_bytes(b"12")
     (path / "manifest.json").write_text(EARLIER_MANIFEST)
     assert check(path) is None
-    assert find_newest(tmp_path, ALONE, print) == VerifiedCheckpoint(
+    assert find_newest(tmp_path, ALONE) == VerifiedCheckpoint(
         path, 2, {"progress": {"step": 3, "seconds": 0.5}, "name": "run"}
     )
 
@@ -297,34 +298,29 @@ def test_each_file_is_checked_by_exactly_one_part(tmp_path, parts):
 
 
 def test_nothing_is_found_in_a_folder_without_checkpoints(tmp_path):
-    assert find_newest(tmp_path, ALONE, print) is None
-    assert find_newest(tmp_path / "absent", ALONE, print) is None
+    assert find_newest(tmp_path, ALONE) is None
+    assert find_newest(tmp_path / "absent", ALONE) is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_ranks_find_the_newest_valid_checkpoint_together_and_set_damaged_ones_aside(tmp_path, ranks):
+def test_ranks_find_the_newest_valid_checkpoint_together_and_set_damaged_ones_aside(tmp_path, ranks, caplog):
+    caplog.set_level(logging.INFO, "pretrain")
     for step in (1, 2, 3, 10):
         write_checkpoint(tmp_path, step, state={"step": step})
     (tmp_path / step_name(10) / "shard-4.pt").unlink()
     (tmp_path / step_name(3) / "shard-1.pt").write_bytes(b"")
     (tmp_path / f"damaged-{step_name(3)}").mkdir()
     (tmp_path / f"damaged-{step_name(3)}" / "old").touch()
-    messages: list[list[str]] = [[] for _ in range(ranks)]
-    found = run_on_ranks(ranks, lambda world: find_newest(tmp_path, world, messages[world.rank].append))
+    found = run_on_ranks(ranks, lambda world: find_newest(tmp_path, world))
     assert found == [VerifiedCheckpoint(tmp_path / step_name(2), 2, {"step": 2})] * ranks
     assert list_steps(tmp_path) == [1, 2]
     for step, problem in ((10, "shard-4.pt is missing"), (3, "shard-1.pt has 0 bytes instead of 22")):
         aside = tmp_path / f"damaged-{step_name(step)}"
         assert (aside / "damage.txt").read_text() == problem + "\n"
         assert (aside / "manifest.json").exists() and not (aside / "old").exists()
-        for lines in messages:
-            assert (
-                sum(
-                    problem in line and f"{step_name(step)} is corrupt" in line and aside.name in line for line in lines
-                )
-                == 1
-            )
-    assert [len(lines) for lines in messages] == [3] + [2] * (ranks - 1)
+        told = [line for line in caplog.messages if problem in line and f"{step_name(step)} is corrupt" in line]
+        assert len(told) == ranks and all(aside.name in line for line in told)
+    assert len(caplog.messages) == 2 * ranks + 1, "only the main rank repairs `latest`"
     assert (tmp_path / "latest").read_text() == step_name(2) + "\n"
 
 
@@ -332,7 +328,7 @@ def test_each_file_is_read_by_one_rank(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path, 1)
     read: list[str] = []
     monkeypatch.setattr(checkpoint, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
-    run_on_ranks(3, lambda world: find_newest(tmp_path, world, print))
+    run_on_ranks(3, lambda world: find_newest(tmp_path, world))
     assert sorted(read) == sorted(file.name for file in path.glob("*.pt"))
 
 
@@ -342,7 +338,7 @@ def test_all_ranks_check_the_checkpoints_that_the_main_rank_lists(tmp_path):
     write_checkpoint(tmp_path, 2)
     (tmp_path / "other").mkdir()
     shutil.copytree(tmp_path / step_name(1), tmp_path / "other" / step_name(1))
-    found = run_on_ranks(2, lambda world: find_newest(tmp_path / "other" if world.rank else tmp_path, world, print))
+    found = run_on_ranks(2, lambda world: find_newest(tmp_path / "other" if world.rank else tmp_path, world))
     assert [result.path.name for result in found] == [step_name(1)] * 2
 
 
@@ -351,7 +347,7 @@ def test_it_is_an_error_if_all_checkpoints_are_damaged(tmp_path, ranks):
     for step in (1, 2):
         (write_checkpoint(tmp_path, step) / "shard-0.pt").unlink()
     for _ in range(2):  # the second call finds the checkpoints that the first one set aside
-        for error in run_on_ranks(ranks, lambda world: find_newest(tmp_path, world, print)):
+        for error in run_on_ranks(ranks, lambda world: find_newest(tmp_path, world)):
             assert isinstance(error, UserError) and str(error).startswith(f"every checkpoint in {tmp_path} is corrupt")
     assert list_steps(tmp_path) == []
 
@@ -361,7 +357,7 @@ def test_a_damaged_checkpoint_is_set_aside_even_if_the_reason_cannot_be_written(
     newest = write_checkpoint(tmp_path, 2)
     (newest / "shard-0.pt").unlink()
     (newest / "damage.txt").mkdir()
-    assert find_newest(tmp_path, ALONE, print).path.name == step_name(1)
+    assert find_newest(tmp_path, ALONE).path.name == step_name(1)
 
 
 LATEST = {
@@ -376,7 +372,8 @@ LATEST = {
 
 
 @pytest.mark.parametrize(("content", "note"), LATEST.values(), ids=LATEST)
-def test_a_wrong_latest_file_is_reported_and_repaired(tmp_path, content, note):
+def test_a_wrong_latest_file_is_reported_and_repaired(tmp_path, content, note, caplog):
+    caplog.set_level(logging.INFO, "pretrain")
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     latest = tmp_path / "latest"
@@ -384,8 +381,8 @@ def test_a_wrong_latest_file_is_reported_and_repaired(tmp_path, content, note):
         latest.unlink()
     else:
         latest.write_bytes(content)
-    messages: list[str] = []
-    assert find_newest(tmp_path, ALONE, messages.append).path.name == step_name(2)
+    assert find_newest(tmp_path, ALONE).path.name == step_name(2)
+    messages = caplog.messages
     assert len(messages) == (note is not None) and all(note in line and step_name(2) in line for line in messages)
     assert latest.read_text().strip() == step_name(2)
     assert note is None or latest.read_text() == step_name(2) + "\n"
@@ -395,18 +392,18 @@ def test_a_latest_file_that_cannot_be_repaired_is_not_an_error(tmp_path):
     write_checkpoint(tmp_path, 1)
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").mkdir()
-    assert find_newest(tmp_path, ALONE, lambda line: None).path.name == step_name(1)
+    assert find_newest(tmp_path, ALONE).path.name == step_name(1)
 
 
 # a different number of ranks
 
 
-def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch):
+def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "pretrain")
     monkeypatch.setattr(checkpoint, "CONVERTER", None)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
-    messages: list[str] = []
-    make_universal(found, ALONE, NOT_STOPPED, messages.append)
-    assert found.load_path_for(1) == found.path and messages == []
+    make_universal(found, ALONE, NOT_STOPPED)
+    assert found.load_path_for(1) == found.path and caplog.messages == []
 
 
 NOT_STOPPED = SimpleNamespace(received=None)
@@ -434,7 +431,8 @@ def fake_conversion(monkeypatch, record: Path, returncode: int, stderr: str = ""
 
 
 @pytest.mark.parametrize(("before", "ranks"), [(1, 2), (4, 2), (2, 1)])
-def test_the_main_rank_converts_for_a_different_number_of_ranks(tmp_path, monkeypatch, before, ranks):
+def test_the_main_rank_converts_for_a_different_number_of_ranks(tmp_path, monkeypatch, caplog, before, ranks):
+    caplog.set_level(logging.INFO, "pretrain")
     fake_conversion(monkeypatch, tmp_path / "converted", 0)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=before), before, STATE)
     target = found.load_path_for(ranks)
@@ -442,14 +440,9 @@ def test_the_main_rank_converts_for_a_different_number_of_ranks(tmp_path, monkey
         "prune() must be able to find it after a kill"
     )
     target.mkdir()  # left over from a killed process
-    messages: list[list[str]] = [[] for _ in range(ranks)]
-    assert (
-        run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, messages[world.rank].append))
-        == [None] * ranks
-    )
+    assert run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED)) == [None] * ranks
     assert (tmp_path / "converted").read_text() == f"{found.path}\n" and (target / "part").exists()
-    [line] = messages[0]
-    assert f"was written by {before} rank{'s' if before > 1 else ''}, this run has {ranks}" in line
+    assert f"was written by {before} rank{'s' if before > 1 else ''}, this run has {ranks}" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -466,7 +459,7 @@ def test_the_main_rank_converts_for_a_different_number_of_ranks(tmp_path, monkey
 def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch, stderr, reason, writes):
     fake_conversion(monkeypatch, tmp_path / "converted", 3, stderr, writes)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
-    for error in run_on_ranks(2, lambda world: make_universal(found, world, NOT_STOPPED, lambda line: None)):
+    for error in run_on_ranks(2, lambda world: make_universal(found, world, NOT_STOPPED)):
         assert isinstance(error, UserError) and f"({reason})" in str(error)
     assert not found.load_path_for(2).exists()
 
@@ -504,7 +497,7 @@ def test_a_signal_ends_the_conversion_and_its_children_on_every_rank(tmp_path, m
 
 def _convert_until_stopped(found: VerifiedCheckpoint, world: World, stop: StopOnceStarted) -> Stopped | None:
     try:
-        return make_universal(found, world, stop, lambda line: None)
+        return make_universal(found, world, stop)
     except Stopped as error:
         return error
 

@@ -272,7 +272,7 @@ def two_step_changes(name: str, precision: str, stage: int) -> dict:
         "train__precision": precision,
         "train__steps": 2,
         "train__micro_batch_rows": 2,
-        "monitor__tensorboard": False,
+        "monitor__loggers": [],
         "monitor__validation_records": 2,
         "deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}},
     }

@@ -76,7 +76,7 @@ def cell_config(folder, cell: str, name: str, **changes):
             name=name,
             train__precision=precision,
             checkpoint={"every": 2},
-            monitor__tensorboard=False,
+            monitor__loggers=[],
             deepspeed=others | {"zero_optimization": {"stage": stage} | zero},
             **({"model": model} if model else {}),
             **changes,

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     configs: dict[int, list] = {1: [], 2: []}
 
     def add(name: str, prefix: str = "", ranks: int = 1, micro: int = 8, **changes) -> None:
-        values = tiny_config(folder, name=name, train__micro_batch_rows=micro, monitor__tensorboard=False, **changes)
+        values = tiny_config(folder, name=name, train__micro_batch_rows=micro, monitor__loggers=[], **changes)
         configs[ranks].append(prefix + str(write_config(folder, values)))
 
     for name, objective in (SUMS | POOLED).items():

@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
                 "train__micro_batch_rows": micro,
                 "objective__distance": "cosine",
                 "checkpoint": {"every": 2},
-                "monitor__tensorboard": name == "r1-m8",
+                "monitor__loggers": ["tensorboard"] * (name == "r1-m8"),
             }
             | changes,
         )

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pretrain.evaluation.results import append_result, read_results
 from pretrain.run_folder import list_steps, read_metrics, read_rewinds, read_status, step_name
 from pretrain.training.checkpoint import check
-from pretrain.training.metrics import Metrics
+from pretrain.training.hooks import StepReport
+from pretrain.training.loggers import metrics_file, tensorboard
 from pretrain.training.spikes import (
     MAX_REWINDS,
     MAX_REWINDS_PER_CHECKPOINT,
@@ -119,9 +122,7 @@ def test_steps_without_pairs_have_no_jepa_loss_and_steps_with_few_pairs_are_not_
     ]
     data = {"data__path": str(folder / "few"), "data__sources": sources, "data__missing_views": "keep"}
     dropout = {"objective__dropout": 0.97, "objective__distance": "cosine", "objective__weight": 20.0}
-    path = config(
-        folder, "few-pairs", train__steps=60, train__on_spike="skip", monitor__tensorboard=False, **data, **dropout
-    )
+    path = config(folder, "few-pairs", train__steps=60, train__on_spike="skip", monitor__loggers=[], **data, **dropout)
     prepare_corpus(path)
     done = run_command(["python", "launcher/run.py", str(path)])
     lines = metrics(folder / "runs" / "few-pairs")
@@ -272,13 +273,23 @@ def test_a_rewind_changes_nothing_if_a_checkpoint_cannot_be_set_aside(tmp_path):
     assert read_rewinds(tmp_path) == [] and list_steps(tmp_path / "checkpoints") == [20, 30]
 
 
+def fake_run(run_dir: Path, step: int) -> Any:
+    """Return what loggers read of a run that resumes after a step."""
+    return SimpleNamespace(
+        config=SimpleNamespace(run_dir=run_dir),
+        progress=SimpleNamespace(step=step),
+        last_logged_step=step,
+        objective=SimpleNamespace(units={"lm": None}),
+    )
+
+
 def test_damaged_lines_of_metrics_are_reported_on_reading_and_on_resuming(tmp_path, capfd):
     lines = [json.dumps({"step": step, "loss/lm": 1.0}) for step in range(1, 8)]
     damaged = [*lines[:2], "\0" * 20, *lines[2:4], '"a text"', '{"step": null}', *lines[4:]]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(damaged).encode() + b"\n\xff\xfe\n" + b'{"step": 8, "lo')
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 8))
     assert "metrics.jsonl: 4 corrupt lines are ignored, the first is line 3" in capfd.readouterr().err
-    Metrics(tmp_path, 6, tensorboard=False, terms=("lm",)).close()
+    metrics_file.Logger().start(fake_run(tmp_path, 6))
     assert "metrics.jsonl: 4 corrupt lines are removed, the first is line 3" in capfd.readouterr().err
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7)) and capfd.readouterr().err == ""
 
@@ -287,10 +298,11 @@ def test_tensorboard_shows_the_new_steps_after_a_resume_even_if_the_clock_went_b
     folder = tmp_path / "tensorboard" / "train"
 
     def train(start: int, stop: int, value: float) -> None:
-        metrics = Metrics(tmp_path, start, tensorboard=True, terms=("lm",))
-        for step in range(start + 1, stop + 1):
-            metrics.write({"step": step}, {"loss/lm": value})
-        metrics.close()
+        run, logger = fake_run(tmp_path, start), tensorboard.Logger()
+        logger.start(run)
+        for run.progress.step in range(start + 1, stop + 1):
+            logger.after_step(run, StepReport({"loss/lm": value}))
+        logger.end(run, "finished")
 
     for start, value in ((0, 1.0), (5, 2.0), (8, 3.0)):
         for path in folder.glob("*"):  # date the files of earlier starts an hour ahead

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 def test_every_term_of_the_objective_is_shown(folder, capsys):
     """In the progress line, the validation line, a TensorBoard chart and the summary."""
     objective = {"name": "llm_jepa", "weight": 0.5, "regularizers": [{"name": "coding_rate", "weight": 0.1}]}
-    changes = {"train__steps": 2, "monitor__validate_every": 2, "monitor__tensorboard": True}
+    changes = {"train__steps": 2, "monitor__validate_every": 2, "monitor__loggers": ["tensorboard"]}
     path = write_config(folder, tiny_config(folder, name="terms", objective=objective, **changes))
     output = run_command(["python", "launcher/run.py", str(path)]).stdout
     run_dir = folder / "runs" / "terms"

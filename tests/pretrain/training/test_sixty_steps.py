@@ -39,7 +39,7 @@ DOCUMENT_VIEWS = ("text",)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sixty")
-    settings = {"train__steps": 60, "monitor__log_every": 20, "monitor__tensorboard": False}
+    settings = {"train__steps": 60, "monitor__log_every": 20, "monitor__loggers": []}
     configs = [
         tiny_config(
             folder, name=f"family-{family}", model={"family": family, "shape": f"{family}_tiny.yaml"}, **settings

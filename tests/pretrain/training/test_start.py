@@ -139,9 +139,7 @@ def test_an_epoch_is_one_pass_over_the_mixture(tmp_path):
         {"type": "nlrx", "records": 80, "weight": 1.5},
         {"type": "nlrx", "records": 41, "seed": 1, "weight": 0.5},
     ]
-    values = tiny_config(
-        tmp_path, data__sources=sources, train__steps=None, train__epochs=2, monitor__tensorboard=False
-    )
+    values = tiny_config(tmp_path, data__sources=sources, train__steps=None, train__epochs=2, monitor__loggers=[])
     path = str(write_config(tmp_path, values))
     run_command(["python", "-m", "data_prep", path])
     printed = run_command(["python", "launcher/run.py", path, "--dry-run"]).stdout.splitlines()

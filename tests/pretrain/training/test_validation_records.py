@@ -3,6 +3,7 @@
 import torch
 
 from pretrain.data.layout import SpecialTokenIds, make_layout
+from pretrain.data.loader import count_targets
 from pretrain.training.distributed import World
 from pretrain.training.validation import Validation
 
@@ -13,9 +14,8 @@ def test_every_source_has_its_fraction_of_the_validation_records(write_corpus):
     specials = SpecialTokenIds(0, 1, 2, 3, 512)
 
     def targets(records: int) -> int:
-        return Validation(
-            corpus, make_layout("joint", specials), specials, 64, records, 2, World(0, 1, torch.device("cpu"))
-        ).loss_denominators["targets"]
+        layout, world = make_layout("joint", specials), World(0, 1, torch.device("cpu"))
+        return count_targets(Validation(corpus, layout, specials, 64, records, 2, world).rows, layout)
 
     assert targets(40) == 30 * (1 + 1 + 1 + 1) + 10 * (4 + 1 + 4 + 1)
     assert targets(400) == targets(1000) == 10 * targets(40)

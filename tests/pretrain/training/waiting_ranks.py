@@ -12,6 +12,7 @@ import time
 
 from pretrain.training import watchdog
 from pretrain.training.distributed import init_world
+from pretrain.training.hooks import StepReport
 
 watchdog.HEARTBEAT_INTERVAL = 0.4
 case = sys.argv[1]
@@ -22,8 +23,9 @@ seconds = 100.0 if case == "paused" else 20.0
 watch = watchdog.Watchdog(
     world.rank_store, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True)
 )
+watch.begin()
 watch.report_progress(7)
-watch.first_step_done()
+watch.after_step(None, StepReport())
 if world.rank == 1 and case == "killed":
     os.kill(os.getpid(), signal.SIGKILL)  # before its second heartbeat
 if world.rank == 1 and case == "paused":

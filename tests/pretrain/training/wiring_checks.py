@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 def make_trainer(folder, name, **changes):
     return set_up(
-        load_config(write_config(folder, tiny_config(folder, name=name, monitor__tensorboard=False, **changes))),
+        load_config(write_config(folder, tiny_config(folder, name=name, monitor__loggers=[], **changes))),
         init_world(),
     )
 

@@ -14,7 +14,7 @@ from pretrain.config import load_config
 from pretrain.data import batch as batches
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Pairing, SpecialTokenIds
-from pretrain.data.loader import Loader, loss_denominators
+from pretrain.data.loader import Loader, count_targets, loss_denominators
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask
 from pretrain.objectives import auxiliary, llm_jepa
@@ -78,9 +78,9 @@ def test_trap_01_labels_are_not_overwritten_by_a_collator(write_corpus, specials
             model.causal_lm, None, Ids(specials.bos, specials.eos, specials.sep), "joint", lm_views="last"
         )
         expected = reference.losses(records, paired=[False] * len(records)).lm.item()
-        assert terms["lm"].item() / loss_denominators(packed.rows, packed.layout)["targets"] == pytest.approx(
-            expected, rel=1e-5
-        ), "prompts are trained"
+        assert terms["lm"].item() / count_targets(packed.rows, packed.layout) == pytest.approx(expected, rel=1e-5), (
+            "prompts are trained"
+        )
 
     def collator(batch, rows, corpus, specials):
         ids = batch.token_ids.flatten()
@@ -345,12 +345,12 @@ def test_trap_12_an_option_has_an_effect_or_is_refused_in_every_combination(corp
         layout, objective = config.make_layout(specials, 2, "all"), build_objective(config)
         rows = Loader(corpus, layout, ROW, seed=0, dropout=config.record_dropout).next_rows(2)
         [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=1)
-        model, units = make_model(layout.predictor_tokens), loss_denominators(rows, layout)
+        model, counts = make_model(layout.predictor_tokens), loss_denominators(rows, layout, objective.units)
         terms = objective(model(batch), batch, model.cross_entropy, ONE_RANK).terms
         weights = {
             term: weight * (1.0 if term == "lm" else config.factor(0.5)) for term, weight in objective.weights.items()
         }
-        loss = total_loss(terms, {term: units[unit] for term, unit in objective.units.items()}, weights, ranks=1)
+        loss = total_loss(terms, counts, weights, ranks=1)
         loss.backward()
         return [loss.item(), *(parameter.grad.norm().item() for parameter in model.parameters())]
 

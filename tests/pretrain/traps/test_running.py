@@ -124,7 +124,7 @@ def write_arguments(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]
             name=name,
             objective__distance="cosine",
             train__steps=STEPS,
-            monitor__tensorboard=False,
+            monitor__loggers=[],
             data__sources=[],
             **RUNS.get(settings, {}),
         )

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pretrain.data import loader as loading
 from pretrain.data.batch import micro_batches
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader, Rows, loss_denominators
+from pretrain.data.loader import Loader, Rows, count_targets, loss_denominators
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask
 from pretrain.objectives import auxiliary
@@ -200,12 +200,10 @@ def test_trap_23_the_host_does_not_wait_for_the_device_once_per_record(distance,
 
     def check_syncs_of_a_micro_step():
         for rows, batch, layout in steps:
-            units = loss_denominators(rows, layout)
+            counts = loss_denominators(rows, layout, objective.units)
             with OperatorCounter() as counter:
                 terms = objective(model(batch), batch, model.cross_entropy, ONE_RANK).terms
-                total_loss(
-                    terms, {term: units[unit] for term, unit in objective.units.items()}, objective.weights, ranks=1
-                ).backward()
+                total_loss(terms, counts, objective.weights, ranks=1).backward()
             assert counter.syncs == 0, f"{counter.syncs} syncs for {len(rows.records)} records"
 
     def loop_over_records(patch):
@@ -231,7 +229,7 @@ def test_trap_25_flops_are_counted_for_real_tokens(corpus, specials):
                 Parameters(layers=1000, embedding=50, head=50, tied=True, predictor=7), ranks=1, row_length=512
             )
             throughput.peak = 1.0  # then the MFU of one second equals the number of FLOPs
-            throughput.add(padded, loss_denominators(padded, layout)["targets"], seconds=1.0)
+            throughput.add(padded, count_targets(padded, layout), seconds=1.0)
             assert throughput.take()["throughput/mfu"] == 6 * (1000 * tokens + 50 * len(batch.label_index)), (
                 "padding is counted"
             )

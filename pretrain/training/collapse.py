@@ -1,0 +1,57 @@
+"""The warning about collapsed embeddings."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from pretrain.objectives.monitors import has_collapsed
+from pretrain.training.hooks import Hook, StepReport
+
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class CollapseWarning(Hook):
+    """A hook that warns once when the embeddings collapse, and again if they collapse after a recovery.
+
+    It judges the monitors of validations, or of the training steps if there is no validation.
+    """
+
+    def __init__(self) -> None:
+        self.collapsed = False
+
+    def after_step(self, run: "Trainer", report: StepReport) -> None:
+        """Judge a step."""
+        if report.logged and run.validation is None:
+            self._judge(run, report.values, "embedding/")
+
+    def after_validation(self, run: "Trainer", values: dict[str, float]) -> None:
+        """Judge a validation."""
+        self._judge(run, values, "validation/embedding/")
+
+    def state(self) -> dict[str, Any]:
+        """Return whether the embeddings had collapsed."""
+        return {"collapsed": self.collapsed}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore the state from a checkpoint."""
+        self.collapsed = state["collapsed"]
+
+    def _judge(self, run: "Trainer", values: dict[str, float], prefix: str) -> None:
+        monitors = {tag.removeprefix(prefix): value for tag, value in values.items() if tag.startswith(prefix)}
+        had_collapsed = self.collapsed
+        self.collapsed = run.config.objective.pairing is not None and has_collapsed(monitors)
+        if self.collapsed and not had_collapsed:
+            logger.warning(collapse_message(monitors))
+
+
+def collapse_message(monitors: dict[str, float]) -> str:
+    """Return the text of the warning. It explains the problem, because the loss curve looks like success."""
+    return (
+        f"the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, "
+        f"unrelated views {monitors['shuffled_cosine']:.4f}, and a view finds its partner in "
+        f"{monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa means nothing then, because the model maps "
+        "everything to few directions. Distances without negatives tend to cause this. Use info_nce, which has "
+        "negatives, or objective.regularizers"
+    )
