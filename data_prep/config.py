@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -18,6 +18,9 @@ COLUMNS_OF_SHARDS = CONTINUES, CHECKSUM = "continues", "checksum"
 class BaseSource(Section):
     """Settings that all sources have in common."""
 
+    reader: ClassVar[str]
+    """Reader of this type of source, as MODULE:NAME: a function or class that takes the source, the names of the views,
+    and the dotted key of the source for messages, and returns a `Reader` (data_prep/sources/record.py)."""
     split: Split = "train"
     """Split to which the records of this source belong."""
     weight: float = Field(default=1.0, gt=0)
@@ -56,6 +59,7 @@ class FileSource(BaseSource):
 class NlrxSource(BaseSource):
     """Pairs drawn from the built-in NL-RX grammar. Columns: text and code, by default the first view and the last."""
 
+    reader = "data_prep.sources.nlrx:Nlrx"
     type: Literal["nlrx"]
     records: int = Field(gt=0)
     """Number of generated records."""
@@ -70,12 +74,14 @@ class JsonSource(FileSource):
     `messages`, the user's message is the first view and the assistant's message is the last.
     """
 
+    reader = "data_prep.sources.json_lines:JsonLines"
     type: Literal["json"]
 
 
 class ParquetSource(FileSource):
     """Parquet files (.parquet). Columns become views in the same way as for JSON lines."""
 
+    reader = "data_prep.sources.parquet:Parquet"
     type: Literal["parquet"]
 
 
@@ -85,6 +91,7 @@ class CsvSource(FileSource):
     Columns become views in the same way as for JSON lines.
     """
 
+    reader = "data_prep.sources.csv_rows:Csv"
     type: Literal["csv"]
 
 
@@ -94,6 +101,7 @@ class ArrowSource(FileSource):
     Columns become views in the same way as for JSON lines.
     """
 
+    reader = "data_prep.sources.arrow:Arrow"
     type: Literal["arrow"]
 
 
@@ -103,6 +111,7 @@ class HubSource(BaseSource):
     Columns become views in the same way as for JSON lines.
     """
 
+    reader = "data_prep.sources.hub:open_hub"
     type: Literal["hub"]
     path: LocalPath
     """Name on the hub, such as `owner/name`, or a local folder in the layout of the hub or of `save_to_disk`."""
@@ -117,6 +126,7 @@ class HubSource(BaseSource):
 class TextSource(FileSource):
     """Plain-text documents (plain, .gz or .zst). Column: text, by default the last view."""
 
+    reader = "data_prep.sources.text:Text"
     type: Literal["text"]
     separator: str | None = Field(default=None, max_length=1000)
     """Line that separates documents; an empty string means blank lines. By default each file is one document."""
@@ -136,6 +146,7 @@ class PythonSource(FileSource):
     signature and module. Each top-level package is entirely in either the training or the validation split.
     """
 
+    reader = "data_prep.sources.python_code:PythonCode"
     type: Literal["python"]
 
 
