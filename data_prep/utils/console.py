@@ -1,8 +1,8 @@
 """Console output of the commands, and the handling of user errors: one line, exit code 2.
 
-What a command says about itself goes through the standard `logging` module: a module logs to
-`logging.getLogger(__name__)`, `info` for progress and notes, `warning` for what the user should look at. The messages
-are shown after `show_messages`, which `exit_on_user_error` calls. Tables and results are printed.
+Messages of a command go through the standard `logging` module: a module logs to `logging.getLogger(__name__)`, `info`
+for progress and notes, `warning` for what the user should look at. They are shown after `show_messages`, which
+`exit_on_user_error` calls. Tables and results are printed.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TextIO
 
 PACKAGES = ("data_prep", "pretrain", "launcher")
-"""Names of the loggers whose messages are shown. Other libraries have handlers of their own."""
+"""Names of the loggers whose messages are shown. Other libraries have their own handlers."""
 LEVEL_VARIABLE = "LOGLEVEL"
 """Environment variable with the lowest level that is shown; the launchers of torch read it too."""
 INTERRUPTED_EXIT_CODE = 130

@@ -12,8 +12,8 @@ be added to a study later.
               speeds of both come from a short run (calibration.py)
 """
 
+import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,10 @@ from pretrain.studies.config import Study
 from pretrain.tasks.options import AnswerTask
 from pretrain.training.setup import check
 
+logger = logging.getLogger(__name__)
+
+WARNING_PREFIX = "WARNING: "
+"""Beginning of the lines of `check` that are warnings."""
 ROWS = ("global_batch_rows", "micro_batch_rows")
 CLOSE = 0.05
 """Largest relative difference in tokens per step at which batches count as equal."""
@@ -56,12 +60,11 @@ class Arm:
 class Matching:
     """Batches and budgets of all arms. The corpora of the arms must be prepared.
 
-    Raises UserError for an arm whose run could not start. `say` receives each distinct warning once.
+    Raises UserError for an arm whose run could not start. Each distinct message about a run is logged once.
     """
 
-    def __init__(self, study: Study, corpora: dict[str, dict[str, Any]], say: Callable[[str], None]):
+    def __init__(self, study: Study, corpora: dict[str, dict[str, Any]]):
         self.study = study
-        self._say = say
         self._reported: set[str] = set()
         self.base = load_base_config(study)
         plan = self._plan(self.base)
@@ -122,15 +125,16 @@ class Matching:
     def _plan(self, config: RunConfig) -> Plan:
         corpus = Corpus(config.data.path, "train")
         try:
-            check(config, corpus, self._print_once)
+            check(config, corpus, self._log_once)
             return make_plan(config, corpus)
         except UserError as error:
             raise UserError(f"{config.name}: {error}") from None
 
-    def _print_once(self, line: str) -> None:
+    def _log_once(self, line: str) -> None:
         if line not in self._reported:
             self._reported.add(line)
-            self._say(line)
+            is_warning = line.startswith(WARNING_PREFIX)
+            logger.log(logging.WARNING if is_warning else logging.INFO, line.removeprefix(WARNING_PREFIX))
 
 
 def load_base_config(study: Study) -> RunConfig:

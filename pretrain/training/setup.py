@@ -1,5 +1,6 @@
 """Construction of a Trainer from a configuration: cheap checks first, the model last."""
 
+import logging
 import math
 import os
 import shutil
@@ -286,7 +287,7 @@ def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None
         )
         return
     with tempfile.TemporaryDirectory() as temporary:
-        model_tokenizer = import_tokenizer(Path(folder), Path(temporary) / "tokenizer", say=lambda text: None)
+        model_tokenizer = import_tokenizer(Path(folder), Path(temporary) / "tokenizer", notes_level=logging.DEBUG)
         difference = first_difference(model_tokenizer, corpus.tokenizer)
     if difference is not None:
         raise UserError(

@@ -20,7 +20,7 @@ ARMS = {
 
 
 def match(study):
-    return Matching(study, assign_corpora(study, load_base_config(study))[0], lambda line: None)
+    return Matching(study, assign_corpora(study, load_base_config(study))[0])
 
 
 def tokens_of_steps(config, whole_run=False):
