@@ -1,6 +1,7 @@
 """Tokenizers are lossless, give equal ids in every library, and have four special tokens that no text produces."""
 
 import json
+import logging
 import os
 import pickle
 import random
@@ -323,6 +324,9 @@ def test_a_pad_token_equal_to_eos_is_replaced(bpe_folder, tmp_path, messages):
         f"note: {source / 'tokenizer.json'}: the {name} token '</s>' is also its eos token; {literal!r} is used instead"
         for name, literal in (("pad", "<pad>"), ("bos", "<s>"))
     ]
+    messages.clear()
+    import_tokenizer(source, tmp_path / "quiet", notes_level=logging.DEBUG)
+    assert not messages
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "</s>")]
     imported = import_tokenizer(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
     assert (imported.eos_id, imported.pad_id, imported.bos_id, imported.sep_id, imported.vocab_size) == (

@@ -81,8 +81,10 @@ def test_a_prepared_corpus_does_not_need_its_sources(tmp_path, messages):
 
 PREPARE = """
 import sys
+from data_prep.utils.console import show_messages
 from pretrain.config import load_config
 from pretrain.studies.corpora import prepare_corpus
+show_messages()
 prepare_corpus(load_config(sys.argv[1]))
 """
 
