@@ -13,7 +13,6 @@ import torch
 from cost_arms import BASELINE
 from cost_bench import Bench, Measurement
 
-from data_prep.utils.console import print_now
 from pretrain.config import load_config
 from pretrain.planning.flops import count_parameters, parameter_count
 from pretrain.training.distributed import init_world
@@ -34,7 +33,11 @@ published method."""
 def run_rank(arguments: argparse.Namespace) -> None:
     """Time all arms on this rank; rank 0 writes the result."""
     world = init_world()
-    log = print_now if world.is_main else lambda text: None
+
+    def log(text: str) -> None:
+        if world.is_main:
+            print(text, flush=True)
+
     bench = Bench.build(arguments, load_config(arguments.folder / "config.yaml"), world)
     for engine in bench.engines.values():  # the first step allocates the optimizer state and the gradient buffers
         bench.step(next(name for name, arm in bench.arms.items() if bench.engines[arm.predictor_tokens] is engine))

@@ -23,6 +23,7 @@ import yaml
 from cost_arms import ARMS, PREDICTOR_TOKENS
 
 from data_prep.pipeline import prepare
+from data_prep.utils.console import show_messages
 from pretrain.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,8 @@ def start_ranks(arguments: argparse.Namespace, on_gpu: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.yaml").write_text(yaml.safe_dump(run_values(arguments, folder, on_gpu)))
-        prepare(load_config(folder / "config.yaml").data, say=lambda text: print(text, file=sys.stderr))
+        show_messages("stderr")
+        prepare(load_config(folder / "config.yaml").data)
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         command = [

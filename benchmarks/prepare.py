@@ -108,7 +108,7 @@ def measure_round(folder: Path, number: int, rounds: int) -> dict[str, float]:
                 "sources": [{"type": "json", "path": str(folder / "pairs.jsonl")}],
             },
         )
-        seconds[f"prepare_{workers}"] = timed(functools.partial(prepare, data, say=lambda line: None))
+        seconds[f"prepare_{workers}"] = timed(functools.partial(prepare, data))
     log(f"round {number} of {rounds}: " + ", ".join(f"{method} {value:.1f} s" for method, value in seconds.items()))
     return seconds
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep.config import DataConfig, evaluation_tests
 from data_prep.executor import Executor, MpiExecutor
 from data_prep.utils.config_file import load_yaml, validate
-from data_prep.utils.console import UserError, exit_on_user_error, print_now
+from data_prep.utils.console import UserError, exit_on_user_error, show_only_errors
 from data_prep.utils.launch_env import find_mpi, is_silent_rank
 
 MOVED_SUBCOMMANDS = ("inspect", "stats")
@@ -31,6 +31,8 @@ def main() -> None:
         run_verify(sys.argv[2:])
     elif communicator := find_mpi():
         executor = MpiExecutor(communicator)
+        if not executor.is_main:
+            show_only_errors()
         executor.abort_on_error(lambda: prepare_corpus(executor))
     else:
         prepare_corpus(None)
@@ -74,7 +76,7 @@ def run_verify(arguments: list[str]) -> None:
 
     from data_prep.tools.verify import verify  # imported late, as in prepare_corpus
 
-    verify(path, print_now)
+    verify(path)
 
 
 def run() -> None:

@@ -13,6 +13,7 @@ the results of the finished tasks; the next run resumes from them.
 
 import hashlib
 import itertools
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,8 +44,10 @@ from data_prep.sources.files import piece_length
 from data_prep.sources.hub import commit_of
 from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from data_prep.units import Job, Unit, make_units, open_job
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json, read_json_or_none, sync_file, try_lock, write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_CHARACTERS = 20_000_000
 """Size of the sample on which a tokenizer is trained. A larger sample hardly changes the pieces."""
@@ -59,12 +62,7 @@ SETTINGS = "settings.json"
 """File with the settings of an unfinished preparation, in `.partial`."""
 
 
-def prepare(
-    config: DataConfig,
-    tests: Sequence[TaskTest] = (),
-    say: Callable[[str], None] = print_now,
-    executor: Executor | None = None,
-) -> Manifest:
+def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), executor: Executor | None = None) -> Manifest:
     """Prepare the corpus of `config` unless it exists already, and return its manifest.
 
     `tests` are rows that training must not see. Every process of an `executor` calls this function. Without an
@@ -76,7 +74,7 @@ def prepare(
     executor = executor or LocalExecutor(config.workers)
     job = Job(data=config, tests=tuple(tests) if config.decontaminate else ())
     try:
-        return _Preparation(job, executor, say if executor.is_main else lambda text: None).run()
+        return _Preparation(job, executor).run()
     except BrokenPipeError:  # an error of the console output, not of writing the corpus
         raise
     except OSError as error:
@@ -87,8 +85,8 @@ def prepare(
 class _Preparation:
     """One preparation, in every process of the executor."""
 
-    def __init__(self, job: Job, executor: Executor, say: Callable[[str], None]):
-        self.job, self.executor, self.say = job, executor, say
+    def __init__(self, job: Job, executor: Executor):
+        self.job, self.executor = job, executor
         self.serialized = job.model_dump_json()
         self.folder = Path(job.data.path)
         self.readers: list[Reader] = []
@@ -112,7 +110,7 @@ class _Preparation:
     def _make(self) -> Manifest:
         for reader in self.readers:
             if reader.note:
-                self.say(reader.note)
+                logger.info(reader.note)
         self.units, self.file_stats = self.executor.run_on_main(self._begin)
         if self.job.data.tokenizer.path is not None:
             self.executor.run_on_main(self._make_tokenizer)  # before the long scan, because the import may fail
@@ -157,14 +155,14 @@ class _Preparation:
         Raises UserError if the corpus was made from other settings or files.
         """
         if self.job.data.decontaminate and not self.job.tests:
-            self.say("note: evaluation.tasks has no test rows: no contaminated record can be dropped")
+            logger.info("note: evaluation.tasks has no test rows: no contaminated record can be dropped")
         if not (self.folder / MANIFEST).exists():
             return None
         manifest = read_manifest(self.folder)
         inputs.check_unchanged(manifest["settings"], self.job, inputs.file_stats(self.job, self.readers), self.folder)
         _check_intact(manifest, self.folder)
         self._remove_leftovers()
-        self.say(f"{self.folder} is already prepared, nothing to do: {summary_line(manifest)}")
+        logger.info(f"{self.folder} is already prepared, nothing to do: {summary_line(manifest)}")
         return manifest
 
     def _begin(self) -> tuple[list[Unit], inputs.FileStats]:
@@ -179,10 +177,12 @@ class _Preparation:
         stored = partial / SETTINGS
         if {"tests": []} | (read_json_or_none(stored) or {}) == settings:  # earlier versions did not record tests
             scanned, tokenized = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
-            self.say(f"resuming an interrupted preparation: {scanned:,} units are scanned, {tokenized:,} are tokenized")
+            logger.info(
+                f"resuming an interrupted preparation: {scanned:,} units are scanned, {tokenized:,} are tokenized"
+            )
         else:
             if stored.exists():
-                self.say("the interrupted preparation had different settings: starting from scratch")
+                logger.info("the interrupted preparation had different settings: starting from scratch")
                 # Invalidate the settings first: after a kill during the removal, a run with the old settings must not
                 # resume from the remaining files.
                 write_json(stored, None)
@@ -211,12 +211,12 @@ class _Preparation:
         for test in self.job.tests:
             test_contexts = read_contexts(self.job.data, test)
             if note := skipped_files_note(test):
-                self.say(note)
+                logger.info(note)
             line = f"kept out of training: {len(test_contexts):,} contexts of {describe_test(test)}"
             if short := count_short_contexts(test_contexts):
                 line += f"; {short:,} of them have fewer than {OVERLAP_LETTERS} letters and "
                 line += "are compared only with whole contexts"
-            self.say(line)
+            logger.info(line)
             contexts |= dict.fromkeys(test_contexts)
         write_json(contexts_file(self.job.partial), list(contexts))
 
@@ -235,15 +235,15 @@ class _Preparation:
         missing = self.executor.run_on_main(lambda: {number for number, out in enumerate(tasks) if not out.exists()})
         todo = [task for number, task in enumerate(tasks.values()) if number in missing]
         if todo:
-            self.say(f"{title} {len(todo):,} of {len(tasks):,} {what} in {self.executor.description}")
-        self.executor.run(function, todo, Progress(title, sum(task.size for task in todo), self.say))
+            logger.info(f"{title} {len(todo):,} of {len(tasks):,} {what} in {self.executor.description}")
+        self.executor.run(function, todo, Progress(title, sum(task.size for task in todo)))
 
     def _decide_holdout(self) -> None:
         for source, count in enumerate(
             find_frequent_targets(self.job, self.units, lambda number: target_file(self.job, number))
         ):
             if count:
-                self.say(
+                logger.info(
                     f"note: data.sources.{source} has {count:,} frequent target{'s' * (count > 1)}, such as a label: "
                     "their records are held out by context, and these targets are in both splits"
                 )
@@ -290,12 +290,12 @@ class _Preparation:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         if config.path is not None:
-            self.say(f"importing the tokenizer {config.path}")
-            import_tokenizer(Path(config.path), temporary, self.say)
+            logger.info(f"importing the tokenizer {config.path}")
+            import_tokenizer(Path(config.path), temporary)
         else:
             assert config.vocab_size is not None  # the configuration has either this or a path
             kind = config.model_type or "bpe"
-            self.say(f"training a sentencepiece {kind} tokenizer of {config.vocab_size:,} pieces")
+            logger.info(f"training a sentencepiece {kind} tokenizer of {config.vocab_size:,} pieces")
             texts = self._sample()
             first = next(texts, None)
             if first is None:
@@ -315,8 +315,8 @@ class _Preparation:
             return
         tokenizer = Tokenizer.load(self.folder / "tokenizer")
         if tokenizer.unknown_id is None and tokenizer.encode_batch([UNASSIGNED]) == [[]]:
-            self.say(
-                f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token: "
+            logger.warning(
+                f"the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token: "
                 "unknown characters are dropped and not counted; use a tokenizer that has either"
             )
         texts = [text[:CHECKED_CHARACTERS] for text in itertools.islice(self._sample(), CHECKED_TEXTS)]
@@ -325,8 +325,8 @@ class _Preparation:
         if changed:
             first = next((at for at, (one, other) in enumerate(zip(*changed[0], strict=False)) if one != other), 0)
             text, result = (repr(text[max(0, first - 20) : first + 20]) for text in changed[0])
-            self.say(
-                f"WARNING: the tokenizer {self.job.data.tokenizer.path} does not reproduce {len(changed):,} of "
+            logger.warning(
+                f"the tokenizer {self.job.data.tokenizer.path} does not reproduce {len(changed):,} of "
                 f"{len(texts):,} texts; in the first, {text} becomes {result}"
             )
 
@@ -365,24 +365,24 @@ class _Preparation:
         write_json(self.folder / inputs.FILE_STATS_NAME, self.file_stats)
         write_json(self.folder / MANIFEST, manifest)
         self._remove_leftovers()
-        self.say(f"prepared {self.folder}: {summary_line(manifest)}")
+        logger.info(f"prepared {self.folder}: {summary_line(manifest)}")
         if self.job.data.validation_fraction and "validation" not in manifest["splits"]:
-            self.say(
+            logger.info(
                 "note: data.validation_fraction held out no record (there are too few), so training will not validate"
             )
         for number, source in enumerate(manifest["sources"]):
             if not source["records"]:
-                self.say(f"WARNING: data.sources.{number} has no records")
+                logger.warning(f"data.sources.{number} has no records")
             elif not source["kept"]:
-                self.say(
-                    f"WARNING: data.sources.{number} has {source['records']:,} records, but none of them was kept; "
+                logger.warning(
+                    f"data.sources.{number} has {source['records']:,} records, but none of them was kept; "
                     f"check its columns, and see {SUMMARY}"
                 )
         for split, entry in manifest["splits"].items():
             if line := unknown_tokens(split, entry):
-                self.say(f"WARNING: {line}")
+                logger.warning(line)
         for reason, drop in manifest["dropped"].items():
-            self.say(
+            logger.info(
                 f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {drop['first'][0]}"
             )
         return manifest

@@ -1,10 +1,12 @@
 """Progress of a phase of the preparation: a bar on a terminal, one line per minute in a log."""
 
+import logging
 import sys
 import time
-from collections.abc import Callable
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 60
 
@@ -12,8 +14,8 @@ SECONDS_BETWEEN_LINES = 60
 class Progress:
     """A progress display of one phase: processed bytes and records of all processes. Use as a context manager."""
 
-    def __init__(self, title: str, size: int, say: Callable[[str], None]):
-        self.title, self.size, self.say = title, size, say
+    def __init__(self, title: str, size: int):
+        self.title, self.size = title, size
         self.done = self.records = 0
         self.started = self.last_line = time.monotonic()
         self.bar: tqdm | None = None
@@ -38,7 +40,7 @@ class Progress:
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES and self.done < self.size:
             self.last_line = time.monotonic()
             seconds_left = seconds * (self.size - self.done) / max(1, self.done)
-            self.say(
+            logger.info(
                 f"{self.title}: {self.done / self.size:.0%}, {self.records / seconds:,.0f} records/s, "
                 f"{self.done / seconds / 1e6:,.1f} MB/s, {max(1, round(seconds_left / 60)):,} min left"
             )

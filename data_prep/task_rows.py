@@ -4,6 +4,7 @@ The preparation and the evaluation both read the rows with this module.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,10 @@ from data_prep.sources.json_lines import SUFFIXES, parse
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import RowMapping
 from data_prep.tasks.row_format import RowFormat
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from data_prep.utils.files import write_text
+
+logger = logging.getLogger(__name__)
 
 Columns = dict[str, Any]
 
@@ -142,7 +145,7 @@ def read_rows(
     if not result:
         raise UserError(f"{source.path} ({key}) has no rows")
     if reader.remainders:
-        print_now(
+        logger.info(
             f"note: {source.path} ({key}): {reader.remainders:,} lists end with too few texts for a complete row; "
             "those texts are skipped"
         )

@@ -16,6 +16,7 @@ Neither torch nor transformers is imported, so worker processes start fast.
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -39,8 +40,10 @@ from data_prep.sentencepiece_json import (
     to_tokenizer_json,
 )
 from data_prep.tokenizer_files import add_tokens, read_tokenizer_json, special_tokens_by_name, token_text
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from data_prep.word_cache import WordCache, is_cacheable
+
+logger = logging.getLogger(__name__)
 
 # The preparation runs one process per core. Threads of `tokenizers` in each of them would only oversubscribe the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -170,31 +173,29 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str =
         )
     sample: list[str] = []  # the texts on which the conversion is checked
     proto = _train_sentencepiece(texts, vocab_size, model_type, sample)
-    return _write_sentencepiece(
-        proto, Path(folder), EDGE_CASE_TEXTS + sample, f"{folder}: the new tokenizer", print_now
-    )
+    return _write_sentencepiece(proto, Path(folder), EDGE_CASE_TEXTS + sample, f"{folder}: the new tokenizer")
 
 
-def import_tokenizer(path: Path, folder: Path, say: Callable[[str], None] = print_now) -> Tokenizer:
+def import_tokenizer(path: Path, folder: Path, notes_level: int = logging.INFO) -> Tokenizer:
     """Import a sentencepiece .model, a tokenizer.json, or a Hugging Face folder with one of these.
 
     Ids do not change. Of pad, bos, eos and sep, the tokens that are missing, shared (pad = eos) or possible in encoded
     text are replaced by new special tokens. If `tokenizers` encodes some texts differently from a sentencepiece model,
-    the ids of `tokenizers` are used, and one line reports this; exported models then agree with the preparation. Raises
-    UserError if `path` is not one of these, or if its ids cannot be preserved.
+    the ids of `tokenizers` are used; exported models then agree with the preparation. A note about each such change is
+    logged at `notes_level`. Raises UserError if `path` is not one of these, or if its ids cannot be preserved.
     """
     source, folder = find_tokenizer(Path(path)), Path(folder)
     if folder.resolve() == source.parent.resolve():
         raise UserError(f"{folder}: cannot import the tokenizer into its own folder; choose a different folder")
     if source.suffix == ".json":
-        return _import_json(source, folder, say, with_model=Path(path).is_dir())
+        return _import_json(source, folder, notes_level, with_model=Path(path).is_dir())
     _open_sentencepiece(source)  # raises a more specific error than parsing does
     proto = _parse_proto(source.read_bytes())
     test_texts = list(EDGE_CASE_TEXTS)
     pieces = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == NORMAL]
     test_texts += ["".join(random.Random(i).choices(pieces, k=20)) for i in range(200)]
     test_texts += [f"a {p.piece.replace(SPACE, ' ')}b" for p in proto.pieces if p.type == USER_DEFINED]
-    return _write_sentencepiece(proto, folder, test_texts, str(source), say, model_folder=source.parent)
+    return _write_sentencepiece(proto, folder, test_texts, str(source), notes_level, model_folder=source.parent)
 
 
 def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str, sample: list[str]) -> ModelProto:
@@ -269,7 +270,7 @@ def _write_sentencepiece(
     folder: Path,
     texts: list[str],
     where: str,
-    say: Callable[[str], None],
+    notes_level: int = logging.INFO,
     model_folder: Path | None = None,
 ) -> Tokenizer:
     """Write the folder of a sentencepiece model, with the tokens that other files in `model_folder` add to it."""
@@ -281,7 +282,7 @@ def _write_sentencepiece(
     added = add_tokens(spec, model_folder) if model_folder else []
     if model_folder:
         declared |= _declared(model_folder)
-    config = _assign_special_tokens(spec, declared, where, say)
+    config = _assign_special_tokens(spec, declared, where, notes_level)
     differences = []
     if spec["normalizer"]["normalizers"][0]["type"] == PRECOMPILED:
         # `tokenizers` looks up entire graphemes of up to 5 bytes, sentencepiece the longest key at each position.
@@ -293,15 +294,17 @@ def _write_sentencepiece(
     if added:
         content = None  # the model lacks these tokens
         texts = [text for text in texts if not any(token in text for token in added)]
-        say(
+        logger.log(
+            notes_level,
             f"note: {where} is used as a tokenizer.json with the {len(added):,} tokens that other files in its folder "
-            f"add, such as {added[0]!r}"
+            f"add, such as {added[0]!r}",
         )
     if differences:
         content = None
-        say(
+        logger.log(
+            notes_level,
             f"note: {where} is used as a tokenizer.json, to agree with exported models; its ids may differ from the "
-            "ones of sentencepiece in " + " and in ".join(differences)
+            "ones of sentencepiece in " + " and in ".join(differences),
         )
     _check(spec, lambda batch: _encode_sentencepiece(model, batch), texts, where)
     return _write(folder, spec, config, content)
@@ -322,7 +325,7 @@ def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
         ) from None
 
 
-def _import_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
+def _import_json(source: Path, folder: Path, notes_level: int, with_model: bool) -> Tokenizer:
     # This project lays out the views: the tokenizer itself must not add, truncate or pad anything.
     spec = read_tokenizer_json(source) | {"truncation": None, "padding": None, "post_processor": None}
     original = _open_tokenizers(spec, source)
@@ -330,7 +333,7 @@ def _import_json(source: Path, folder: Path, say: Callable[[str], None], with_mo
         low = min(score for _, score in spec["model"]["vocab"]) - 1000
         specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
         spec["model"]["vocab"] = [[p, low if p in specials else score] for p, score in spec["model"]["vocab"]]
-    config = _assign_special_tokens(spec, _declared(source.parent), str(source), say)
+    config = _assign_special_tokens(spec, _declared(source.parent), str(source), notes_level)
     literals = [token["content"] for token in spec["added_tokens"]]
     _check(
         spec,
@@ -362,11 +365,11 @@ def _equivalent_model(source: Path, spec: dict[str, Any]) -> bytes | None:
 
 
 def _assign_special_tokens(
-    spec: dict[str, Any], declared: dict[str, str], where: str, say: Callable[[str], None]
+    spec: dict[str, Any], declared: dict[str, str], where: str, notes_level: int
 ) -> dict[str, Any]:
     """Return the content of tokenizer_config.json.
 
-    Special tokens that are missing or conflict are appended to `spec`. Each conflict is reported in one line.
+    Special tokens that are missing or conflict are appended to `spec`. Each conflict is logged in one line.
     """
     tokenizer = _open_tokenizers(spec, where)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -389,7 +392,10 @@ def _assign_special_tokens(
         if declared.get(name, chosen[name]) != chosen[name]:
             shared = [other for other in SPECIAL_TOKENS if other != name and chosen.get(other) == declared[name]]
             why = f"is also its {shared[0]} token" if shared else "is not special or can occur in encoded text"
-            say(f"note: {where}: the {name} token {declared[name]!r} {why}; {chosen[name]!r} is used instead")
+            logger.log(
+                notes_level,
+                f"note: {where}: the {name} token {declared[name]!r} {why}; {chosen[name]!r} is used instead",
+            )
 
     tokenizer = _open_tokenizers(spec, where)
     for token in spec["added_tokens"]:

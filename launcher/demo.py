@@ -4,6 +4,7 @@ Arguments other than `--hostfile` are overrides of configs/demo.yaml.
 """
 
 import argparse
+import logging
 import os
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from pretrain.config import load_config
+
+logger = logging.getLogger("launcher.demo")
 
 CONFIG = "configs/demo.yaml"
 RANKS = 2
@@ -61,9 +64,8 @@ def main() -> None:
     }
     started = time.perf_counter()
     for number, (title, command) in enumerate(steps.items(), 1):
-        print(
-            f"\n[{number}/{len(steps)}] {title} ({time.perf_counter() - started:.0f}s so far)\n$ {' '.join(command)}",
-            flush=True,
+        logger.info(
+            f"\n[{number}/{len(steps)}] {title} ({time.perf_counter() - started:.0f}s so far)\n$ {' '.join(command)}"
         )
         result = subprocess.run(command, check=False)
         if result.returncode:

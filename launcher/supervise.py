@@ -23,6 +23,7 @@ signals itself. A SIGKILL to this process alone leaves the command running.
 import argparse
 import contextlib
 import ctypes
+import logging
 import os
 import shlex
 import signal
@@ -34,11 +35,13 @@ from typing import Any
 
 import psutil
 
-from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors, print_now
+from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors
 from pretrain.config import load_config
 from pretrain.run_folder import REWIND_REASON_PREFIX, list_steps, read_status
 from pretrain.training.evaluation_requests import SUPERVISED_VARIABLE
 from pretrain.training.main import EXIT_CODE_STOPPED
+
+logger = logging.getLogger("launcher.supervise")
 
 SCRIPT = "run.py"
 POLL = 0.2
@@ -295,7 +298,7 @@ def _describe_status(status: dict[str, Any]) -> str:
 
 
 def _log(text: str) -> None:
-    print_now(f"supervise: {text}")
+    logger.info(f"supervise: {text}")
 
 
 def main() -> None:

@@ -4,13 +4,15 @@ Commands import this module before they load anything slow, so it imports nothin
 """
 
 import json
-import sys
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from data_prep.utils.files import write_json
+
+logger = logging.getLogger(__name__)
 
 MODEL_DIR = "model"
 """Folder with the run's model configuration and tokenizer: an export without weights."""
@@ -37,15 +39,13 @@ def write_status(run_dir: Path, status: str, step: int, reason: str = "", can_re
     """Write status.json: running, resumable, finished or failed.
 
     If `can_restart` is False, the key `again` of the file is false: a restart fails until the problem is fixed. If the
-    file cannot be written, for example because the disk is full, print a warning.
+    file cannot be written, for example because the disk is full, log a warning.
     """
     values = {"status": status, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
         write_json(run_dir / "status.json", values | ({} if can_restart else {"again": False}))
     except OSError as error:
-        print_now(
-            f"WARNING: cannot write {run_dir / 'status.json'} ({error.strerror}); the run is {status} at step {step}"
-        )
+        logger.warning(f"cannot write {run_dir / 'status.json'} ({error.strerror}); the run is {status} at step {step}")
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -75,16 +75,12 @@ def parse_metrics_line(line: str) -> dict[str, Any] | None:
 
 
 def warn_about_corrupt_lines(path: Path, numbers: list[int], treatment: str) -> None:
-    """Print one warning on standard error if there are corrupt lines.
+    """Log one warning if there are corrupt lines.
 
     `numbers` are their line numbers, and `treatment` is "ignored" or "removed".
     """
     if numbers:
-        print(
-            f"WARNING: {path}: {len(numbers)} corrupt lines are {treatment}, the first is line {numbers[0]}",
-            file=sys.stderr,
-            flush=True,
-        )
+        logger.warning(f"{path}: {len(numbers)} corrupt lines are {treatment}, the first is line {numbers[0]}")
 
 
 def read_rewinds(run_dir: Path) -> list[dict[str, Any]]:

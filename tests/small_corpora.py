@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from data_prep.config import DataConfig, JsonSource, TaskTest
-from data_prep.pipeline import prepare
 from data_prep.utils.config_file import validate
 
 SEQUENCE_LENGTH = 128
@@ -37,10 +36,6 @@ def task_tests(path, task: str = "nl_rx", **source) -> list[TaskTest]:
     """Return the test set of one task: a file of JSON lines. `source` replaces settings of its source."""
     settings = JsonSource(**{"type": "json", "path": str(path)} | source)
     return [TaskTest(task=task, key="evaluation.tasks.0.test", source=settings)]
-
-
-def prepare_quietly(config: DataConfig, tests=()) -> dict:
-    return prepare(config, tests, say=lambda line: None)
 
 
 def shard_rows(folder: Path, entry: dict, views: tuple[str, ...] = ("text", "code")) -> list[tuple]:

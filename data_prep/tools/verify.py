@@ -67,7 +67,7 @@ class _Manifest(BaseModel):
     splits: dict[str, _Split] = Field(min_length=1)
 
 
-def verify(folder: Path, say: Callable[[str], None], workers: int | None = None) -> None:
+def verify(folder: Path, workers: int | None = None) -> None:
     """Check every shard of a prepared corpus, and print one line per corrupt shard, or that all shards are valid.
 
     Runs in `workers` processes, by default one per core. Raises UserError if anything is wrong.
@@ -87,13 +87,13 @@ def verify(folder: Path, say: Callable[[str], None], workers: int | None = None)
     except UserError as error:
         problems.append(f"tokenizer: {error}")
     for problem in problems:
-        say(problem)
+        print(problem, flush=True)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     corrupt = 0
     for line in _check_shards(folder, manifest, shards, special_ids, workers):
         corrupt += bool(line)
         if line:
-            say(line)
+            print(line, flush=True)
     if corrupt or problems:
         raise UserError(
             f"{folder} is not valid: {corrupt:,} of {len(shards):,} shards are corrupt"
@@ -102,7 +102,7 @@ def verify(folder: Path, say: Callable[[str], None], workers: int | None = None)
         )
     records = sum(split.records for split in manifest.splits.values())
     tokens = sum(sum(split.tokens.values()) for split in manifest.splits.values())
-    say(f"{len(shards):,} shards, {records:,} records, {tokens:,} tokens: all valid")
+    print(f"{len(shards):,} shards, {records:,} records, {tokens:,} tokens: all valid")
 
 
 def _remedy(folder: Path) -> str:

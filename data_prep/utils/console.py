@@ -70,11 +70,6 @@ def show_only_errors() -> None:
         logging.getLogger(package).setLevel(logging.ERROR)
 
 
-def print_now(text: str) -> None:
-    """Print and flush at once, to keep the lines of several processes in order in a log."""
-    print(text, flush=True)
-
-
 def exit_on_user_error(
     main: Callable[[], None],
     *,

@@ -1,10 +1,10 @@
 """Diagnosis of a run's nodes: collects facts and measurements from the agents, and passes them to the checks."""
 
+import logging
 import math
 import os
 import secrets
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +18,8 @@ from pretrain.config import RunConfig, load_config
 from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import list_steps
 
+logger = logging.getLogger(__name__)
+
 FACT_SECONDS = 30.0
 """Timeout for one group of facts of a node, in seconds. A node with a hanging file system exceeds it."""
 PINGS = 5
@@ -29,11 +31,6 @@ REDUCE_SECONDS = 120.0
 HERE = "this machine"
 PORT = 29500
 """DeepSpeed's default port for the rendezvous."""
-
-
-def say(text: str) -> None:
-    """Print progress to standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class Diagnosis:
@@ -52,7 +49,7 @@ class Diagnosis:
             first_answers = pool.submit(self.agents.call_nodes, "time", START_TIMEOUT_SECONDS)
             self.config = load_config(config, overrides)
             first_answers.result()
-            say("checking the nodes and planning the run")
+            logger.info("checking the nodes and planning the run")
             collection = pool.submit(self._collect_facts)
             self.estimate = self._plan()
             collection.result()
@@ -61,7 +58,7 @@ class Diagnosis:
         self.valid_facts = {topic: self._valid_facts(topic) for topic in facts.TOPICS}
         if self.agents.nodes:
             self._check_facts()
-            say("connecting all pairs of nodes")
+            logger.info("connecting all pairs of nodes")
             ranks_can_connect = self._check_network(port)
             self._check_all_reduce(ranks_can_connect)
         self.findings = merge_findings(
@@ -276,7 +273,7 @@ class Diagnosis:
         for node, ranks in slots.items():
             first_rank[node] = world
             world += ranks
-        say(f"running an all-reduce over {world} ranks")
+        logger.info(f"running an all-reduce over {world} ranks")
         answers = self.agents.call_nodes(
             "all_reduce",
             REDUCE_SECONDS + 10,

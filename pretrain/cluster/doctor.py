@@ -5,6 +5,7 @@ This module imports little, because it must start the agents immediately.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -13,9 +14,11 @@ from collections.abc import Callable
 from data_prep.utils.console import UserError, exit_on_user_error
 from pretrain.cluster import environment, facts
 from pretrain.cluster.agent_pool import AgentPool, local_command, srun_command, ssh_command
-from pretrain.cluster.diagnosis import Diagnosis, say
+from pretrain.cluster.diagnosis import Diagnosis
 from pretrain.cluster.findings import as_json, count_levels, format_table
 from pretrain.cluster.hosts import LOCAL, Host, read_hostfile, slurm_hosts
+
+logger = logging.getLogger(__name__)
 
 CPU_SLOTS = 2
 """Number of ranks on a single machine without GPUs if neither a hostfile nor --num_gpus sets it."""
@@ -41,7 +44,7 @@ def main() -> None:
         help="first write the variables of this shell that must be equal on all nodes to .deepspeed_env",
     )
     arguments = parser.parse_intermixed_args()
-    exit_on_user_error(lambda: sys.exit(run(arguments)))
+    exit_on_user_error(lambda: sys.exit(run(arguments)), messages="stderr")  # the findings are the standard output
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,11 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.write_env:
         path, skipped = environment.write_env_file(os.environ)
-        say(
+        logger.info(
             f"wrote {path}"
             + (f", without {', '.join(skipped)}: DeepSpeed cannot forward their values" if skipped else "")
         )
-    say(f"contacting {', '.join(host.name for host in hosts)}")
+    logger.info(f"contacting {', '.join(host.name for host in hosts)}")
     agents = AgentPool(hosts, command)
     diagnosis = Diagnosis(agents)
     try:
@@ -100,7 +103,9 @@ def _nodes(hostfile: str | None, ranks: int | None) -> tuple[list[Host], Callabl
     if not hosts:
         gpus = len(facts.devices()["gpus"])
         if not ranks and not gpus:
-            say(f"this machine has no GPU, and neither --hostfile nor --num_gpus is given: assuming {CPU_SLOTS} ranks")
+            logger.info(
+                f"this machine has no GPU, and neither --hostfile nor --num_gpus is given: assuming {CPU_SLOTS} ranks"
+            )
         hosts = [Host(LOCAL, gpus or CPU_SLOTS)]
     if ranks:
         hosts = [Host(host.name, ranks) for host in hosts]

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.utils.console import UserError, exit_on_user_error, print_now
+from data_prep.utils.console import UserError, exit_on_user_error
 
 
 def main() -> None:
@@ -84,9 +84,9 @@ def run_stats(arguments: argparse.Namespace) -> None:
 
     for split in read_manifest(arguments.path)["splits"]:
         for text in stats(arguments.path, split):
-            print_now(text + "\n")
+            print(text + "\n")
         table = efficiency_table(Corpus(arguments.path, split))
-        print_now("\n".join([f"{split}: how full packed rows are", *table]) + "\n")
+        print("\n".join([f"{split}: how full packed rows are", *table]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Evaluation of all tasks on one checkpoint, by one job at a time."""
 
+import logging
 import os
 import time
 import traceback
@@ -7,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from data_prep.utils.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, step_name
 from pretrain.tasks.options import TaskConfig
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 2
 """Number of attempts at a checkpoint whose evaluation fails."""
@@ -30,7 +33,7 @@ def evaluation_lock(run_dir: Path) -> Iterator[None]:
     path = run_dir / "evaluation" / ".lock"
     lock = try_lock(path)
     if lock is None:
-        print_now(
+        logger.info(
             f"waiting for another evaluation of {run_dir} to end; if it runs in the background, "
             f"its log is {path.parent / 'log.txt'}"
         )

@@ -1,6 +1,7 @@
 """Embeddings and predictions of the views of rows, computed from an export alone and read out as in training."""
 
 import itertools
+import logging
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +16,14 @@ from tqdm import tqdm
 from data_prep.config import HubSource, JsonSource
 from data_prep.task_rows import read_rows
 from data_prep.utils.config_file import validate
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from data_prep.utils.files import atomic_path, read_json
 from pretrain.models.export import load_language_model
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.view_templates import ViewTemplate, pairing_from_export, view_template
 from pretrain.tasks.options import RowTask
+
+logger = logging.getLogger(__name__)
 
 TOKENS = 16_384
 """Maximum number of tokens of a batch, padding included."""
@@ -68,19 +71,19 @@ def embed_file(export: Path, file: str) -> None:
     arrays = embeddings.views | predictions
     output = _write(export / "embeddings", source, arrays)
     for name, array in arrays.items():
-        print_now(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
+        logger.info(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
     too_long = int((~embeddings.fits).sum())
     not_finite = int((embeddings.fits & ~finite_rows(arrays.values())).sum())
     if too_long:
-        print_now(
+        logger.info(
             f"note: in {too_long:,} rows a text does not fit into the positions of the model; its embedding is NaN"
         )
     if not_finite:
-        print_now(
-            f"WARNING: the embeddings of {not_finite:,} rows are not finite because the weights of the model have "
+        logger.warning(
+            f"the embeddings of {not_finite:,} rows are not finite because the weights of the model have "
             "diverged; use an earlier checkpoint"
         )
-    print_now(f"written to {output}")
+    logger.info(f"written to {output}")
 
 
 def finite_rows(arrays: Iterable[np.ndarray]) -> np.ndarray:

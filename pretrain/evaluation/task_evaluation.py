@@ -1,6 +1,7 @@
 """Evaluation of one task on one checkpoint."""
 
 import importlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from pretrain.run_folder import read_rewinds
 from pretrain.tasks.directions import direction
 from pretrain.tasks.options import AnswerTask, TaskConfig
 from pretrain.tasks.scoring import TaskResult
+
+logger = logging.getLogger(__name__)
 
 
 def find_evaluation(name: str) -> Callable[[CheckpointTask], TaskResult]:
@@ -33,9 +36,9 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
     Nothing is done if there is a result with the same step, settings, files and overrides.
     """
     if is_evaluated(run_dir, task, step, overrides):
-        print(f"{task.title} at step {step} has already been evaluated", flush=True)
+        logger.info(f"{task.title} at step {step} has already been evaluated")
         return
-    print(f"evaluating {task.title} at step {step}", flush=True)
+    logger.info(f"evaluating {task.title} at step {step}")
     started = time.perf_counter()
     rewinds = len(read_rewinds(run_dir))
     evaluate = find_evaluation(task.name)

@@ -1,6 +1,7 @@
 """The run of one task on one checkpoint: rows, finetuning if the task requests it, answers and likelihoods."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,6 @@ from data_prep.shards import MANIFEST, read_manifest, view_hashes
 from data_prep.task_rows import Row, read_rows, write_views
 from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
-from data_prep.utils.console import print_now
 from data_prep.utils.files import write_text
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, was_trained_on
@@ -24,6 +24,8 @@ from pretrain.evaluation.task_corpus import GRAMMAR_ROWS, grammar_source
 from pretrain.run_folder import step_name
 from pretrain.tasks.options import TaskConfig
 from pretrain.tasks.scoring import Answer
+
+logger = logging.getLogger(__name__)
 
 READ_AT_A_TIME = 65_536
 """Number of records of the corpus that are read at a time."""
@@ -123,16 +125,16 @@ class CheckpointTask:
 
         An unseen target, normalised by `normalize`, differs from all targets in the task's train rows. Its tokens
         differ from all views of the records in the training split of the corpus. The whole split is read once. If the
-        corpus of the run is not at data.path, a note is printed and the result is None.
+        corpus of the run is not at data.path, a note is logged and the result is None.
         """
         if not (Path(self.config.data.path) / MANIFEST).exists():
-            print_now(
+            logger.info(
                 f"note: there is no corpus at {self.config.data.path} (data.path) on this machine; "
                 "metrics on unseen targets are skipped"
             )
             return None
         if not was_trained_on(self.folder.parent, read_manifest(Path(self.config.data.path))):
-            print_now(
+            logger.info(
                 f"note: {self.config.data.path} (data.path) is not the corpus that the run was trained on; "
                 "metrics on unseen targets are skipped"
             )

@@ -6,19 +6,22 @@ from being evaluated twice.
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep.utils.console import UserError, print_now, report
+from data_prep.utils.console import UserError, report
 from pretrain.config import RunConfig
 from pretrain.evaluation.checkpoints import evaluate_step, evaluation_lock, unpin_if_done
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, list_steps, read_rewinds, read_status, step_name
 from pretrain.tasks.options import TaskConfig
 from pretrain.training.evaluation_requests import request_evaluation, requested_evaluations
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
 """Interval between checks of the run directory, in seconds."""
@@ -114,7 +117,7 @@ class CheckpointWatcher:
             self.settled.add(step)
         else:
             self.retry_at[step] = time.monotonic() + RETRY_SECONDS
-            print_now(f"the evaluation of step {step} failed; trying again in {RETRY_SECONDS:.0f} s")
+            logger.warning(f"the evaluation of step {step} failed; trying again in {RETRY_SECONDS:.0f} s")
         if failures and settled:
             self.failed_steps.add(step)
 
@@ -127,7 +130,7 @@ def watch(run_dir: Path, load_settings: Callable[[], tuple[RunConfig, list[TaskC
     Raises UserError at the end if an evaluation failed.
     """
     if not (run_dir / "config.yaml").exists():
-        print_now(
+        logger.info(
             f"waiting for the run {run_dir} to start" + ("" if run_dir.exists() else "; there is no such folder yet")
         )
     while not (run_dir / "config.yaml").exists():
@@ -135,7 +138,7 @@ def watch(run_dir: Path, load_settings: Callable[[], tuple[RunConfig, list[TaskC
     config, tasks = load_settings()
     every = config.evaluation.every
     checkpoints = f"the checkpoint of every {every} steps, and the last one" if every else "every checkpoint"
-    print_now(f"watching {run_dir} to evaluate {', '.join(task.title for task in tasks)} on {checkpoints}")
+    logger.info(f"watching {run_dir} to evaluate {', '.join(task.title for task in tasks)} on {checkpoints}")
     watcher = CheckpointWatcher(run_dir, load_settings, overrides)
     printed = ""
     threading.Thread(target=watcher.keep_pinning, daemon=True).start()
@@ -152,7 +155,7 @@ def watch(run_dir: Path, load_settings: Callable[[], tuple[RunConfig, list[TaskC
             break
         if (line := _describe_wait(status)) != printed:
             printed = line
-            print_now(line)
+            logger.info(line)
         time.sleep(POLL_SECONDS)
     watcher.ended.set()
     if watcher.failed_steps:

@@ -1,13 +1,15 @@
 """Command line of the report."""
 
 import argparse
+import logging
 import os
-import sys
 from pathlib import Path
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import write_text
 from pretrain.report.arms import STUDY, read_comparison
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
         help="folder for report.html and REPORT.md; default: the study folder, or the parent folder of the first run",
     )
     arguments = parser.parse_args()
-    exit_on_user_error(lambda: _report(arguments))
+    exit_on_user_error(lambda: _report(arguments), messages="stderr")  # the table is the standard output
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -48,9 +50,9 @@ def _report(arguments: argparse.Namespace) -> None:
     disable_progress_bar()
     first = arguments.paths[0].resolve()
     folder = arguments.output or (first if (first / STUDY).is_file() else first.parent)
-    _say("counting FLOPs")
+    logger.info("counting FLOPs")
     summaries = summarize(comparison)
-    table, page = markdown(summaries), html(summaries, _say)
+    table, page = markdown(summaries), html(summaries)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "REPORT.md", table)
@@ -60,9 +62,4 @@ def _report(arguments: argparse.Namespace) -> None:
             f"cannot write the report to {folder}: {error.strerror}; choose a different folder with --output"
         ) from None
     print(table)
-    _say(f"report written to {folder / 'report.html'}")
-
-
-def _say(text: str) -> None:
-    """Print to standard error, because standard output is for the table only."""
-    print(text, file=sys.stderr, flush=True)
+    logger.info(f"report written to {folder / 'report.html'}")

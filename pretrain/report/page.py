@@ -1,5 +1,6 @@
 """Rendering of the report: the HTML page and the Markdown file."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from pretrain.report.embeddings import EmbeddingProjection, picture
 from pretrain.report.examples import worst_examples
 from pretrain.report.overfitting import Overfitting, overfitting
 from pretrain.report.summary import MONITORS, Summaries, Summary, spread
+
+logger = logging.getLogger(__name__)
 
 PAST = [
     "arm",
@@ -148,12 +151,12 @@ def _plain(text: str) -> str:
     return text
 
 
-def html(summaries: Summaries, say: Callable[[str], None]) -> str:
-    """Return the HTML page. `say` receives a progress message before each slow part."""
+def html(summaries: Summaries) -> str:
+    """Return the HTML page. Logs a message before each slow part."""
     comparison = summaries.comparison
-    say("computing embeddings")
+    logger.info("computing embeddings")
     pictures, no_picture = _pictures(summaries)
-    say("drawing charts")
+    logger.info("drawing charts")
     past = overfitting(summaries)
     return ENVIRONMENT.get_template("page.html.jinja").render(
         comparison=comparison,

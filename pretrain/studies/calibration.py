@@ -1,11 +1,12 @@
 """Calibration: measures the speed of an arm in a short run that is launched like the other runs of the arm."""
 
 import hashlib
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, dump_config
 from pretrain.report.runs import is_run
 from pretrain.run_folder import read_metrics
@@ -16,6 +17,8 @@ from pretrain.studies.processes import ProcessRunner
 from pretrain.studies.record import StudyRecord
 from pretrain.studies.runner import log_path, write_run_config
 from pretrain.studies.slurm import submit, wait_for
+
+logger = logging.getLogger(__name__)
 
 STEPS = 40
 """Number of steps of a calibration run."""
@@ -89,7 +92,7 @@ def calibrate(
         shutil.rmtree(config.run_dir, ignore_errors=True)
         log = log_path(study.folder, f"calibration-{arm.name}")
         path = write_run_config(folder, config)
-        print_now(f"measuring the speed of {arm.name} over {STEPS} steps; output in {log}")
+        logger.info(f"measuring the speed of {arm.name} over {STEPS} steps; output in {log}")
         if study.config.slurm:
             job = submit(
                 launcher_dir / "slurm" / "pretrain.sbatch",

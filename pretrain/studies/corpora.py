@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from data_prep.pipeline import prepare
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import open_source
 from data_prep.units import Job
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.studies.config import Study
+
+logger = logging.getLogger(__name__)
 
 
 def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[RunConfig]]:
@@ -66,7 +69,7 @@ def prepare_corpus(config: RunConfig) -> None:
                 f"{config.data.path} was prepared with a different {' and '.join(changed[:3])}, "
                 f"and cannot be prepared again: {reason}"
             )
-        print_now(f"note: {config.data.path} is used as it is: {reason}")
+        logger.info(f"note: {config.data.path} is used as it is: {reason}")
     elif config.data.sources:
         prepare(config.data, _tests(config))  # raises UserError if the corpus or its files have changed
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors, print_now
+from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors
 from data_prep.utils.files import try_lock
 from pretrain.studies.config import Study, load_study
 
@@ -57,7 +57,7 @@ def _show(study: Study) -> None:
     overrides, corpora = assign_corpora(study, load_base_config(study))
     missing = [corpus.data.path for corpus in corpora if not is_prepared(corpus)]
     if missing:
-        print_now(
+        print(
             f"{len(study.config.arms)} arms x {len(study.config.seeds)} seeds: {', '.join(study.config.arms)}\n"
             f"budgets and FLOPs depend on the corpus, and {', '.join(missing)} is not prepared yet; "
             f"start the study to prepare it, or run python -m data_prep {study.base}"

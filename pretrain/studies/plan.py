@@ -1,8 +1,9 @@
 """The runs of a study, and tables of its plan and its outcome."""
 
+import logging
 import statistics
 
-from data_prep.utils.console import UserError, print_now, print_table
+from data_prep.utils.console import UserError, print_table
 from pretrain.data.corpus import Corpus
 from pretrain.report.runs import read_run
 from pretrain.studies.config import Study
@@ -10,6 +11,8 @@ from pretrain.studies.matching import Matching
 from pretrain.studies.record import Run
 from pretrain.studies.runner import is_done
 from pretrain.training.describe import check_same_run
+
+logger = logging.getLogger(__name__)
 
 CLOSE = 0.05
 """Largest relative difference in training seconds at which arms count as matched by seconds."""
@@ -62,10 +65,13 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
     print_table(rows)
     for arm in matching.arms.values():
         for note in arm.notes:
-            print_now(f"{arm.name}: {note}")
+            print(f"{arm.name}: {note}")
     matched_by = "not matched" if config.matched_by == "none" else f"matched by {config.matched_by}"
     arms, seeds = len(matching.arms), len(config.seeds)
-    print_now(f"\n{arms} arms x {seeds} seed{'s' * (seeds > 1)} = {arms * seeds} runs, {matched_by}, in {study.folder}")
+    print(
+        f"\n{arms} arms x {seeds} seed{'s' * (seeds > 1)} = {arms * seeds} runs, {matched_by}, in {study.folder}",
+        flush=True,
+    )
 
 
 def print_outcome(study: Study, runs: list[Run]) -> None:
@@ -98,7 +104,7 @@ def print_outcome(study: Study, runs: list[Run]) -> None:
     for arm, arm_seconds in seconds.items():
         ratio = arm_seconds / seconds.get(study.config.baseline, arm_seconds)
         if study.config.matched_by == "seconds" and abs(ratio - 1) > CLOSE:
-            print_now(
-                f"WARNING: {arm} trained {ratio:.2f} times as long as {study.config.baseline}; "
+            logger.warning(
+                f"{arm} trained {ratio:.2f} times as long as {study.config.baseline}; "
                 "the machine's speed has changed since the calibration"
             )

@@ -3,10 +3,11 @@
 Finished runs are skipped and interrupted runs resume. A failure is reported, and the next run starts.
 """
 
+import logging
 import time
 from pathlib import Path
 
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from data_prep.utils.files import write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.evaluation.results import evaluated_steps
@@ -16,6 +17,8 @@ from pretrain.studies.config import Study
 from pretrain.studies.processes import ProcessRunner
 from pretrain.studies.record import Run, StudyRecord
 from pretrain.training.progress_line import duration
+
+logger = logging.getLogger(__name__)
 
 EXIT_CODE_STOPPED = 75
 """Exit code of a study that was stopped and can be resumed; the same as for a run."""
@@ -84,26 +87,26 @@ def run_locally(
             check_metric(study, run)
             continue
         log = log_path(folder, run.name)
-        print_now(f"[{number}/{len(runs)}] {run.name}{_time_left(runs, record)}; output in {log}")
+        logger.info(f"[{number}/{len(runs)}] {run.name}{_time_left(runs, record)}; output in {log}")
         started = time.monotonic()
         problem = _train_and_evaluate(run, study, launcher_dir, log, processes)
         seconds = time.monotonic() - started
         record.wall_seconds[run.name] = round(record.wall_seconds.get(run.name, 0) + seconds, 1)
         record.save()
         if processes.stopped:
-            print_now(f"stopped by {processes.stopped.name}; run the same command to resume")
+            logger.info(f"stopped by {processes.stopped.name}; run the same command to resume")
             return EXIT_CODE_STOPPED
         if problem:
             failed.append(run.name)
-            print_now(
+            logger.warning(
                 f"[{number}/{len(runs)}] {run.name} FAILED: {problem}; see {log}. "
                 "The other runs continue; run the same command later to try it again"
             )
         else:
-            print_now(f"[{number}/{len(runs)}] {run.name} done in {duration(seconds)}")
+            logger.info(f"[{number}/{len(runs)}] {run.name} done in {duration(seconds)}")
             check_metric(study, run)
     if failed:
-        print_now(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+        logger.warning(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 

@@ -3,16 +3,19 @@
 Each run has a training job, which requeues itself, and an evaluation job that starts after it.
 """
 
+import logging
 import shlex
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.utils.console import UserError, print_now
+from data_prep.utils.console import UserError
 from pretrain.studies.config import SlurmConfig
 from pretrain.studies.record import Run, StudyRecord
 from pretrain.studies.runner import is_done, is_trained, log_path, rewrite_run_config, write_run_config
+
+logger = logging.getLogger(__name__)
 
 
 def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list[Run], record: StudyRecord) -> int:
@@ -50,9 +53,9 @@ def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list
         record.jobs[run.name] = jobs
         record.save()
         submitted += 1
-        print_now(f"{run.name}: job{'s' * (len(jobs) > 1)} {', '.join(map(str, jobs))}")
+        logger.info(f"{run.name}: job{'s' * (len(jobs) > 1)} {', '.join(map(str, jobs))}")
     done = sum(map(is_done, runs))
-    print_now(
+    logger.info(
         f"{submitted} runs submitted, {done} of {len(runs)} done; "
         "run the same command again to resubmit failed runs that have left the queue"
     )

@@ -284,7 +284,7 @@ def _check_same_tokenizer(folder: str, corpus: Corpus) -> None:
         )
         return
     with tempfile.TemporaryDirectory() as temporary:
-        model_tokenizer = import_tokenizer(Path(folder), Path(temporary) / "tokenizer")
+        model_tokenizer = import_tokenizer(Path(folder), Path(temporary) / "tokenizer", notes_level=logging.DEBUG)
         difference = first_difference(model_tokenizer, corpus.tokenizer)
     if difference is not None:
         raise UserError(

@@ -47,7 +47,7 @@ def config(tmp_path_factory) -> Path:
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(LONG_TIMEOUTS)
     (folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
-    prepare(load_config(path).data, say=lambda line: None)
+    prepare(load_config(path).data)
     return path
 
 

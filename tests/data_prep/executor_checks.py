@@ -26,7 +26,7 @@ def write_to_full_disk(number: int) -> int:
 
 
 def run(function, count: int) -> Progress:
-    progress = Progress("working", count, print)
+    progress = Progress("working", count)
     executor.run(function, [Task((number,), 1) for number in range(count)], progress)
     return progress
 

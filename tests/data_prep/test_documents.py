@@ -9,8 +9,9 @@ import pytest
 import tokenizers
 
 from data_prep import text_chunks
+from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
-from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepare_quietly, shard_rows, split_rows
+from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, shard_rows, split_rows
 
 WORDS = [
     "list",
@@ -49,7 +50,7 @@ def text_source(folder, **settings) -> dict:
 
 
 def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents, tmp_path):
-    manifest = prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), views=["text"]))
+    manifest = prepare(data_config(tmp_path / "out", text_source(tmp_path), views=["text"]))
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
     (entry,) = manifest["splits"]["train"]["shards"]
     table = pa.ipc.open_file(tmp_path / "out" / entry["file"]).read_all()
@@ -71,7 +72,7 @@ def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents
 
 
 def test_a_document_that_is_one_position_too_long_is_cut(documents, tmp_path):
-    prepare_quietly(data_config(tmp_path / "first", text_source(tmp_path), views=["text"]))
+    prepare(data_config(tmp_path / "first", text_source(tmp_path), views=["text"]))
     tokenizer = Tokenizer.load(tmp_path / "first" / "tokenizer")
     prefixes = [documents[1][:length] for length in range(1, 1000)]
     tokens = [len(ids) for ids in tokenizer.encode_batch(prefixes)]
@@ -81,7 +82,7 @@ def test_a_document_that_is_one_position_too_long_is_cut(documents, tmp_path):
     ):
         (tmp_path / "documents.txt").write_text(prefixes[tokens.index(count)])
         out = tmp_path / str(count)
-        prepare_quietly(
+        prepare(
             data_config(
                 out, text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}
             )
@@ -91,7 +92,7 @@ def test_a_document_that_is_one_position_too_long_is_cut(documents, tmp_path):
 
 def test_plain_documents_are_mixed_with_pairs(documents, tmp_path, write_jsonl, pairs):
     source = json_source(write_jsonl(tmp_path / "pairs.jsonl", [*pairs(50), {"text": "a question without an answer"}]))
-    manifest = prepare_quietly(data_config(tmp_path / "out", source, text_source(tmp_path), sequence_length=256))
+    manifest = prepare(data_config(tmp_path / "out", source, text_source(tmp_path), sequence_length=256))
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"one_sided": 1}, (
         "only the source of pairs may drop a record"
     )
@@ -109,7 +110,7 @@ def test_plain_documents_are_mixed_with_pairs(documents, tmp_path, write_jsonl, 
 def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypatch):
     (tmp_path / "documents.txt").write_text(words(3000, seed=9), encoding="utf-8")
     source = text_source(tmp_path)
-    prepare_quietly(data_config(tmp_path / "single", source, views=["text"]))
+    prepare(data_config(tmp_path / "single", source, views=["text"]))
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(text_chunks, "MARGIN_CHARACTERS", 100)
     calls = []
@@ -119,7 +120,7 @@ def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypa
         "encode_batch",
         lambda self, texts: calls.append(max(map(len, texts), default=0)) or encode_batch(self, texts),
     )
-    prepare_quietly(
+    prepare(
         data_config(
             tmp_path / "chunked", source, views=["text"], tokenizer={"path": str(tmp_path / "single" / "tokenizer")}
         )
@@ -150,7 +151,7 @@ def test_a_long_text_is_cut_at_word_boundaries_of_the_tokenizer(tmp_path, monkey
     (tmp_path / "documents.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(text_chunks, "MARGIN_CHARACTERS", 200)
-    prepare_quietly(
+    prepare(
         data_config(
             tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "gpt2.json")}
         )
@@ -164,10 +165,10 @@ def test_a_long_text_is_cut_at_word_boundaries_of_the_tokenizer(tmp_path, monkey
 
 
 def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
-    prepare_quietly(data_config(tmp_path / "first", text_source(tmp_path), views=["text"]))
+    prepare(data_config(tmp_path / "first", text_source(tmp_path), views=["text"]))
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     (tmp_path / "documents.txt").write_text("犬" * 2500, encoding="utf-8")
-    prepare_quietly(
+    prepare(
         data_config(
             tmp_path / "out",
             text_source(tmp_path),
@@ -191,7 +192,7 @@ def test_a_text_is_not_cut_if_the_tokenizer_prepends_a_space(tmp_path, monkeypat
     (tmp_path / "documents.txt").write_text("a ab b " * 200)
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 100)
     settings = {"views": ["text"], "tokenizer": {"path": str(tmp_path / "tokenizer.json")}}
-    prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), **settings))
+    prepare(data_config(tmp_path / "out", text_source(tmp_path), **settings))
     tokens = [token for (tokens,) in split_rows(tmp_path / "out", views=("text",)) for token in tokens]
     assert tokens == tokenizer.encode("a ab b " * 200).ids
 
@@ -199,7 +200,7 @@ def test_a_text_is_not_cut_if_the_tokenizer_prepends_a_space(tmp_path, monkeypat
 def test_a_list_of_paraphrases_fills_the_views(tmp_path, write_jsonl):
     rows = [{"phrases": ["a b", "b c", "c d"]}, {"phrases": ["d e"]}, {"phrases": ["e f", "f g", "g h", "h a", "a c"]}]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows), views="phrases")
-    manifest = prepare_quietly(
+    manifest = prepare(
         data_config(
             tmp_path / "out", source, views=["one", "two", "three"], missing_views="keep", tokenizer={"vocab_size": 300}
         )

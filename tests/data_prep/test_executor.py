@@ -83,7 +83,7 @@ def fail_at_odd_numbers(number: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_local_workers_complete_the_other_units_after_an_error(workers):
-    progress = Progress("working", 7, print)
+    progress = Progress("working", 7)
     executor = LocalExecutor(workers)
     with pytest.raises(UserError, match=r"unit 1 is bad \(2 more units failed\)"):
         executor.run(fail_at_odd_numbers, [Task((number,), 1) for number in range(7)], progress)
@@ -91,12 +91,11 @@ def test_local_workers_complete_the_other_units_after_an_error(workers):
     assert (progress.done, progress.records) == (7, 4)
 
 
-def test_a_log_line_shows_progress_and_the_time_left(monkeypatch):
-    lines = []
+def test_a_log_line_shows_progress_and_the_time_left(monkeypatch, messages):
     monkeypatch.setattr("data_prep.progress.SECONDS_BETWEEN_LINES", 0)
-    progress = Progress("tokenizing", 4_000_000, lines.append)
+    progress = Progress("tokenizing", 4_000_000)
     progress.started -= 10
     with progress:
         progress.update(1_000_000, 500)
         progress.update(3_000_000, 500)
-    assert lines == ["tokenizing: 25%, 50 records/s, 0.1 MB/s, 1 min left"]
+    assert messages == ["tokenizing: 25%, 50 records/s, 0.1 MB/s, 1 min left"]

@@ -16,7 +16,7 @@ from data_prep.pipeline import prepare
 from data_prep.utils.console import UserError
 from tests.data_prep.conftest import MPIRUN, NUM_FILES, REPO_ROOT, needs_mpi
 from tests.processes import TIMEOUT, contents, processes_of_session, wait_for
-from tests.small_corpora import VOCAB_SIZE, data_config, json_source, prepare_quietly
+from tests.small_corpora import VOCAB_SIZE, data_config, json_source
 
 PAUSE_HOOK = """
 import glob, os, sys, time
@@ -193,36 +193,35 @@ def test_ctrl_c_ends_the_preparation_immediately(running_preparation, to_group):
     wait_for(lambda: not processes_of_session(running_preparation.pid))
 
 
-def test_changed_settings_restart_an_interrupted_preparation(write_jsonl, pairs, tmp_path):
+def test_changed_settings_restart_an_interrupted_preparation(write_jsonl, pairs, tmp_path, messages):
     good = json_source(write_jsonl(tmp_path / "good.jsonl", pairs(300)))
     bad = json_source(write_jsonl(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": [3]}]))
     tokenizer = data_config(tmp_path / "first", good).tokenizer
-    prepare_quietly(data_config(tmp_path / "first", good))
+    prepare(data_config(tmp_path / "first", good))
     imported = {"path": str(tmp_path / "first" / "tokenizer")}
     with pytest.raises(
         UserError,
         match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; fix the line, or .*on_malformed=drop",
     ):
-        prepare_quietly(data_config(tmp_path / "out", good, good, bad, tokenizer=imported))
+        prepare(data_config(tmp_path / "out", good, good, bad, tokenizer=imported))
     assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
-    output = []
     settings = {
         "tokenizer": tokenizer.model_dump(exclude_none=True) | {"vocab_size": VOCAB_SIZE - 10},
         "sequence_length": 64,
     }
-    prepare(data_config(tmp_path / "out", good, **settings), say=output.append)
-    assert "the interrupted preparation had different settings: starting from scratch" in output
-    prepare_quietly(data_config(tmp_path / "fresh", good, **settings))
+    prepare(data_config(tmp_path / "out", good, **settings))
+    assert "the interrupted preparation had different settings: starting from scratch" in messages
+    prepare(data_config(tmp_path / "fresh", good, **settings))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_shards_without_a_manifest_are_neither_used_nor_removed(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
-    prepare_quietly(data_config(tmp_path / "out", source))
+    prepare(data_config(tmp_path / "out", source))
     (tmp_path / "out" / "manifest.json").unlink()
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match=r"no manifest\.json that describes them; remove that folder"):
-        prepare_quietly(data_config(tmp_path / "out", source, tokenizer={"vocab_size": VOCAB_SIZE - 10}))
+        prepare(data_config(tmp_path / "out", source, tokenizer={"vocab_size": VOCAB_SIZE - 10}))
     assert contents(tmp_path / "out") == before
 
 

@@ -16,6 +16,7 @@ import tokenizers
 from data_prep import encode
 from data_prep.config import NlrxSource
 from data_prep.nlrx_grammar import generate
+from data_prep.pipeline import prepare
 from data_prep.shards import open_shard
 from data_prep.sources.nlrx import PIECE_RECORDS, Nlrx
 from data_prep.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ from data_prep.tools.verify import verify
 from data_prep.utils.console import UserError
 from tests.data_prep.conftest import NUM_FILES
 from tests.processes import TIMEOUT, contents
-from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepare_quietly, shard_rows, split_rows
+from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, shard_rows, split_rows
 
 
 def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], dict[str, list[str]]]:
@@ -160,46 +161,45 @@ def test_a_run_reports_what_it_dropped(corpus, reference_corpus):
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
 
 
-def test_a_large_unit_is_written_to_several_shards(write_jsonl, pairs, tmp_path, monkeypatch):
+def test_a_large_unit_is_written_to_several_shards(write_jsonl, pairs, tmp_path, monkeypatch, capsys):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(400)))
     other = json_source(write_jsonl(tmp_path / "b.jsonl", pairs(100, seed=1)))
     settings = {"validation_fraction": 0.2}
-    prepare_quietly(data_config(tmp_path / "whole", source, other, **settings))
+    prepare(data_config(tmp_path / "whole", source, other, **settings))
     monkeypatch.setattr(encode, "SHARD_TOKENS", 1500)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 2000)
-    manifest = prepare_quietly(data_config(tmp_path / "cut", source, other, **settings))
+    manifest = prepare(data_config(tmp_path / "cut", source, other, **settings))
     files = [entry["file"] for entry in manifest["splits"]["train"]["shards"]]
     assert files[:3] == ["train-00000.arrow", "train-00000.001.arrow", "train-00000.002.arrow"]
     assert files[-1].startswith("train-00001.")
     for split in ("train", "validation"):
         assert split_rows(tmp_path / "cut", split) == split_rows(tmp_path / "whole", split)
         assert all(sum(entry["tokens"].values()) < 3000 for entry in manifest["splits"][split]["shards"])
-    log = []
-    verify(tmp_path / "cut", log.append, workers=1)
-    assert log[-1].endswith("all valid")
+    verify(tmp_path / "cut", workers=1)
+    assert capsys.readouterr().out.endswith("all valid\n")
 
 
 def test_a_prepared_folder_refuses_changed_settings_and_content(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
     imported = {"tokenizer": {"path": str(tmp_path / "trained" / "tokenizer" / "tokenizer.model")}}
-    prepare_quietly(data_config(tmp_path / "trained", source))
-    prepare_quietly(data_config(tmp_path / "imported", source, **imported))
+    prepare(data_config(tmp_path / "trained", source))
+    prepare(data_config(tmp_path / "imported", source, **imported))
     before = contents(tmp_path / "trained")
     with pytest.raises(
         UserError, match=r"was prepared with a different data\.sequence_length and data\.validation_fraction; choose"
     ):
-        prepare_quietly(data_config(tmp_path / "trained", source, sequence_length=64, validation_fraction=0.5))
+        prepare(data_config(tmp_path / "trained", source, sequence_length=64, validation_fraction=0.5))
     with pytest.raises(UserError, match=r"was prepared with a different data\.sources"):
-        prepare_quietly(data_config(tmp_path / "trained", source | {"split": "test"}))
+        prepare(data_config(tmp_path / "trained", source | {"split": "test"}))
     model = Path(imported["tokenizer"]["path"])
     content = model.read_bytes()
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"was prepared with a different content of \S*tokenizer\.model; choose"):
-        prepare_quietly(data_config(tmp_path / "imported", source, **imported))
+        prepare(data_config(tmp_path / "imported", source, **imported))
     model.write_bytes(content)
     write_jsonl(tmp_path / "a.jsonl", pairs(301))
     with pytest.raises(UserError, match=r"was prepared with a different content of \S*a\.jsonl; choose"):
-        prepare_quietly(data_config(tmp_path / "trained", source))
+        prepare(data_config(tmp_path / "trained", source))
     assert contents(tmp_path / "trained") == before
 
 
@@ -207,12 +207,12 @@ def test_a_changed_local_data_set_is_detected_even_without_recorded_file_times(w
     (tmp_path / "set").mkdir()
     path = write_jsonl(tmp_path / "set" / "a.jsonl", pairs(100))
     config = data_config(tmp_path / "out", {"type": "hub", "path": str(tmp_path / "set")})
-    prepare_quietly(config)
+    prepare(config)
     (tmp_path / "out" / ".modified.json").write_text('{"half')
-    assert prepare_quietly(config)["splits"]["train"]["records"] == 100
+    assert prepare(config)["splits"]["train"]["records"] == 100
     write_jsonl(path, pairs(101))
     with pytest.raises(UserError, match=r"was prepared with a different content of \S*a\.jsonl"):
-        prepare_quietly(config)
+        prepare(config)
 
 
 def test_an_imported_tokenizer_keeps_its_ids(write_jsonl, pairs, reference_corpus, tmp_path):
@@ -221,7 +221,7 @@ def test_an_imported_tokenizer_keeps_its_ids(write_jsonl, pairs, reference_corpu
         ("folder", reference_corpus / "tokenizer"),
         ("model", reference_corpus / "tokenizer" / "tokenizer.model"),
     ):
-        prepare_quietly(data_config(tmp_path / name, source, tokenizer={"path": str(path)}, sequence_length=512))
+        prepare(data_config(tmp_path / name, source, tokenizer={"path": str(path)}, sequence_length=512))
     rows = shard_rows(tmp_path / "folder", {"file": "train-00000.arrow"})
     assert rows == shard_rows(tmp_path / "model", {"file": "train-00000.arrow"})
     decode = Tokenizer.load(reference_corpus / "tokenizer").decode
@@ -234,9 +234,7 @@ def test_ids_beyond_uint16_are_written_correctly(write_jsonl, tmp_path):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "w69999 w65536", "code": "w65535 w1"}]))
-    manifest = prepare_quietly(
-        data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")})
-    )
+    manifest = prepare(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}))
     entry = manifest["splits"]["train"]["shards"][0]
     assert shard_rows(tmp_path / "out", entry) == [([69999, 65536], [65535, 1])]
     assert open_shard(tmp_path / "out", entry, ["text", "code"]).columns[0].values.dtype == np.uint32
@@ -252,7 +250,7 @@ def test_held_out_records_share_no_target_with_training_and_match_the_fraction(
         "validation_fraction": 0.2,
         "sequence_length": 512,
     }
-    manifest = prepare_quietly(data_config(tmp_path / "out", source, **settings))
+    manifest = prepare(data_config(tmp_path / "out", source, **settings))
     targets = {
         split: [tuple(code) for _, code in shard_rows(tmp_path / "out", entry["shards"][0])]
         for split, entry in manifest["splits"].items()
@@ -265,7 +263,7 @@ def test_held_out_records_share_no_target_with_training_and_match_the_fraction(
 def test_only_training_sources_have_records_held_out(write_jsonl, pairs, reference_corpus, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(100)), split="test")
     settings = {"tokenizer": {"path": str(reference_corpus / "tokenizer")}, "validation_fraction": 0.5}
-    assert prepare_quietly(data_config(tmp_path / "out", source, **settings))["splits"].keys() == {"test"}
+    assert prepare(data_config(tmp_path / "out", source, **settings))["splits"].keys() == {"test"}
 
 
 def test_targets_of_generated_splits_are_disjoint_in_the_shards(tmp_path):
@@ -273,7 +271,7 @@ def test_targets_of_generated_splits_are_disjoint_in_the_shards(tmp_path):
         {"type": "nlrx", "split": split, "records": 400, "seed": seed}
         for seed, split in enumerate(("train", "validation", "test"))
     ]
-    manifest = prepare_quietly(data_config(tmp_path, *sources, sequence_length=2048, deduplicate="none"))
+    manifest = prepare(data_config(tmp_path, *sources, sequence_length=2048, deduplicate="none"))
     assert manifest["dropped"] == {}
     decode, targets = Tokenizer.load(tmp_path / "tokenizer").decode, {}
     for seed, (split, entry) in enumerate(manifest["splits"].items()):

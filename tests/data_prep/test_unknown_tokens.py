@@ -10,7 +10,7 @@ import tokenizers
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.stats import stats
-from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows
+from tests.small_corpora import data_config, json_source, split_rows
 
 NUM_ROWS = 2100
 """Number of rows. Those with unknown text come after the CHECKED_TEXTS texts on which a tokenizer is first checked."""
@@ -60,7 +60,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
+def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind, messages):
     rows = [{"text": f"question {number}", "code": f"answer {number}"} for number in range(NUM_ROWS)]
     rows[NUM_ROWS - 2]["code"] = "answer № 3"
     rows[NUM_ROWS - 1] |= {"text": "question 犬", "code": "answer 🦙"}
@@ -69,11 +69,8 @@ def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
     held_out = json_source(
         write_jsonl(tmp_path / "b.jsonl", [{"text": "question 1", "code": "answer 3"}]), split="validation"
     )
-    log = []
     out = tmp_path / "out"
-    manifest = prepare(
-        data_config(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}), say=log.append
-    )
+    manifest = prepare(data_config(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}))
     unknown_id = Tokenizer.load(out / "tokenizer").unknown_id
     in_shards = sum(tokens.count(unknown_id) for row in split_rows(out) for tokens in row)
     locations = [f"{tmp_path / 'a.jsonl'}:{NUM_ROWS - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{NUM_ROWS}: '犬'"]
@@ -84,47 +81,43 @@ def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
         "3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; "
         f"the first: {locations[0]}"
     )
-    assert f"WARNING: {line}" in log and line in (out / "summary.md").read_text()
+    assert f"WARNING: {line}" in messages and line in (out / "summary.md").read_text()
     assert list(stats(out, "train"))[-1] == line and "are unknown" not in list(stats(out, "validation"))[-1]
 
 
-def test_a_tokenizer_with_byte_fallback_has_no_unknown_tokens(tmp_path, write_jsonl):
+def test_a_tokenizer_with_byte_fallback_has_no_unknown_tokens(tmp_path, write_jsonl, messages):
     rows = [{"text": f"question {number}", "code": f"№ {number} 犬🦙"} for number in range(50)]
-    log = []
     manifest = prepare(
         data_config(
             tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 300}
-        ),
-        say=log.append,
+        )
     )
-    assert manifest["splits"]["train"]["unknown"]["tokens"] == 0 and not any("unknown" in line for line in log)
-    log = []
+    assert manifest["splits"]["train"]["unknown"]["tokens"] == 0 and not any("unknown" in line for line in messages)
+    messages.clear()
     prepare(
         data_config(
             tmp_path / "again",
             json_source(tmp_path / "a.jsonl"),
             tokenizer={"path": str(tmp_path / "out" / "tokenizer")},
-        ),
-        say=log.append,
+        )
     )
-    assert not any("unknown" in line for line in log)
+    assert not any("unknown" in line for line in messages)
 
 
-def test_a_tokenizer_that_drops_unknown_text_is_warned_about(tmp_path, write_jsonl):
+def test_a_tokenizer_that_drops_unknown_text_is_warned_about(tmp_path, write_jsonl, messages):
     vocab = {character: number for number, character in enumerate(map(chr, range(32, 127)))}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[])).save(str(tmp_path / "tokenizer.json"))
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a question", "code": "b"}]))
-    log = []
-    prepare(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=log.append)
+    prepare(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}))
     assert any(
         line.startswith(f"WARNING: the tokenizer {tmp_path / 'tokenizer.json'} has neither bytes nor an unknown token")
-        for line in log
+        for line in messages
     )
 
 
 def test_statistics_of_a_corpus_without_unknown_token_counts(tmp_path, write_jsonl):
     out = tmp_path / "out"
-    prepare_quietly(
+    prepare(
         data_config(
             out,
             json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "code": "b"}])),

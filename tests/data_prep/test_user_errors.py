@@ -13,8 +13,9 @@ from data_prep import units
 from data_prep.pipeline import prepare
 from data_prep.utils.console import UserError
 from tests.data_prep.conftest import MPIRUN, needs_mpi
+from tests.messages import receive_messages
 from tests.processes import TIMEOUT
-from tests.small_corpora import data_config, json_source, prepare_quietly
+from tests.small_corpora import data_config, json_source
 
 
 def test_errors_in_the_data_are_one_line(
@@ -86,8 +87,8 @@ def test_a_source_file_changed_during_the_preparation_is_detected(write_jsonl, p
         if line.startswith("tokenizing"):
             path.write_bytes(modify(path.read_bytes()))
 
-    with pytest.raises(UserError, match=message):
-        prepare(data_config(tmp_path / "out", json_source(path)), say=change)
+    with receive_messages(change), pytest.raises(UserError, match=message):
+        prepare(data_config(tmp_path / "out", json_source(path)))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -100,7 +101,7 @@ def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
     for limit in (units.COUNTED_BYTES, 2000):
         monkeypatch.setattr(units, "COUNTED_BYTES", limit)
         with pytest.raises(UserError, match=message) as raised:
-            prepare_quietly(data_config(tmp_path / str(limit), json_source(path)))
+            prepare(data_config(tmp_path / str(limit), json_source(path)))
         message = r"a\.jsonl, line ([\d,]+) after byte ([\d,]+): a value of type int, not a JSON object"
     line, byte = (int(number.replace(",", "")) for number in re.search(message, str(raised.value)).groups())
     assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
@@ -138,7 +139,7 @@ def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
 def test_an_empty_corpus_is_an_error(write_jsonl, reference_corpus, tmp_path, rows, settings, expected):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(UserError, match=expected) as raised:
-        prepare_quietly(
+        prepare(
             data_config(
                 tmp_path / "out", source, **({"tokenizer": {"path": str(reference_corpus / "tokenizer")}} | settings)
             )
@@ -180,19 +181,21 @@ def test_reserved_and_invalid_view_names_are_refused(tmp_path, name):
         data_config(tmp_path, views=[name, "code"])
 
 
-def test_a_source_without_kept_records_is_warned_about(write_jsonl, pairs, tmp_path):
+def test_a_source_without_kept_records_is_warned_about(write_jsonl, pairs, tmp_path, messages):
     sources = [
         json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50))),
         json_source(write_jsonl(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"}),
     ]
-    log = []
-    prepare(data_config(tmp_path / "out", *sources), say=log.append)
+    prepare(data_config(tmp_path / "out", *sources))
     assert (
-        "WARNING: data.sources.1 has 9 records, but none of them was kept; check its columns, and see summary.md" in log
+        "WARNING: data.sources.1 has 9 records, but none of them was kept; check its columns, and see summary.md"
+        in messages
     )
 
 
-def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_scan(write_jsonl, pairs, tmp_path):
+def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_scan(
+    write_jsonl, pairs, tmp_path, messages
+):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("lossless", None)):
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -207,21 +210,20 @@ def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_sc
             ),
         )
         tokenizer.save(str(tmp_path / f"{name}.json"))
-        log = []
+        messages.clear()
         prepare(
             data_config(
                 tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512
-            ),
-            say=log.append,
+            )
         )
-        warnings = [line for line in log if line.startswith("WARNING: the tokenizer")]
+        warnings = [line for line in messages if line.startswith("WARNING: the tokenizer")]
         assert len(warnings) == (name == "lower") and all(
             "does not reproduce 50 of 100 texts" in line and "'SELECT " in line for line in warnings
         )
-    log = []
+    messages.clear()
     with pytest.raises(UserError, match="no tokenizer found"):
-        prepare(data_config(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=log.append)
-    assert not any(line.startswith("scanning") for line in log)
+        prepare(data_config(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}))
+    assert not any(line.startswith("scanning") for line in messages)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,9 @@ def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_sc
         ("python", "a.py", []),
     ],
 )
-def test_files_skipped_by_name_are_reported(write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped):
+def test_files_skipped_by_name_are_reported(
+    write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped, messages
+):
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / read, pairs(3))
@@ -242,17 +246,15 @@ def test_files_skipped_by_name_are_reported(write_jsonl, pairs, reference_corpus
         (folder / "README").write_text("not a program")
     for name in skipped:
         (folder / name).write_bytes(b"anything")
-    log = []
     prepare(
         data_config(
             tmp_path / "out",
             {"type": kind, "path": str(folder)},
             tokenizer={"path": str(reference_corpus / "tokenizer")},
             missing_views="keep",
-        ),
-        say=log.append,
+        )
     )
-    notes = [line for line in log if "skipping" in line]
+    notes = [line for line in messages if "skipping" in line]
     assert len(notes) == bool(skipped) and all(str(folder / name) in notes[0] for name in sorted(skipped)[:3])
     assert (
         not skipped

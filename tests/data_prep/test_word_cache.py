@@ -106,7 +106,7 @@ def test_the_cache_is_bounded_and_survives_an_encoding_error(trained, monkeypatc
 )
 def test_texts_are_cut_only_if_that_changes_no_token(tmp_path: Path, options, cacheable):
     path = train_sentencepiece(tmp_path, **options)
-    imported = import_tokenizer(path, tmp_path / "imported", say=lambda line: None)
+    imported = import_tokenizer(path, tmp_path / "imported")
     assert is_cacheable(load_spec(imported)) == cacheable
     if (imported.folder / "tokenizer.model").exists():
         texts = TRICKY_TEXTS + corpus() + CODE + ["a dog and a  dog  "]

@@ -38,8 +38,7 @@ def prepared(tmp_path_factory) -> Path:
                 {"type": "nlrx", "split": "train", "records": 400},
                 {"type": "nlrx", "split": "validation", "records": 40},
             ],
-        ),
-        say=lambda _: None,
+        )
     )
     return folder
 

@@ -22,7 +22,7 @@ from typing import Any
 from data_prep.config import JsonSource
 from data_prep.task_rows import read_rows
 from data_prep.tasks import public_row_format
-from data_prep.utils.console import UserError, exit_on_user_error, print_now
+from data_prep.utils.console import UserError, exit_on_user_error
 from pretrain.tasks.sql.databases import database_name
 from pretrain.tasks.sql.execution import QueryRunner, tokens
 
@@ -73,8 +73,8 @@ def _run(arguments: argparse.Namespace) -> None:
     failed, empty = check_queries(queries, arguments.output)
     total = sum(map(len, queries.values()))
     for line in failed:
-        print_now(f"does not run: {line}")
-    print_now(
+        print(f"does not run: {line}")
+    print(
         f"wrote {len(schemas)} databases to {arguments.output}; of {total:,} queries, {len(failed)} do not run and "
         f"{empty:,} ({empty / total:.1%}) return no rows"
     )

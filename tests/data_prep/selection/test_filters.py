@@ -11,7 +11,7 @@ from data_prep.selection import filters
 from data_prep.selection.filters import filter_reason, search_time_limit
 from data_prep.utils.config_file import validate
 from data_prep.utils.console import UserError
-from tests.small_corpora import data_config, json_source, prepare_quietly
+from tests.small_corpora import data_config, json_source
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_runaway_expression_is_reported_with_the_record(tmp_path, write_jsonl,
     with pytest.raises(
         UserError, match=r"a\.jsonl:42: data\.filters\.forbidden: the search did not end within 0\.2 s .*Rewrite it"
     ) as raised:
-        prepare(config, say=lambda line: None)
+        prepare(config)
     assert "\n" not in str(raised.value)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "the timer must be off after the error"
 
@@ -105,7 +105,7 @@ def test_a_possessive_expression_terminates(tmp_path, write_jsonl):
         tokenizer={"vocab_size": 300},
         sequence_length=256,
     )
-    assert prepare_quietly(config)["splits"]["train"]["records"] == 100
+    assert prepare(config)["splits"]["train"]["records"] == 100
 
 
 def test_there_is_no_time_limit_outside_the_main_thread():

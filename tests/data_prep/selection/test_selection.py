@@ -9,7 +9,7 @@ from data_prep.config import EvaluationFiles, JsonSource, TaskTest, evaluation_t
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
-from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows, task_tests
+from tests.small_corpora import data_config, json_source, split_rows, task_tests
 
 
 def texts_of(folder, split: str = "train") -> list[tuple[str, str]]:
@@ -35,7 +35,7 @@ def with_duplicates(write_jsonl, pairs, tmp_path) -> list[list[dict]]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_of_equal_records_is_kept(with_duplicates, tmp_path, workers):
     sources = [json_source(tmp_path / f"{number}.jsonl") for number in range(3)]
-    manifest = prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512, workers=workers))
+    manifest = prepare(data_config(tmp_path / "out", *sources, sequence_length=512, workers=workers))
     all_pairs = [pair(row) for file_rows in with_duplicates for row in file_rows]
     assert texts_of(tmp_path / "out") == list(dict.fromkeys(all_pairs))
     assert manifest["dropped"]["duplicate"]["count"] == len(all_pairs) - len(set(all_pairs))
@@ -54,7 +54,7 @@ def test_records_of_test_sources_are_kept_and_their_training_duplicates_dropped(
         json_source(tmp_path / f"{number}.jsonl", split=split)
         for number, split in enumerate(("train", "validation", "test"))
     ]
-    prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512))
+    prepare(data_config(tmp_path / "out", *sources, sequence_length=512))
     train, validation, test = ([pair(row) for row in file_rows] for file_rows in with_duplicates)
     unique = dict.fromkeys
     assert texts_of(tmp_path / "out", "test") == list(unique(test))
@@ -63,7 +63,7 @@ def test_records_of_test_sources_are_kept_and_their_training_duplicates_dropped(
 
 
 def test_deduplicate_none_keeps_all_records(with_duplicates, tmp_path):
-    manifest = prepare_quietly(
+    manifest = prepare(
         data_config(tmp_path / "out", json_source(tmp_path / "0.jsonl"), sequence_length=512, deduplicate="none")
     )
     assert texts_of(tmp_path / "out") == [pair(row) for row in with_duplicates[0]] and manifest["dropped"] == {}
@@ -77,7 +77,7 @@ def test_records_that_differ_in_one_view_are_not_duplicates(write_jsonl, tmp_pat
         {"text": "a", "code": "b c d"},
         {"text": "a b", "code": "c d"},
     ]
-    prepare_quietly(
+    prepare(
         data_config(
             tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 295}
         )
@@ -113,7 +113,7 @@ def leaky(write_jsonl, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict
 
 def test_records_with_a_test_context_are_dropped(leaky, tmp_path):
     source, tests, clean = leaky
-    manifest = prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
+    manifest = prepare(data_config(tmp_path / "out", source, sequence_length=512), tests)
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
     dropped = manifest["dropped"]["contaminated"]
     assert dropped["count"] == 4 and all("the test context" in location for location in dropped["first"])
@@ -125,10 +125,10 @@ def test_records_with_a_test_context_are_dropped(leaky, tmp_path):
 
 def test_contaminated_records_are_kept_if_configured_or_in_a_test_source(leaky, tmp_path):
     source, tests, clean = leaky
-    prepare_quietly(data_config(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
+    prepare(data_config(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
     assert len(texts_of(tmp_path / "kept")) == len(clean) + 4
     tokenizer = {"path": str(tmp_path / "kept" / "tokenizer")}
-    prepare_quietly(
+    prepare(
         data_config(tmp_path / "test", {**source, "split": "test"}, sequence_length=512, tokenizer=tokenizer), tests
     )
     assert len(texts_of(tmp_path / "test", "test")) == len(clean) + 4
@@ -216,7 +216,7 @@ def test_preparation_and_training_share_the_evaluation_keys():
         [{"text": "question", "code": "sql"}, {"text": "{schema} {question}", "code": "sql"}],
     ],
 )
-def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, write_jsonl, tmp_path):
+def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, write_jsonl, tmp_path, messages):
     test = [
         {
             "schema": f"CREATE TABLE t{number} (a INT)",
@@ -237,10 +237,9 @@ def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, w
     ]
     if None in mappings:
         sources.append(json_source(write_jsonl(tmp_path / "b.jsonl", rows)))
-    log = []
     config = data_config(tmp_path / "out", *sources, sequence_length=512, deduplicate="none")
     evaluation = {"tasks": [{"name": "nl_rx", "test": str(write_jsonl(tmp_path / "test.jsonl", test))}]}
-    manifest = prepare(config, evaluation_tests(config, evaluation), say=log.append)
+    manifest = prepare(config, evaluation_tests(config, evaluation))
     # Each mapping with the question in its context finds the row with a test question. A mapping with the SQL as its
     # context finds no row, because test targets are not contexts.
     found = [location.partition(": ")[0] for location in manifest["dropped"]["contaminated"]["first"]]
@@ -248,17 +247,17 @@ def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, w
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
     assert any(
         line.startswith("kept out of training: ") and f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)" in line
-        for line in log
+        for line in messages
     )
 
 
-def test_a_preparation_without_test_rows_logs_a_note(pairs, write_jsonl, tmp_path):
+def test_a_preparation_without_test_rows_logs_a_note(pairs, write_jsonl, tmp_path, messages):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     note = "note: evaluation.tasks has no test rows: no contaminated record can be dropped"
     for decontaminate in (True, False):
-        log = []
-        prepare(data_config(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=log.append)
-        assert (note in log) == decontaminate
+        messages.clear()
+        prepare(data_config(tmp_path / str(decontaminate), source, decontaminate=decontaminate))
+        assert (note in messages) == decontaminate
 
 
 def test_filtered_records_are_dropped_and_counted(write_jsonl, tmp_path):
@@ -270,7 +269,7 @@ def test_filtered_records_are_dropped_and_counted(write_jsonl, tmp_path):
         {"text": "http://spam", "code": "long enough"},
     ]
     filters = {"min_characters": 3, "max_characters": 50, "forbidden": "https?://"}
-    manifest = prepare_quietly(
+    manifest = prepare(
         data_config(
             tmp_path / "out",
             json_source(write_jsonl(tmp_path / "a.jsonl", rows)),
@@ -289,8 +288,8 @@ def test_filtered_records_are_dropped_and_counted(write_jsonl, tmp_path):
 
 def test_dropped_records_do_not_affect_the_tokenizer(leaky, write_jsonl, tmp_path):
     source, tests, clean = leaky
-    prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
-    prepare_quietly(
+    prepare(data_config(tmp_path / "out", source, sequence_length=512), tests)
+    prepare(
         data_config(tmp_path / "clean", json_source(write_jsonl(tmp_path / "clean.jsonl", clean)), sequence_length=512)
     )
     model = "tokenizer/tokenizer.json"
@@ -302,12 +301,10 @@ def test_a_test_file_without_a_context_is_an_error(write_jsonl, pairs, tmp_path)
     with pytest.raises(
         UserError, match=r"b\.jsonl:1: no text for the views text and code; the row has q: name the columns"
     ):
-        prepare_quietly(
-            data_config(tmp_path / "out", source), task_tests(write_jsonl(tmp_path / "b.jsonl", [{"q": "a"}]))
-        )
+        prepare(data_config(tmp_path / "out", source), task_tests(write_jsonl(tmp_path / "b.jsonl", [{"q": "a"}])))
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"b\.jsonl \(nl_rx\) \(evaluation\.tasks\.0\.test\) has no rows"):
-        prepare_quietly(data_config(tmp_path / "out", source), task_tests(tmp_path / "b.jsonl"))
+        prepare(data_config(tmp_path / "out", source), task_tests(tmp_path / "b.jsonl"))
 
 
 def test_deduplicate_near_drops_near_duplicates(write_jsonl, tmp_path):
@@ -321,13 +318,13 @@ def test_deduplicate_near_drops_near_duplicates(write_jsonl, tmp_path):
         for name, file_rows in (("first", rows), ("near", [*near, rows[3]]))
     ]
     settings = {"sequence_length": 4096, "deduplicate": "near"}
-    manifest = prepare_quietly(data_config(tmp_path / "out", *sources, **settings))
+    manifest = prepare(data_config(tmp_path / "out", *sources, **settings))
     assert texts_of(tmp_path / "out") == [pair(row) for row in rows]
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {
         "duplicate": 1,
         "near_duplicate": 5,
     }
-    prepare_quietly(data_config(tmp_path / "strict", *sources, near_threshold=0.999, workers=2, **settings))
+    prepare(data_config(tmp_path / "strict", *sources, near_threshold=0.999, workers=2, **settings))
     assert len(texts_of(tmp_path / "strict")) >= len(rows)
     with pytest.raises(UserError, match="near_threshold has no effect without deduplicate: near"):
         data_config(tmp_path / "x", *sources, near_threshold=0.9)

@@ -8,7 +8,7 @@ from data_prep.config import DataConfig, HubSource, evaluation_tests
 from data_prep.pipeline import prepare
 from data_prep.task_rows import read_rows
 from data_prep.tasks import public_row_format
-from tests.small_corpora import data_config, json_source, prepare_quietly, task_tests
+from tests.small_corpora import data_config, json_source, task_tests
 
 NUMBER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -65,7 +65,7 @@ def test_every_test_row_of_a_public_format_is_kept_out(task, write_jsonl, tmp_pa
         sequence_length=512,
         tokenizer={"vocab_size": 300},
     )
-    manifest = prepare_quietly(config, task_tests(tmp_path / "test.jsonl", task))
+    manifest = prepare(config, task_tests(tmp_path / "test.jsonl", task))
     assert [source["kept"] for source in manifest["sources"]] == [0, 0, 0, len(clean)]
     assert manifest["dropped"]["contaminated"]["count"] == 3 * len(NUMBER)
 
@@ -96,7 +96,7 @@ def test_spider_questions_are_kept_out_for_every_pair_of_prompts(training_prompt
         tmp_path / "out", source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 306}
     )
     path = write_jsonl(tmp_path / "test.jsonl", in_messages if test_prompt == "messages" else public)
-    manifest = prepare_quietly(config, task_tests(path, "spider", views=PROMPTS[test_prompt]))
+    manifest = prepare(config, task_tests(path, "spider", views=PROMPTS[test_prompt]))
     assert manifest["dropped"]["contaminated"]["count"] == len(public) and manifest["sources"][0]["kept"] == len(clean)
 
 
@@ -108,7 +108,7 @@ MAPPINGS = {
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
-def test_mapped_test_rows_of_folders_globs_and_local_data_sets_are_kept_out(mapping, write_jsonl, tmp_path):
+def test_mapped_test_rows_of_folders_globs_and_local_data_sets_are_kept_out(mapping, write_jsonl, tmp_path, messages):
     (tmp_path / "tests").mkdir()
     rows = [
         {"schema": f"t{number}", "ask": question(number), "sql": "SELECT 1"} | chat(question(number), "SELECT 1")
@@ -133,18 +133,18 @@ def test_mapped_test_rows_of_folders_globs_and_local_data_sets_are_kept_out(mapp
         config = data_config(
             tmp_path / name, source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 300}
         )
-        log = []
+        messages.clear()
         tests = evaluation_tests(
             config, {"tasks": [{"name": "spider", "databases": "d", "test": source_settings | {"views": views}}]}
         )
-        manifest = prepare(config, tests, say=log.append)
+        manifest = prepare(config, tests)
         assert manifest["dropped"]["contaminated"]["count"] == len(train), name
         assert manifest["settings"]["tests"][0]["source"]["views"] == views
         assert any(
             line.startswith("kept out of training: ")
             and "(spider); " in line
             and "are compared only with whole contexts" in line
-            for line in log
+            for line in messages
         )
 
 
@@ -163,7 +163,7 @@ def test_a_new_test_file_or_a_different_mapping_is_detected(write_jsonl, tmp_pat
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(config))
     prepared = DataConfig(**config["data"])
-    prepare_quietly(prepared, evaluation_tests(prepared, config["evaluation"]))
+    prepare(prepared, evaluation_tests(prepared, config["evaluation"]))
     other = json.dumps({"type": "json", "path": str(tests), "views": {"text": "other", "code": "code"}})
     assert "was prepared with a different evaluation.tasks" in run_expecting_user_error(
         path, f"evaluation.tasks.0.test={other}"
@@ -172,30 +172,23 @@ def test_a_new_test_file_or_a_different_mapping_is_detected(write_jsonl, tmp_pat
     assert f"was prepared with a different content of {tests / 'b.jsonl'}" in run_expecting_user_error(path)
 
 
-def test_only_the_incomplete_end_of_a_list_is_skipped(write_jsonl, tmp_path, capsys):
+def test_only_the_incomplete_end_of_a_list_is_skipped(write_jsonl, tmp_path, messages):
     rows = [{"paraphrases": ["a", "b", "c"]}, {"paraphrases": ["d"]}, {"paraphrases": ["e", "f"]}]
     source = task_tests(write_jsonl(tmp_path / "test.jsonl", rows), views="paraphrases")[0].source
     assert [row.views for row in read_rows(source, ("one", "two"), "task.test")] == [("a", "b"), ("e", "f")]
-    assert (
-        "(task.test): 2 lists end with too few texts for a complete row; those texts are skipped"
-        in capsys.readouterr().out
-    )
+    (message,) = messages
+    assert "(task.test): 2 lists end with too few texts for a complete row; those texts are skipped" in message
 
 
-def test_skipped_test_files_are_reported(write_jsonl, tmp_path):
+def test_skipped_test_files_are_reported(write_jsonl, tmp_path, messages):
     (tmp_path / "tests").mkdir()
     write_jsonl(tmp_path / "tests" / "a.jsonl", [{"text": "first question", "code": "1"}])
     (tmp_path / "tests" / "b.csv").write_text("text,code\nsecond question,2\n")
     source = json_source(
         write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)])
     )
-    log = []
-    prepare(
-        data_config(tmp_path / "out", source, tokenizer={"vocab_size": 296}),
-        task_tests(tmp_path / "tests"),
-        say=log.append,
-    )
-    assert any(line.startswith("note: ") and str(tmp_path / "tests" / "b.csv") in line for line in log)
+    prepare(data_config(tmp_path / "out", source, tokenizer={"vocab_size": 296}), task_tests(tmp_path / "tests"))
+    assert any(line.startswith("note: ") and str(tmp_path / "tests" / "b.csv") in line for line in messages)
 
 
 def test_a_changed_test_file_of_a_local_data_set_is_detected(write_jsonl, tmp_path, run_expecting_user_error):
@@ -212,7 +205,7 @@ def test_a_changed_test_file_of_a_local_data_set_is_detected(write_jsonl, tmp_pa
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     prepared = DataConfig(**config["data"])
-    prepare_quietly(prepared, evaluation_tests(prepared, config["evaluation"]))
+    prepare(prepared, evaluation_tests(prepared, config["evaluation"]))
     write_jsonl(tests / "test.jsonl", [{"text": "another question", "code": "1"}])
     assert f"was prepared with a different content of {tests / 'test.jsonl'}" in run_expecting_user_error(
         tmp_path / "run.yaml"
@@ -232,7 +225,7 @@ def test_a_name_column_of_a_template_is_not_a_context(write_jsonl, tmp_path):
     tests = task_tests(
         write_jsonl(tmp_path / "test.jsonl", test), "text", views={"text": "{ask} [{db}]", "code": "sql"}
     )
-    assert prepare_quietly(config, tests)["dropped"]["contaminated"]["count"] == 1
+    assert prepare(config, tests)["dropped"]["contaminated"]["count"] == 1
 
 
 def test_rows_of_a_test_file_fall_back_to_view_names_or_the_public_format(write_jsonl, tmp_path):

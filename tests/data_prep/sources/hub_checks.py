@@ -12,6 +12,7 @@ from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from tests.data_prep.sources.hub_server import serve
+from tests.messages import receive_messages
 from tests.small_corpora import data_config, split_rows
 
 OLD, NEW, OTHER = "a" * 40, "b" * 40, "c" * 40
@@ -40,18 +41,15 @@ def prepare_and_summarize(folder: Path, revision: str | None, stop_at: str = "no
     """Prepare a corpus, and return its commits, the words of those commits in its rows, and the log lines."""
     log: list[str] = []
 
-    def say(line: str) -> None:
+    def receive(line: str) -> None:
         log.append(line)
         if line.startswith(stop_at):
             raise Interrupted
 
+    source = {"type": "hub", "path": "owner/name", "revision": revision}
     try:
-        manifest = prepare(
-            data_config(
-                folder, {"type": "hub", "path": "owner/name", "revision": revision}, tokenizer={"vocab_size": 320}
-            ),
-            say=say,
-        )
+        with receive_messages(receive):
+            manifest = prepare(data_config(folder, source, tokenizer={"vocab_size": 320}))
     except (UserError, Interrupted) as error:
         return {"error": str(error), "log": log}
     decode = Tokenizer.load(folder / "tokenizer").decode

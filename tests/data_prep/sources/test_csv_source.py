@@ -7,10 +7,11 @@ import random
 
 import pytest
 
+from data_prep.pipeline import prepare
 from data_prep.sources import files
 from data_prep.utils.console import UserError
 from tests.data_prep.sources.source_helpers import VIEWS, open_reader, read_views, read_with_locations, write
-from tests.small_corpora import data_config, prepare_quietly, split_rows
+from tests.small_corpora import data_config, split_rows
 
 
 def reader(path, views=None, names=VIEWS):
@@ -122,6 +123,6 @@ def test_csv_and_json_lines_give_the_same_corpus(tmp_path, write_jsonl, pairs):
     write(tmp_path / "a.csv", to_csv([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
     write_jsonl(tmp_path / "a.jsonl", rows)
     for kind, file in (("csv", "a.csv"), ("json", "a.jsonl")):
-        prepare_quietly(data_config(tmp_path / kind, {"type": kind, "path": str(tmp_path / file)}, workers=1))
+        prepare(data_config(tmp_path / kind, {"type": kind, "path": str(tmp_path / file)}, workers=1))
     assert split_rows(tmp_path / "csv") == split_rows(tmp_path / "json")
     assert json.loads((tmp_path / "csv" / "manifest.json").read_text())["sources"][0]["records"] == 60

@@ -66,7 +66,7 @@ def test_an_unused_column_cannot_fail_a_row(tmp_path, value):
     assert read_views(reader(tmp_path)) == [("a", "b"), ("c", "d")]
 
 
-def test_files_outside_all_splits_are_reported(tmp_path):
+def test_files_outside_all_splits_are_reported(tmp_path, messages):
     folder = tmp_path / "set"
     folder.mkdir()
     for name in ("pairs-train", "pairs-test", "pairs-extra", ".hidden"):
@@ -79,12 +79,8 @@ def test_files_outside_all_splits_are_reported(tmp_path):
         "is read as on the hub, by file names or its README.md, and a file is "
         f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of one type, set that type, such as type: json"
     )
-    log = []
-    prepare(
-        data_config(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}),
-        say=log.append,
-    )
-    assert source.note in log
+    prepare(data_config(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}))
+    assert source.note in messages
 
 
 def test_a_readme_and_a_data_folder_are_read_as_on_the_hub(tmp_path, monkeypatch):

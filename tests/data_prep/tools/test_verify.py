@@ -133,7 +133,7 @@ def run_verify(monkeypatch, capsys) -> Callable[..., tuple[int, list[str], str]]
         monkeypatch.setattr(sys, "argv", ["data_prep", "verify", str(folder)])
         code = 0
         try:
-            exit_on_user_error(main if processes else lambda: verify(folder, print, workers=1))
+            exit_on_user_error(main if processes else lambda: verify(folder, workers=1))
         except SystemExit as end:
             code = end.code
         output = capsys.readouterr()

@@ -58,7 +58,7 @@ def assert_self_contained(text: str) -> Page:
 def render_report(study: Path, *, page: bool = True, **choices) -> tuple[str, str]:
     """Return the Markdown and the page of a report, rendered in this process."""
     summaries = summarize(read_comparison([study], choices.get("baseline"), choices.get("metric")))
-    return markdown(summaries), html(summaries, lambda _: None) if page else ""
+    return markdown(summaries), html(summaries) if page else ""
 
 
 def parse_table(text: str) -> dict[str, dict[str, str]]:

@@ -184,7 +184,7 @@ def test_a_single_option_cannot_be_scored(export, tmp_path):
         evaluate_task(hellaswag, export, tmp_path, test=[{"ctx": "A man", "endings": ["runs."], "label": 0}])
 
 
-def test_unseen_refers_only_to_the_corpus_of_the_run(prepared, tmp_path, capsys):
+def test_unseen_refers_only_to_the_corpus_of_the_run(prepared, tmp_path, messages):
     seen, new = generate(0, "train", 3), generate(0, "test", 0)
     rows = write_rows(tmp_path / "rows.jsonl", [dict(zip(VIEWS, pair, strict=True)) for pair in (seen, new)])
     config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(prepared))))
@@ -198,10 +198,10 @@ def test_unseen_refers_only_to_the_corpus_of_the_run(prepared, tmp_path, capsys)
         assert run.unseen(run.read_test()) == [False, True]
     environment["data"]["corpus"]["train"]["sha256"] = "0" * 64
     write_json(tmp_path / "run" / "environment.json", environment)
-    capsys.readouterr()
+    messages.clear()
     assert run.unseen(run.read_test()) is None
-    output = capsys.readouterr().out
-    assert output.count("\n") == 1 and f"{prepared} (data.path) is not the corpus that the run was trained on" in output
+    (message,) = messages
+    assert f"{prepared} (data.path) is not the corpus that the run was trained on" in message
 
 
 def test_labels_in_the_format_of_the_hub(tmp_path):

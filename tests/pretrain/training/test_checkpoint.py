@@ -1,7 +1,6 @@
 """Unit tests of checkpoints in one process: publish, retain, check, find, convert, load, consolidate."""
 
 import json
-import logging
 import os
 import random
 import shutil
@@ -303,8 +302,7 @@ def test_nothing_is_found_in_a_folder_without_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_ranks_find_the_newest_valid_checkpoint_together_and_set_damaged_ones_aside(tmp_path, ranks, caplog):
-    caplog.set_level(logging.INFO, "pretrain")
+def test_ranks_find_the_newest_valid_checkpoint_together_and_set_damaged_ones_aside(tmp_path, ranks, messages):
     for step in (1, 2, 3, 10):
         write_checkpoint(tmp_path, step, state={"step": step})
     (tmp_path / step_name(10) / "shard-4.pt").unlink()
@@ -318,9 +316,9 @@ def test_ranks_find_the_newest_valid_checkpoint_together_and_set_damaged_ones_as
         aside = tmp_path / f"damaged-{step_name(step)}"
         assert (aside / "damage.txt").read_text() == problem + "\n"
         assert (aside / "manifest.json").exists() and not (aside / "old").exists()
-        told = [line for line in caplog.messages if problem in line and f"{step_name(step)} is corrupt" in line]
+        told = [line for line in messages if problem in line and f"{step_name(step)} is corrupt" in line]
         assert len(told) == ranks and all(aside.name in line for line in told)
-    assert len(caplog.messages) == 2 * ranks + 1, "only the main rank repairs `latest`"
+    assert len(messages) == 2 * ranks + 1, "only the main rank repairs `latest`"
     assert (tmp_path / "latest").read_text() == step_name(2) + "\n"
 
 
@@ -372,8 +370,7 @@ LATEST = {
 
 
 @pytest.mark.parametrize(("content", "note"), LATEST.values(), ids=LATEST)
-def test_a_wrong_latest_file_is_reported_and_repaired(tmp_path, content, note, caplog):
-    caplog.set_level(logging.INFO, "pretrain")
+def test_a_wrong_latest_file_is_reported_and_repaired(tmp_path, content, note, messages):
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     latest = tmp_path / "latest"
@@ -382,7 +379,6 @@ def test_a_wrong_latest_file_is_reported_and_repaired(tmp_path, content, note, c
     else:
         latest.write_bytes(content)
     assert find_newest(tmp_path, ALONE).path.name == step_name(2)
-    messages = caplog.messages
     assert len(messages) == (note is not None) and all(note in line and step_name(2) in line for line in messages)
     assert latest.read_text().strip() == step_name(2)
     assert note is None or latest.read_text() == step_name(2) + "\n"
@@ -398,12 +394,11 @@ def test_a_latest_file_that_cannot_be_repaired_is_not_an_error(tmp_path):
 # a different number of ranks
 
 
-def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "pretrain")
+def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch, messages):
     monkeypatch.setattr(checkpoint, "CONVERTER", None)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
     make_universal(found, ALONE, NOT_STOPPED)
-    assert found.load_path_for(1) == found.path and caplog.messages == []
+    assert found.load_path_for(1) == found.path and messages == []
 
 
 NOT_STOPPED = SimpleNamespace(received=None)
@@ -431,8 +426,7 @@ def fake_conversion(monkeypatch, record: Path, returncode: int, stderr: str = ""
 
 
 @pytest.mark.parametrize(("before", "ranks"), [(1, 2), (4, 2), (2, 1)])
-def test_the_main_rank_converts_for_a_different_number_of_ranks(tmp_path, monkeypatch, caplog, before, ranks):
-    caplog.set_level(logging.INFO, "pretrain")
+def test_the_main_rank_converts_for_a_different_number_of_ranks(tmp_path, monkeypatch, messages, before, ranks):
     fake_conversion(monkeypatch, tmp_path / "converted", 0)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=before), before, STATE)
     target = found.load_path_for(ranks)
@@ -442,7 +436,7 @@ def test_the_main_rank_converts_for_a_different_number_of_ranks(tmp_path, monkey
     target.mkdir()  # left over from a killed process
     assert run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED)) == [None] * ranks
     assert (tmp_path / "converted").read_text() == f"{found.path}\n" and (target / "part").exists()
-    assert f"was written by {before} rank{'s' if before > 1 else ''}, this run has {ranks}" in caplog.messages[0]
+    assert f"was written by {before} rank{'s' if before > 1 else ''}, this run has {ranks}" in messages[0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
 from pretrain.data.layout import Pairing, make_layout
@@ -19,13 +20,12 @@ from pretrain.training.evaluation_requests import single_process_environment
 from pretrain.training.schedule import learning_rate
 from pretrain.training.setup import set_up
 from tests.commands import tiny_config, write_config
-from tests.small_corpora import prepare_quietly
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring")
-    prepare_quietly(load_config(write_config(folder, tiny_config(folder))).data)
+    prepare(load_config(write_config(folder, tiny_config(folder))).data)
     tokenizer = Tokenizer.load(folder / "corpus" / "tokenizer")
     torch.manual_seed(77)  # before any engine exists, because transformers then partitions new models
     start = random_causal_lm(

@@ -44,8 +44,7 @@ def prepare_in_process(tmp_path_factory) -> Callable[..., Corpus]:
                 sequence_length=sequence_length,
                 workers=1,
                 tokenizer={"path": str(tokenizer)} if tokenizer else {"vocab_size": 320},
-            ),
-            say=lambda line: None,
+            )
         )
         return Corpus(folder / "corpus", "train")
 
