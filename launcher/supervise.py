@@ -263,8 +263,8 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
             failures, pause = failures + 1, min(2 * pause, LONGEST_PAUSE)
         highest_step = step if rewound else max(step, highest_step)
         if failures >= crashes:
-            _log(
-                f"giving up after {failures} consecutive crashes without a checkpoint newer than step {highest_step}; "
+            logger.error(
+                f"supervise: giving up after {failures} consecutive crashes without a checkpoint newer than step {highest_step}; "
                 f"the last crash: {ended}. See the error in the output above; "
                 f"checkpoints and status.json are in {run_dir}"
             )
