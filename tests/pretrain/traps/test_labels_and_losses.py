@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_prep.layout import Pairing, SpecialTokenIds
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data import batch as batches
 from pretrain.data.batch import Batch
-from pretrain.data.layout import Pairing, SpecialTokenIds
 from pretrain.data.loader import Loader, loss_denominators
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask

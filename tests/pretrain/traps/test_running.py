@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from data_prep import encode
+from data_prep.layout import Pairing, SpecialTokenIds, make_layout
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
-from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
 from pretrain.data.loader import Loader
 from pretrain.run_folder import list_steps, step_name
 from pretrain.training.checkpoint import check, consolidate
