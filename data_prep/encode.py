@@ -150,11 +150,9 @@ class _Encoder:
         chunks = [
             chunk_text(text, self.tokenizer.encode_batch) if text and not text.isspace() else [] for text in texts
         ]
-        encoded = self.tokenizer.encode_batch(list(itertools.chain.from_iterable(chunks)))
-        chunk_lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(chunk_lengths.sum()))
-        text_of_chunk = np.repeat(np.arange(len(texts)), [len(text_chunks) for text_chunks in chunks])
-        return values, np.bincount(text_of_chunk, chunk_lengths, minlength=len(texts)).astype(np.int64)
+        values, chunk_lengths = self.tokenizer.encode_ragged(list(itertools.chain.from_iterable(chunks)))
+        chunk_counts = np.fromiter(map(len, chunks), np.int64, len(chunks))
+        return values, ragged_sums(chunk_lengths, chunk_counts)
 
     def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Count the unknown tokens of some records.

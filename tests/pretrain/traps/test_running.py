@@ -67,11 +67,11 @@ TWO_RANK_RUNS = [
 NO_GPU = 'raise RuntimeError("no CUDA GPUs are available")\n'
 TOKENIZING_ON_A_GPU = """
 from data_prep.tokenizer import Tokenizer
-original = Tokenizer.encode_batch
-def encode_batch(self, texts):
+original = Tokenizer.encode_ragged
+def encode_ragged(self, texts):
     import torch
-    return torch.tensor(original(self, texts)).cuda().tolist()
-Tokenizer.encode_batch = encode_batch
+    return tuple(torch.from_numpy(array).cuda().numpy() for array in original(self, texts))
+Tokenizer.encode_ragged = encode_ragged
 """
 
 
