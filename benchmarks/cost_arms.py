@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from data_prep.layout import FORWARD, Layout, Pairing, ReadOut, SpecialTokenIds, make_layout
 from pretrain.data.batch import Batch
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import FORWARD, Layout, Pairing, ReadOut, SpecialTokenIds, make_layout
 from pretrain.data.loader import Rows, plan_rows
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import LanguageModel

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from cost_arms import BASELINE, PREDICTOR_TOKENS, Arm, combine, make_arms
 
+from data_prep.layout import SpecialTokenIds
 from pretrain.config import RunConfig, load_config
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import SpecialTokenIds
 from pretrain.data.loader import Rows, count_pairs, count_targets, draw_random_bits
 from pretrain.models.language_model import special_ids
 from pretrain.objectives.base import build_objective, total_loss

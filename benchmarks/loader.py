@@ -104,9 +104,9 @@ def throughput(
     folder: Path, context: int, target: int, row_length: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Write a corpus of records of about equal length, and time the loader and plain reads of the shards in rounds."""
+    from data_prep.layout import Pairing, SpecialTokenIds, make_layout
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
-    from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
     from pretrain.data.loader import Loader
 
     write_corpus(folder, context, target, arguments.tokens // (context + target), shard_records=10_000)
@@ -243,10 +243,10 @@ def start_of_a_billion(folder: Path) -> dict[str, float]:
 
 def start_up(path: str) -> None:
     """Print the seconds and bytes of a start-up in this process, without imports and loading the configuration."""
+    from data_prep.layout import SpecialTokenIds
     from pretrain.config import load_config
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
-    from pretrain.data.layout import SpecialTokenIds
     from pretrain.planning.plan import make_loader
     from pretrain.training.setup import check
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.holdout import load_frequent_targets, split_function
+from data_prep.layout import positions_needed
 from data_prep.scan import BATCH_CHARACTERS, dropped_file, scan_report
 from data_prep.selection import duplicates
 from data_prep.selection.drops import MAX_EXAMPLES, DropCounter, excerpt
-from data_prep.shards import positions_needed, write_shard
+from data_prep.shards import write_shard
 from data_prep.sources.record import Reader, Record
 from data_prep.text_chunks import chunk_text
 from data_prep.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ from data_prep.utils.ragged import ragged_ranges, ragged_sums
 SHARD_TOKENS = 1 << 25
 """Number of tokens at which a shard is full. This bounds the memory needed for a unit, however large its
 file or row group."""
-DOCUMENT_OVERHEAD = 2
+DOCUMENT_OVERHEAD = int(positions_needed(np.ones((1, 1), np.int64))[0]) - 1
 """Positions of a plain document in addition to its tokens: the first token and the end token."""
 
 
@@ -149,11 +150,9 @@ class _Encoder:
         chunks = [
             chunk_text(text, self.tokenizer.encode_batch) if text and not text.isspace() else [] for text in texts
         ]
-        encoded = self.tokenizer.encode_batch(list(itertools.chain.from_iterable(chunks)))
-        chunk_lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(chunk_lengths.sum()))
-        text_of_chunk = np.repeat(np.arange(len(texts)), [len(text_chunks) for text_chunks in chunks])
-        return values, np.bincount(text_of_chunk, chunk_lengths, minlength=len(texts)).astype(np.int64)
+        values, chunk_lengths = self.tokenizer.encode_ragged(list(itertools.chain.from_iterable(chunks)))
+        chunk_counts = np.fromiter(map(len, chunks), np.int64, len(chunks))
+        return values, ragged_sums(chunk_lengths, chunk_counts)
 
     def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Count the unknown tokens of some records.

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from data_prep.config import CHECKSUM, CONTINUES
+from data_prep.layout import positions_needed
 from data_prep.utils.console import UserError
 from data_prep.utils.files import atomic_path, sha256_file
 from data_prep.utils.ragged import ragged_ranges, ragged_sums, splitmix64
@@ -35,23 +36,6 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 KEYS = {"views": list, "tokenizer": dict, "settings": dict, "sources": list, "splits": dict}
 """Required keys of the manifest, and their types."""
-MAX_PREDICTOR_TOKENS = 12
-"""Maximum number of predictor tokens per context."""
-
-
-def positions_needed(lengths: np.ndarray) -> np.ndarray:
-    """Return the positions that each record needs in a packed row, (N,), from view lengths (N, views).
-
-    This assumes that each view predicts the next one with appended predictor tokens. The joint layout contains every
-    view once and every view except the first a second time, each with an end token. It also contains the predictor
-    tokens of every view except the last.
-    """
-    present = (lengths > 0).sum(axis=1)
-    first = lengths[np.arange(len(lengths)), (lengths > 0).argmax(axis=1)]
-    needed: np.ndarray = (
-        2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MAX_PREDICTOR_TOKENS
-    )
-    return needed
 
 
 def write_shard(

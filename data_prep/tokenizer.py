@@ -15,6 +15,7 @@ Neither torch nor transformers is imported, so worker processes start fast.
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -41,6 +43,7 @@ from data_prep.sentencepiece_json import (
 )
 from data_prep.tokenizer_files import add_tokens, read_tokenizer_json, special_tokens_by_name, token_text
 from data_prep.utils.console import UserError
+from data_prep.utils.ragged import flatten
 from data_prep.word_cache import WordCache, is_cacheable
 
 logger = logging.getLogger(__name__)
@@ -121,22 +124,29 @@ class Tokenizer:
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path]]:
         return Tokenizer, (self.folder,)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text, without special tokens; literals such as "<s>" are plain text.
+    def encode_ragged(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token ids of all texts, concatenated, and the number of tokens of each: (T,) uint32, (N,).
 
-        Runs on one thread. Raises UserError for a text with a lone surrogate, which has no UTF-8 form.
+        There are no special tokens; literals such as "<s>" are plain text. Runs on one thread. Raises UserError for a
+        text with a lone surrogate, which has no UTF-8 form.
         """
         try:
             if self._words:
                 return self._words.encode(texts)
             if self._sentencepiece:
-                return _encode_sentencepiece(self._sentencepiece, texts)
-            return _encode_tokenizers(self._hugging_face(), texts)
+                return flatten(_encode_sentencepiece(self._sentencepiece, texts))
+            return flatten(_encode_tokenizers(self._hugging_face(), texts))
         except (TypeError, UnicodeEncodeError):
             bad = [text for text in texts if re.search("[\ud800-\udfff]", text)]
             if not bad:
                 raise
             raise UserError(f"text with a lone surrogate cannot be tokenized: {bad[0][:80]!r}; fix the text") from None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of each text as a list. See `encode_ragged`."""
+        ids, lengths = self.encode_ragged(texts)
+        flat, ends = ids.tolist(), np.cumsum(lengths).tolist()
+        return [flat[begin:end] for begin, end in itertools.pairwise([0, *ends])]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. Special ids are skipped, and invalid UTF-8 bytes become U+FFFD."""

@@ -13,7 +13,7 @@ import numpy as np
 import sentencepiece
 
 from data_prep.sentencepiece_json import SPACE
-from data_prep.utils.ragged import ragged_ranges
+from data_prep.utils.ragged import flatten, ragged_ranges, ragged_sums
 
 PART = re.compile(" *[^ ]+| +")
 MAX_CACHE_SIZE = 1 << 25
@@ -49,13 +49,16 @@ class WordCache:
         self.tokens = np.empty(0, np.uint32)
         self.starts = self.lengths = np.empty(0, np.int64)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text. Raises the model's error for a text that has no UTF-8 form."""
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the concatenated token ids of the texts, and the number of tokens of each.
+
+        Raises the model's error for a text that has no UTF-8 form.
+        """
         parts_of_texts = [PART.findall(text) for text in texts]
-        counts = [len(parts) for parts in parts_of_texts]
+        counts = np.fromiter(map(len, parts_of_texts), np.int64, len(texts))
         old_size = len(self.parts)
         numbers = np.fromiter(
-            map(self.parts.__getitem__, itertools.chain.from_iterable(parts_of_texts)), np.int64, sum(counts)
+            map(self.parts.__getitem__, itertools.chain.from_iterable(parts_of_texts)), np.int64, int(counts.sum())
         )
         try:
             self._add(list(itertools.islice(self.parts, old_size, None)))
@@ -63,16 +66,13 @@ class WordCache:
             self._clear()
             raise
         lengths = self.lengths[numbers]
-        tokens = self.tokens[ragged_ranges(self.starts[numbers], lengths)].tolist()
-        ends = np.append(0, np.cumsum(lengths))[np.cumsum([0, *counts])].tolist()
+        tokens = self.tokens[ragged_ranges(self.starts[numbers], lengths)]
         if self.characters + len(self.tokens) > MAX_CACHE_SIZE:
             self._clear()
-        return [tokens[begin:end] for begin, end in itertools.pairwise(ends)]
+        return tokens, ragged_sums(lengths, counts)
 
     def _add(self, parts: list[str]) -> None:
-        encoded = self.model.encode(parts, num_threads=1)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        new = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, lengths.sum())
+        new, lengths = flatten(self.model.encode(parts, num_threads=1))
         self.starts = np.append(self.starts, len(self.tokens) + np.cumsum(lengths) - lengths)
         self.lengths = np.append(self.lengths, lengths)
         self.tokens = np.append(self.tokens, new)

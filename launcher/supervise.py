@@ -264,8 +264,8 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         highest_step = step if rewound else max(step, highest_step)
         if failures >= crashes:
             logger.error(
-                f"supervise: giving up after {failures} consecutive crashes without a checkpoint newer than step {highest_step}; "
-                f"the last crash: {ended}. See the error in the output above; "
+                f"supervise: giving up after {failures} consecutive crashes without a checkpoint newer than step "
+                f"{highest_step}; the last crash: {ended}. See the error in the output above; "
                 f"checkpoints and status.json are in {run_dir}"
             )
             return 1

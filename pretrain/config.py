@@ -10,9 +10,9 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from data_prep.config import DataConfig
+from data_prep.layout import Layout, SpecialTokenIds
 from data_prep.utils.config_file import LocalPath, Section, apply_overrides, load_yaml, validate
 from data_prep.utils.console import UserError
-from pretrain.data.layout import Layout, SpecialTokenIds
 from pretrain.deepspeed_options import check_deepspeed
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
 from pretrain.sections import BUDGETS, CheckpointConfig, ModelConfig, MonitorConfig, TrainConfig

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from data_prep.layout import Layout
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout
 from pretrain.data.loader import Rows, draw_random_bits, plan_rows
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from data_prep.config import CHECKSUM, CONTINUES
 from data_prep.executor import end_with_parent
-from data_prep.shards import MANIFEST, positions_needed, read_manifest, record_checksums, view_hashes
+from data_prep.layout import positions_needed
+from data_prep.shards import MANIFEST, read_manifest, record_checksums, view_hashes
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.config_file import validate
 from data_prep.utils.console import UserError

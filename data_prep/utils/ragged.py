@@ -1,6 +1,15 @@
 """NumPy operations on ragged arrays: runs of unequal length, stored one after the other."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
+
+
+def flatten(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate lists of token ids: N lists -> ids (sum of lengths,) uint32, lengths (N,)."""
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    return np.fromiter(itertools.chain.from_iterable(lists), np.uint32, int(lengths.sum())), lengths
 
 
 def ragged_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from data_prep.layout import Layout, Segment, SpecialTokenIds
 from data_prep.shards import RecordTokens
 from data_prep.utils.ragged import ragged_ranges
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, Segment, SpecialTokenIds
 from pretrain.data.loader import Rows
 from pretrain.data.spans import STRETCHES, draw_spans
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.config import DataConfig, Source
+from data_prep.layout import present_first
 from data_prep.shards import RecordTokens, ShardRows, open_shard, read_manifest, read_rows, row_lengths
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
@@ -93,7 +94,7 @@ class Corpus:
         order, parts = self._parts(records)
         lengths = np.empty((len(records), self.views), np.int64)
         lengths[order] = row_lengths(parts)
-        return lengths if self._complete else np.take_along_axis(lengths, _present_first(lengths), axis=1)
+        return lengths if self._complete else np.take_along_axis(lengths, present_first(lengths), axis=1)
 
     def read(self, records: np.ndarray) -> RecordTokens:
         """Return the verified tokens of records (N,). Only the views that a record has are numbered."""
@@ -105,7 +106,7 @@ class Corpus:
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         rows = inverse[:, None]
-        columns = np.arange(self.views) if self._complete else _present_first(found.lengths)[inverse]
+        columns = np.arange(self.views) if self._complete else present_first(found.lengths)[inverse]
         starts, lengths, hashes = (values[rows, columns] for values in (found.starts, found.lengths, found.hashes))
         return RecordTokens(found.tokens, starts, lengths, hashes, found.continuation_tokens[inverse])
 
@@ -224,8 +225,3 @@ def _is_equivalent(key: str, prepared: Any, now: Any) -> bool:
         return now is None or (isinstance(prepared, str) and os.path.abspath(prepared) == os.path.abspath(now))
     default = PREPARED_DEFAULTS.get(key)
     return bool((default if prepared is None else prepared) == (default if now is None else now))
-
-
-def _present_first(lengths: np.ndarray) -> np.ndarray:
-    """Return the order of each record's columns in which columns with tokens are first: (N, views) -> (N, views)."""
-    return np.argsort(lengths == 0, axis=1, kind="stable")

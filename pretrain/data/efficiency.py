@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from data_prep.layout import Pairing, SpecialTokenIds, make_layout
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
 from pretrain.data.order import BLOCK, WINDOW
 from pretrain.data.packing import pack
 

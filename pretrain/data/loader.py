@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.layout import Layout
 from data_prep.utils.console import UserError
 from data_prep.utils.ragged import splitmix64
 from pretrain.data.corpus import Corpus, source_weights
-from pretrain.data.layout import Layout
 from pretrain.data.order import Order
 from pretrain.data.packing import pack
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.layout import Layout, Pairing, SpecialTokenIds, make_layout
 from data_prep.tools.show import display_width, padded, printable, shortened
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, Pairing, SpecialTokenIds, make_layout
 from pretrain.data.loader import Rows, plan_rows
 
 WINDOW = 4096

@@ -11,8 +11,8 @@ over the other two. Each form draws one span per document:
 
 import numpy as np
 
+from data_prep.layout import Layout
 from data_prep.utils.ragged import splitmix64
-from pretrain.data.layout import Layout
 
 STRETCHES = 3
 

@@ -1,6 +1,6 @@
 """Attention masks: the visibility rule in the format of each attention kernel.
 
-Query q sees key p exactly if p <= q < visible_until[p] (see pretrain/data/layout.py). In a layer with a sliding window,
+Query q sees key p exactly if p <= q < visible_until[p] (see data_prep/layout.py). In a layer with a sliding window,
 their positions must also differ by less than the window. The window counts position ids, not indices in the row: other
 segments of the record may be between a segment and its parent.
 

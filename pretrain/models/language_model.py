@@ -8,10 +8,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.activations import ACT2FN
 
+from data_prep.layout import SpecialTokenIds
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from pretrain.data.batch import Batch
-from pretrain.data.layout import SpecialTokenIds
 from pretrain.models.attention import FULL_ATTENTION, SLIDING_ATTENTION, Mask, attention_mask
 from pretrain.models.families import register_family, register_family_from_folder
 from pretrain.models.head import Head

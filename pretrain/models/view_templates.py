@@ -1,11 +1,9 @@
-"""Special tokens around a view that an export encodes separately.
+"""Special tokens around a view that an export encodes separately, as in the layout of its objective."""
 
-A test checks that the embeddings match the read-outs of pretrain/data/layout.py.
-"""
-
+from dataclasses import fields
 from typing import Any, NamedTuple
 
-from pretrain.data.layout import Pairing
+from data_prep.layout import Pairing, SpecialTokenIds, make_layout
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
 
 
@@ -31,8 +29,12 @@ def pairing_from_export(jepa: dict[str, Any]) -> Pairing:
 
 def view_template(jepa: dict[str, Any], view: int) -> ViewTemplate:
     """Return the template of a view, for a record that has all views of jepa.json."""
-    if objective_from_export(jepa).layout == "independent":
-        return ViewTemplate(("bos",), ("eos",))
-    if view:
-        return ViewTemplate((), ("eos",))
-    return ViewTemplate(("bos",), ("sep",) if len(jepa["views"]) > 1 else ("eos",))
+    views = len(jepa["views"])
+    names = [field.name for field in fields(SpecialTokenIds)]
+    specials = SpecialTokenIds(*range(len(names)))
+    layout = make_layout(objective_from_export(jepa).layout, specials, views=views, pairing=Pairing())
+    segment = layout.separate_segment(view)
+    suffix = segment.suffix
+    if view == views - 1 and segment.last_suffix is not None:
+        suffix = segment.last_suffix
+    return ViewTemplate(tuple(names[token] for token in segment.prefix), tuple(names[token] for token in suffix))

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from data_prep.layout import Layout, make_layout
 from data_prep.tokenizer import Tokenizer, import_tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
-from pretrain.data.layout import Layout, make_layout
 from pretrain.data.loader import Loader, count_pairs
 from pretrain.data.order import Order
 from pretrain.models.language_model import LanguageModel, special_ids

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import deepspeed
 import torch
 
+from data_prep.layout import SpecialTokenIds
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch, micro_batches
-from pretrain.data.layout import SpecialTokenIds
 from pretrain.data.loader import Loader, Rows
 from pretrain.data.prefetch import Prefetch, StepData
 from pretrain.objectives.base import Objective, total_loss

@@ -12,8 +12,8 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from data_prep.config import evaluation_tests
+from data_prep.layout import Layout, SpecialTokenIds, positions_needed
 from data_prep.selection.task_contexts import list_test_files
-from data_prep.shards import positions_needed
 from data_prep.tokenizer import find_tokenizer, import_tokenizer
 from data_prep.tokenizer_difference import first_difference
 from data_prep.units import Job
@@ -21,7 +21,6 @@ from data_prep.utils.console import UserError
 from data_prep.utils.files import copy_folder, sha256_file, try_lock
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, check_data_section, source_weights
-from pretrain.data.layout import Layout, SpecialTokenIds
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.objectives.base import build_objective
 from pretrain.planning.flops import count_parameters, parameter_count

@@ -7,9 +7,9 @@ import deepspeed
 import numpy as np
 import torch
 
+from data_prep.layout import Layout, SpecialTokenIds
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, SpecialTokenIds
 from pretrain.data.loader import Rows, Unit, draw_random_bits, loss_denominators, plan_rows
 from pretrain.objectives.monitors import embedding_monitors
 from pretrain.objectives.pool import Pool

@@ -114,11 +114,11 @@ def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypa
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(text_chunks, "MARGIN_CHARACTERS", 100)
     calls = []
-    encode_batch = Tokenizer.encode_batch
+    encode_ragged = Tokenizer.encode_ragged
     monkeypatch.setattr(
         Tokenizer,
-        "encode_batch",
-        lambda self, texts: calls.append(max(map(len, texts), default=0)) or encode_batch(self, texts),
+        "encode_ragged",
+        lambda self, texts: calls.append(max(map(len, texts), default=0)) or encode_ragged(self, texts),
     )
     prepare(
         data_config(

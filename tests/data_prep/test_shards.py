@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.shards import open_shard, positions_needed, read_rows, row_lengths, write_shard
+from data_prep.layout import positions_needed
+from data_prep.shards import open_shard, read_rows, row_lengths, write_shard
 
 MASK = 2**64 - 1
 Records = list[tuple[list[int], ...]]

@@ -10,12 +10,12 @@ import torch
 import yaml
 
 from data_prep.config import DataConfig
+from data_prep.layout import SpecialTokenIds
 from data_prep.pipeline import prepare
 from data_prep.shards import FORMAT, MANIFEST, write_shard
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.files import write_json
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import SpecialTokenIds
 from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, build_model_config, random_causal_lm, special_ids
 from tests.commands import ROOT

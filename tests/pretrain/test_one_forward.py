@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.layout import Layout, Pairing, make_layout
 from pretrain.data.batch import Batch, assemble
-from pretrain.data.layout import Layout, Pairing, make_layout
 from pretrain.data.loader import Loader, Rows, count_pairs, loss_denominators
 from pretrain.models.language_model import LanguageModel
 from pretrain.objectives.base import total_loss

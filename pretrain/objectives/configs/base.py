@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from data_prep.layout import Layout, Pairing, SpanSampling, SpecialTokenIds, make_layout
 from data_prep.utils.config_file import Section
-from pretrain.data.layout import Layout, Pairing, SpanSampling, SpecialTokenIds, make_layout
 
 
 class ObjectiveConfig(Section):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.data.layout import Pairing
+from data_prep.layout import MAX_PREDICTOR_TOKENS, Pairing
 from pretrain.objectives.configs.auxiliary import AuxiliaryConfig
 
 
@@ -13,7 +13,7 @@ class Config(AuxiliaryConfig):
 
     name: Literal["llm_jepa"]
     """LLM-JEPA (arXiv 2509.14252)."""
-    predictor_tokens: int = Field(default=1, ge=0, le=12)
+    predictor_tokens: int = Field(default=1, ge=0, le=MAX_PREDICTOR_TOKENS)
     """Number of predictor tokens per context (k). With 0 the prediction is read from the last token of the context."""
     predictor_placement: Literal["append", "prepend"] = "append"
     """append: predictor tokens after the context. prepend: predictor tokens in front of a copy of the context. The copy

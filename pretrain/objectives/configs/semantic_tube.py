@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pretrain.data.layout import Pairing, SpanSampling
+from data_prep.layout import Pairing, SpanSampling
 from pretrain.objectives.configs.auxiliary import AuxiliaryConfig
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_prep.utils.ragged import ragged_ranges, ragged_sums, splitmix64
+from data_prep.utils.ragged import flatten, ragged_ranges, ragged_sums, splitmix64
 
 RUNS = [
     [],
@@ -14,6 +14,14 @@ RUNS = [
     [0, 4],
     *(np.random.default_rng(seed).integers(0, 9, 40).tolist() for seed in range(3)),
 ]
+
+
+@pytest.mark.parametrize("lengths", RUNS)
+def test_flatten_concatenates_lists_and_counts_their_elements(lengths):
+    lists = [np.random.default_rng(length).integers(0, 2**32, length).tolist() for length in lengths]
+    values, counts = flatten(lists)
+    assert values.tolist() == [value for one in lists for value in one] and values.dtype == np.uint32
+    assert counts.tolist() == lengths and counts.dtype == np.int64
 
 
 @pytest.mark.parametrize("lengths", RUNS)

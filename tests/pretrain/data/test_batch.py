@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.layout import Layout, Pairing, Segment, make_layout
 from pretrain.data.batch import Batch, assemble, micro_batches
-from pretrain.data.layout import Layout, Pairing, Segment, make_layout
 from pretrain.data.loader import Rows, count_pairs, count_spans, count_targets
 from pretrain.models.attention import visibility_mask
 from tests.row_plans import plan

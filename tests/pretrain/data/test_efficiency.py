@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
+from data_prep.layout import Pairing, make_layout
 from pretrain.data import efficiency as module
 from pretrain.data.efficiency import efficiency_table, sample
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.order import BLOCK
 from tests.pretrain.data.test_batch import some_records
 from tests.row_plans import plan

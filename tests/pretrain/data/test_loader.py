@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import JsonSource, NlrxSource
+from data_prep.layout import Pairing, make_layout
 from data_prep.utils.console import UserError
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import source_weights
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
 from pretrain.data.order import WINDOW, Order
 from tests.row_plans import plan

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.layout import Pairing, make_layout
 from data_prep.nlrx_grammar import generate
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.packing import pack
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "nl-rx-synth"

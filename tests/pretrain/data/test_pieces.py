@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from data_prep.layout import Pairing, make_layout
 from pretrain.data.batch import assemble
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows, count_targets
 from tests.row_plans import plan
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.layout import Pairing, make_layout
 from data_prep.utils.console import UserError
 from pretrain.data import prefetch
 from pretrain.data.batch import Batch, micro_batches
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, count_pairs, count_targets
 from pretrain.data.prefetch import PREFETCH_STEPS, Prefetch
 from tests.commands import environment

@@ -1,12 +1,13 @@
 """Spans stay within a document, have the configured form, and are drawn uniformly, independent of the packing."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from data_prep.layout import Pairing, make_layout
 from pretrain.data.batch import assemble
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, count_spans, draw_random_bits
 from pretrain.data.spans import draw_spans
 
@@ -110,3 +111,26 @@ def test_the_span_of_a_record_depends_on_the_epoch_and_not_on_the_packing(corpus
     assert len(common) > 20 and all(one[record] == other[record] for record in common)
     again = other.keys() & later.keys()
     assert len(again) > 20 and sum(other[record] != later[record] for record in again) > len(again) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("joint", None),
+        ("independent", None),
+        ("joint", "three_points"),
+        ("joint", "sub_span"),
+        ("joint", "views"),
+        ("independent", "three_points"),
+        ("independent", "sub_span"),
+    ],
+)
+def test_span_counts_equal_the_numbers_of_drawn_spans(kind, form, specials):
+    """The counts agree for segments of any length, including lengths that no current record has."""
+    layout = make_layout(kind, specials, spans=form)
+    for lengths in itertools.product(range(5), repeat=2):
+        segment_lengths = np.array([lengths])
+        starts = np.cumsum(segment_lengths, axis=1) - segment_lengths
+        drawn = len(draw_spans(layout, starts, segment_lengths, np.array([7], np.uint64))) if form else 0
+        counted = layout.count_spans(np.repeat(segment_lengths, 3, axis=0))
+        assert counted.tolist() == [drawn] * 3 and counted.dtype == np.int64

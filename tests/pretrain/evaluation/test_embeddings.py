@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.layout import FORWARD
 from data_prep.nlrx_grammar import generate
 from data_prep.utils.console import UserError
 from pretrain.config import load_config, parse_task
 from pretrain.data.batch import micro_batches
-from pretrain.data.layout import FORWARD
 from pretrain.data.loader import draw_random_bits, plan_rows
 from pretrain.evaluation import embed as embed_module
 from pretrain.evaluation.embed import embed, embed_file

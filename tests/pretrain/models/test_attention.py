@@ -8,9 +8,9 @@ from torch.nn.attention import flex_attention
 from transformers import AutoConfig
 
 import pretrain.models.openelm  # noqa: F401  registers the family
+from data_prep.layout import Pairing, make_layout
 from data_prep.utils.console import UserError
 from pretrain.data.batch import assemble
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
 from pretrain.models.attention import attention_mask, resolve_attention, visibility_mask
 

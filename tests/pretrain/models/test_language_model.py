@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from data_prep.layout import Pairing, make_layout
 from data_prep.tokenizer import train
 from data_prep.utils.console import UserError
 from pretrain.data.batch import assemble
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.models.language_model import (
     VOCAB_SIZE_MULTIPLE,
     build_model_config,

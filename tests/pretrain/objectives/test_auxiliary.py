@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.layout import Pairing, make_layout
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import assemble
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, count_pairs, count_spans, count_targets
 from pretrain.models.head import Head
 from pretrain.objectives.base import build_objective, total_loss

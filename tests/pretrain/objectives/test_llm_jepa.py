@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from data_prep.layout import BACKWARD, FORWARD
 from pretrain.config import load_config
 from pretrain.data.batch import Batch
-from pretrain.data.layout import BACKWARD, FORWARD
 from pretrain.objectives.base import build_objective
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather

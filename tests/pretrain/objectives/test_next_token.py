@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_prep.layout import Pairing, make_layout
 from pretrain.data.batch import Batch, assemble
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
 from pretrain.objectives.base import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from data_prep.layout import SpecialTokenIds
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import SpecialTokenIds
 from pretrain.planning.plan import make_loader
 from pretrain.studies.corpora import assign_corpora
 from pretrain.studies.matching import Matching, load_base_config

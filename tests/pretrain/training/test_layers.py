@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
+from data_prep.layout import Pairing, make_layout
 from pretrain.data.batch import Batch, assemble
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, build_model_config, random_causal_lm
 from pretrain.training.layers import compile_layers, enable_activation_checkpointing, raise_recompile_limit

@@ -2,7 +2,7 @@
 
 import torch
 
-from pretrain.data.layout import SpecialTokenIds, make_layout
+from data_prep.layout import SpecialTokenIds, make_layout
 from pretrain.data.loader import count_targets
 from pretrain.training.distributed import World
 from pretrain.training.validation import Validation

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_prep.layout import Pairing, make_layout
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.models.language_model import build_model_config, random_causal_lm
 from pretrain.training.distributed import init_world
 from pretrain.training.evaluation_requests import single_process_environment

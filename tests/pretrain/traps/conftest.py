@@ -13,11 +13,11 @@ import pytest
 import tokenizers
 
 from data_prep.config import DataConfig
+from data_prep.layout import Layout, Pairing, SpecialTokenIds, make_layout
 from data_prep.pipeline import prepare
 from pretrain.data import batch as batches
 from pretrain.data.batch import Batch
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, Pairing, SpecialTokenIds, make_layout
 from pretrain.data.loader import Rows
 from tests.row_plans import plan
 

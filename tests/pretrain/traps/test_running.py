@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from data_prep import encode
+from data_prep.layout import Pairing, SpecialTokenIds, make_layout
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
-from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
 from pretrain.data.loader import Loader
 from pretrain.run_folder import list_steps, step_name
 from pretrain.training.checkpoint import check, consolidate
@@ -67,11 +67,11 @@ TWO_RANK_RUNS = [
 NO_GPU = 'raise RuntimeError("no CUDA GPUs are available")\n'
 TOKENIZING_ON_A_GPU = """
 from data_prep.tokenizer import Tokenizer
-original = Tokenizer.encode_batch
-def encode_batch(self, texts):
+original = Tokenizer.encode_ragged
+def encode_ragged(self, texts):
     import torch
-    return torch.tensor(original(self, texts)).cuda().tolist()
-Tokenizer.encode_batch = encode_batch
+    return tuple(torch.from_numpy(array).cuda().numpy() for array in original(self, texts))
+Tokenizer.encode_ragged = encode_ragged
 """
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_prep.layout import Pairing, make_layout
 from pretrain.data import loader as loading
 from pretrain.data.batch import micro_batches
-from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows, count_targets, loss_denominators
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask

@@ -126,13 +126,13 @@ def tokenized_at_start(patch: pytest.MonkeyPatch) -> None:
 
 def tokenized_texts(patch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that collects all texts that are tokenized after this call."""
-    original, seen = Tokenizer.encode_batch, []
+    original, seen = Tokenizer.encode_ragged, []
 
-    def encode_batch(self, texts):
+    def encode_ragged(self, texts):
         seen.extend(texts)
         return original(self, texts)
 
-    patch.setattr(Tokenizer, "encode_batch", encode_batch)
+    patch.setattr(Tokenizer, "encode_ragged", encode_ragged)
     return seen
 
 

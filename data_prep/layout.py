@@ -15,13 +15,17 @@ predictor tokens are prepended instead, it is the hidden state of the view's las
 itself. With more than two views, each view predicts the next one. Only the views that a record has are numbered: a
 record that lacks its second view is a plain document.
 
-Only this module knows about views, predictor tokens, directions and read-outs.
+Only this module knows about views, predictor tokens, directions and read-outs. The preparation needs it too, to compute
+how long a record is in a packed row.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+MAX_PREDICTOR_TOKENS = 12
+"""Maximum number of predictor tokens per context."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +115,27 @@ class Layout:
 
     def segment_lengths(self, lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
         """Return the tokens of each segment: view lengths (N, views), pair flags (N,) -> (N, segments); 0 if absent."""
-        columns = []
-        for segment in self.segments:
-            inner = self.predictor_tokens if segment.view is None else lengths[:, segment.view]
-            present = (lengths[:, segment.needs] > 0) & (paired if segment.pair_only else True)
-            columns.append((inner + len(segment.prefix) + len(segment.suffix)) * present)
+        columns = [self._lengths_of(segment, lengths, paired) for segment in self.segments]
         return np.stack(columns, axis=1).astype(np.int64)
 
     def positions(self, lengths: np.ndarray) -> np.ndarray:
         """Return the number of positions of each record, pair segments included: view lengths (N, views) -> (N,)."""
-        total: np.ndarray = self.segment_lengths(lengths, np.ones(len(lengths), bool)).sum(axis=1)
+        paired = np.ones(len(lengths), bool)
+        total = np.zeros(len(lengths), np.int64)
+        for segment in self.segments:
+            total += self._lengths_of(segment, lengths, paired)
         return total
+
+    def _lengths_of(self, segment: Segment, lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
+        """Return the tokens of one segment: view lengths (N, views), pair flags (N,) -> (N,); 0 if absent."""
+        inner = self.predictor_tokens if segment.view is None else lengths[:, segment.view]
+        present = (lengths[:, segment.needs] > 0) & (paired if segment.pair_only else True)
+        segment_lengths: np.ndarray = (inner + len(segment.prefix) + len(segment.suffix)) * present
+        return segment_lengths
+
+    def separate_segment(self, view: int) -> Segment:
+        """Return the segment that encodes a view separately: it sees no other segment."""
+        return next(segment for segment in self.segments if segment.view == view and segment.parent is None)
 
     def count_segment_targets(self, segment: Segment, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
         """Return the number of next-token targets that each record has in a segment.
@@ -224,6 +238,7 @@ def make_layout(
     elif kind != "independent":
         raise ValueError(f"unknown layout {kind!r}: choose joint or independent")
     for view in range(views):
+        copy = Segment(view, (), eos, needs=view, pair_only=True)
         partners = [target for source, target in edges if source == view]
         if kind == "independent":
             alone[view] = len(segments)
@@ -233,10 +248,10 @@ def make_layout(
             )
         elif view and (any(target == view for _, target in edges) or (partners and not pairing.prepended)):
             alone[view] = len(segments)
-            segments.append(Segment(view, (), eos, needs=view, pair_only=True))
+            segments.append(copy)
         if partners:
             needs = min(max(view, partner) for partner in partners)
-            like = segments[alone[view]] if view in alone else Segment(view, (), eos)
+            like = segments[alone[view]] if view in alone else copy
             segments += _prediction(pairing, like, alone.get(view), needs, len(segments))
             predicting[view] = len(segments) - 1 if pairing.predictor_tokens else alone[view]
     read_outs = [
@@ -258,3 +273,19 @@ def _prediction(pairing: Pairing, view: Segment, place: int | None, needs: int, 
             Segment(view.view, (), view.suffix, parent=first, needs=needs, pair_only=True),
         ]
     return [Segment(None, parent=place, needs=needs, pair_only=True)]
+
+
+def present_first(lengths: np.ndarray) -> np.ndarray:
+    """Return the order of each record's columns in which columns with tokens are first: (N, views) -> (N, views)."""
+    return np.argsort(lengths == 0, axis=1, kind="stable")
+
+
+def positions_needed(lengths: np.ndarray) -> np.ndarray:
+    """Return the positions for which the preparation reserves room in a packed row: view lengths (N, views) -> (N,).
+
+    These are the positions of the joint layout in which each view predicts the next one with the maximum number of
+    appended predictor tokens. Any view of a record may be absent.
+    """
+    specials = SpecialTokenIds(*range(5))  # the positions do not depend on the ids
+    layout = make_layout("joint", specials, views=lengths.shape[1], pairing=Pairing(MAX_PREDICTOR_TOKENS))
+    return layout.positions(np.take_along_axis(lengths, present_first(lengths), axis=1))
