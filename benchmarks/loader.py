@@ -248,7 +248,7 @@ def start_up(path: str) -> None:
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
     from pretrain.planning.plan import make_loader
-    from pretrain.training.setup import check
+    from pretrain.training.start_checks import check
 
     config = load_config(path)
     specials = SpecialTokenIds(0, 2, 3, 4, VOCABULARY)

@@ -24,7 +24,7 @@ from pretrain.planning.plan import Plan, make_plan
 from pretrain.sections import BUDGETS
 from pretrain.studies.config import Study
 from pretrain.tasks.options import AnswerTask
-from pretrain.training.setup import check
+from pretrain.training.start_checks import check
 
 ROWS = ("global_batch_rows", "micro_batch_rows")
 CLOSE = 0.05

@@ -13,7 +13,7 @@ from pretrain.planning.settings import engine_settings
 from pretrain.planning.tables import plan_tables
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import normalize_launcher_env
-from pretrain.training.setup import check
+from pretrain.training.start_checks import check
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus
 from pretrain.run_folder import read_status
-from pretrain.training import setup
-from pretrain.training.setup import check
+from pretrain.training import start_checks
+from pretrain.training.start_checks import check
 from tests.commands import prepare_corpus, run_command, tiny_config, write_config
 
 PLAIN, PREPENDED = {"name": "next_token"}, {"name": "llm_jepa", "distance": "cosine", "predictor_placement": "prepend"}
@@ -64,30 +64,27 @@ def small_corpus(write_corpus):
     ("length", "objective", "needed"),
     [(48, PLAIN, None), (48, PREPENDED, None), (47, PLAIN, 48), (46, {"name": "llm_jepa", "distance": "cosine"}, 48)],
 )
-def test_rows_shorter_than_the_longest_record_are_refused(config, small_corpus, length, objective, needed):
+def test_rows_shorter_than_the_longest_record_are_refused(config, small_corpus, messages, length, objective, needed):
     corpus = small_corpus()
     chosen = config(corpus, data__sequence_length=length, objective=objective)
     if needed is None:
-        check(chosen, corpus, pytest.fail if objective is PLAIN else print)
+        check(chosen, corpus)
+        assert messages == [] or objective is not PLAIN
     else:
         with pytest.raises(
             UserError, match=rf"data.sequence_length is {length}, too short .*the longest needs {needed} positions"
         ):
-            check(chosen, corpus, print)
+            check(chosen, corpus)
 
 
 def test_lengths_are_read_only_if_the_manifest_lacks_the_answer_and_the_read_is_reported(
-    config, small_corpus, monkeypatch
+    config, small_corpus, monkeypatch, messages
 ):
-    monkeypatch.setattr(setup, "LENGTHS_AT_ONCE", 10)
-    corpus, messages = small_corpus(), []
-    check(
-        config(corpus, data__sequence_length=48, objective={"name": "llm_jepa", "distance": "cosine"}),
-        corpus,
-        messages.append,
-    )
+    monkeypatch.setattr(start_checks, "LENGTHS_AT_ONCE", 10)
+    corpus = small_corpus()
+    check(config(corpus, data__sequence_length=48, objective={"name": "llm_jepa", "distance": "cosine"}), corpus)
     assert messages == []
-    check(config(corpus, data__sequence_length=48, objective=PREPENDED), corpus, messages.append)
+    check(config(corpus, data__sequence_length=48, objective=PREPENDED), corpus)
     assert messages == [
         "note: reading the lengths of 44 records, "
         "because the manifest does not show whether all fit data.sequence_length=48"
@@ -97,30 +94,25 @@ def test_lengths_are_read_only_if_the_manifest_lacks_the_answer_and_the_read_is_
 def test_pairs_are_found_after_any_number_of_documents_and_missing_pairs_are_an_error(
     config, write_corpus, monkeypatch
 ):
-    monkeypatch.setattr(setup, "LENGTHS_AT_ONCE", 10)
+    monkeypatch.setattr(start_checks, "LENGTHS_AT_ONCE", 10)
     objective = {"name": "llm_jepa", "distance": "cosine"}
     for records, pairs in (([([5], [])] * 50 + [([5], [6])], True), ([([5], [])] * 50, False)):
         corpus = write_corpus(records)
         corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}}
         if pairs:
-            check(config(corpus, objective=objective), corpus, print)
+            check(config(corpus, objective=objective), corpus)
         else:
             with pytest.raises(UserError, match=r"no record of .* has two views"):
-                check(config(corpus, objective=objective), corpus, print)
+                check(config(corpus, objective=objective), corpus)
 
 
-def test_rows_of_a_task_may_be_a_source(config, write_corpus, tmp_path):
+def test_rows_of_a_task_may_be_a_source(config, write_corpus, tmp_path, messages):
     corpus = write_corpus([([5], [6])] * 4)
     corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}}
     (tmp_path / "test.jsonl").write_text('{"view0": "a", "view1": "b"}\n')
-    messages = []
 
     def start(test):
-        check(
-            config(corpus, objective=PLAIN, evaluation={"tasks": [{"name": "retrieval", "test": test}]}),
-            corpus,
-            messages.append,
-        )
+        check(config(corpus, objective=PLAIN, evaluation={"tasks": [{"name": "retrieval", "test": test}]}), corpus)
 
     start({"type": "hub", "path": "owner/name"})
     start({"type": "json", "path": str(tmp_path / "test.jsonl")})
@@ -190,7 +182,7 @@ def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
     run_command(["python", "launcher/run.py", path, *ALLOWED, "--dry-run"])
 
 
-def test_task_files_that_the_preparation_did_not_decontaminate_against_are_named(tmp_path):
+def test_task_files_that_the_preparation_did_not_decontaminate_against_are_named(tmp_path, messages):
     (tmp_path / "seen.jsonl").write_text('{"text": "a question that is seen", "code": "a"}\n')
     (tmp_path / "new.jsonl").write_text('{"text": "a question that is new", "code": "a"}\n')
     tests = {
@@ -204,8 +196,8 @@ def test_task_files_that_the_preparation_did_not_decontaminate_against_are_named
         config = load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": tasks}, **changes)))
         if not (tmp_path / "corpus" / "manifest.json").exists():
             prepare_corpus(tmp_path / "run.yaml")
-        messages: list[str] = []
-        check(config, Corpus(config.data.path, "train"), messages.append)
+        messages.clear()
+        check(config, Corpus(config.data.path, "train"))
         return [
             line.split(" (task")[0].rsplit(" ", 1)[1] for line in messages if "was not decontaminated against" in line
         ]
