@@ -6,13 +6,12 @@
 """
 
 import argparse
-import difflib
 import sys
 from pathlib import Path
 
 from data_prep.config import DataConfig, evaluation_tests
 from data_prep.executor import Executor, MpiExecutor
-from data_prep.utils.config_file import load_yaml, validate
+from data_prep.utils.config_file import load_yaml, similar_key, unknown_key, validate
 from data_prep.utils.console import UserError, exit_on_user_error, show_only_errors
 from data_prep.utils.launch_env import find_mpi, is_silent_rank
 
@@ -41,22 +40,23 @@ def main() -> None:
 def prepare_corpus(executor: Executor | None) -> None:
     """Parse the command line and prepare the corpus of a configuration."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep",
+        prog=_program(),
         description="Tokenize the records of a corpus, each with its views, and write them to shards.",
-        epilog="python -m data_prep verify PATH checks a prepared corpus; python -m pretrain.data shows what is in it.",
+        epilog=f"{_program()} verify PATH checks a prepared corpus; python -m pretrain.data shows what is in it.",
     )
     parser.add_argument(
         "config", help="YAML file of the run; only `data` and the test files of `evaluation.tasks` are read"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="overrides of the file, with dotted keys"
+    )
     arguments = parser.parse_args()
     # Overrides of model.shape change a file that only training reads.
     relevant_overrides = [override for override in arguments.overrides if not override.startswith("model.shape.")]
     values = load_yaml(arguments.config, relevant_overrides)
     for key in values:
-        nearest = difflib.get_close_matches(str(key), READ_SECTIONS, n=1, cutoff=0.75)
-        if nearest and key not in READ_SECTIONS:
-            raise UserError(f"unknown key {key!r} in {arguments.config}; the nearest known key is {nearest[0]!r}")
+        if key not in READ_SECTIONS and similar_key(str(key), READ_SECTIONS):
+            raise UserError(unknown_key(str(key), READ_SECTIONS, arguments.config))
     if "data" not in values:
         raise UserError(f"{arguments.config} has no `data` section; add one (see docs/data.md)")
     data = validate(DataConfig, values["data"], "data")
@@ -70,13 +70,19 @@ def prepare_corpus(executor: Executor | None) -> None:
 
 def run_verify(arguments: list[str]) -> None:
     """Check the file, checksums, structure, token ids and counts of every shard. Exit with code 2 on any fault."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep verify", description=run_verify.__doc__)
+    parser = argparse.ArgumentParser(prog=f"{_program()} verify", description=run_verify.__doc__)
     parser.add_argument("path", type=Path, help="folder of a prepared corpus: data.path")
     path = parser.parse_args(arguments).path
 
     from data_prep.tools.verify import verify  # imported late, as in prepare_corpus
 
     verify(path)
+
+
+def _program() -> str:
+    """Return how this command was called: as a module, or as the script jepa-prepare."""
+    name = Path(sys.argv[0]).name
+    return "python -m data_prep" if name == "__main__.py" else name
 
 
 def run() -> None:

@@ -1,12 +1,11 @@
 """The `data` section of the configuration, and the part of `evaluation` that `data_prep` reads."""
 
-import difflib
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from data_prep.utils.config_file import LocalPath, Section, validate
+from data_prep.utils.config_file import LocalPath, Section, similar_key, unknown_key, validate
 
 Split = Literal["train", "validation", "test"]
 MAX_VIEWS = 8
@@ -305,9 +304,8 @@ class TaskFiles(BaseModel):
     @classmethod
     def _reject_misspelt_keys(cls, values: Any) -> Any:
         for key in values if isinstance(values, dict) else ():
-            if key not in cls.model_fields and difflib.get_close_matches(str(key), cls.model_fields, 1, 0.7):
-                nearest = difflib.get_close_matches(str(key), cls.model_fields, 1)[0]
-                raise ValueError(f"unknown key {key!r}; the nearest known key is {nearest!r}")
+            if key not in cls.model_fields and similar_key(str(key), cls.model_fields):
+                raise ValueError(unknown_key(str(key), cls.model_fields))
         return values
 
 

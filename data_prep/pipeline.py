@@ -268,7 +268,7 @@ class _Preparation:
             lambda: sum(read_json(scan_report(self.job, number))["records"] for number in range(len(self.units)))
         )
         for kind in kinds:
-            keys = near_duplicates.num_bands(self.job.near_threshold) if kind == "near_duplicate" else 1
+            keys = near_duplicates.band_shape(self.job.near_threshold)[0] if kind == "near_duplicate" else 1
             parts = duplicates.num_parts(records * keys)
             outs = [self.job.partial / kind / f"{part:05d}.npy" for part in range(parts)]
             self._phase(

@@ -162,7 +162,7 @@ class _Scan:
         duplicates.write_fingerprints(fingerprint_file(self.job, number, "exact"), fingerprints, ordinals, ranks)
         if self.job.data.deduplicate == "near":
             views = len(self.job.data.views)
-            bands = near_duplicates.num_bands(self.job.near_threshold)
+            bands, _ = near_duplicates.band_shape(self.job.near_threshold)
             empty = np.empty((0, views, near_duplicates.NUM_HASHES), np.uint16), np.empty((0, bands, 2), np.uint64)
             signatures, keys = (np.concatenate(parts) for parts in zip(empty, *self.sketches, strict=True))
             near_duplicates.write_sketches(

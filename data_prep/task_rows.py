@@ -118,11 +118,14 @@ class RowReader:
             self._described(view) for view, text in zip(self.views, record.views or (), strict=False) if not text
         ]
         problem = record.problem or f"no text for the view{'s' * (len(missing) > 1)} {' and '.join(missing)}"
-        return (
-            f"{location}: {problem}; "
-            f"the row has {', '.join(columns) or 'no column'}: "
-            f"name the columns of the views in {self.key}, as for a source of data.sources"
-        )
+        found = f"{problem}; the row has {', '.join(columns) or 'no column'}"
+        if self.source.views is None and self.key.startswith("evaluation."):
+            example = ", ".join(f"{view}: COLUMN" for view in self.views)
+            return (
+                f"{location}: {found}: if a source of data.sources has these columns, add views: {{{example}}} to it; "
+                f"otherwise name the columns of the views in {self.key}, as for a source of data.sources"
+            )
+        return f"{location}: {found}: name the columns of the views in {self.key}, as for a source of data.sources"
 
     def _described(self, view: str) -> str:
         """Return the name of a view, followed by its column if the column has a different name."""

@@ -3,13 +3,12 @@
 DeepSpeed itself silently ignores a misspelt key, and fails late on a value of the wrong type.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
 
-from data_prep.utils.config_file import Section, validate
+from data_prep.utils.config_file import Section, unknown_key, validate
 from data_prep.utils.console import UserError
 
 COMPUTED_KEYS = {
@@ -131,8 +130,7 @@ def check_deepspeed(section: dict[str, Any]) -> None:
         if key in COMPUTED_KEYS:
             raise ValueError(f"{key} is computed by the project: set {COMPUTED_KEYS[key]} instead")
         if key not in PASSED_KEYS:
-            nearest = difflib.get_close_matches(key, PASSED_KEYS, 1, 0.0)[0]
-            raise ValueError(f"unknown key {key!r}; the nearest known key is {nearest!r}")
+            raise ValueError(unknown_key(key, PASSED_KEYS))
     for key, options in FEATURES.items():
         if not isinstance(section.get(key, {}), dict):
             raise ValueError(f"{key} must be a mapping of options, not {section[key]!r}")

@@ -6,6 +6,7 @@ Commands import this module before they load anything slow, so it imports nothin
 import json
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_DIR = "model"
 """Folder with the run's model configuration and tokenizer: an export without weights."""
+NOT_TERMS = ("loss/total", "loss/spike_score")
+"""Tags of metrics.jsonl that begin with `loss/` but are not a term of the objective."""
 REWIND_REASON_PREFIX = "rewinding"
 """Beginning of a status reason if the run ended to go back to an earlier checkpoint."""
 REWINDS = "rewinds.json"
@@ -63,6 +66,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     parsed = [parse_metrics_line(line) for line in lines]
     warn_about_corrupt_lines(path, [number for number, values in enumerate(parsed, 1) if values is None], "ignored")
     return [values for values in parsed if values is not None]
+
+
+def loss_terms(metrics: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the terms of the loss that lines of metrics.jsonl have, in the order in which the objective lists them."""
+    tags = dict.fromkeys(tag for line in metrics for tag in line)
+    names = dict.fromkeys(tag.removeprefix("validation/") for tag in tags if tag not in NOT_TERMS)
+    return [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
 
 
 def parse_metrics_line(line: str) -> dict[str, Any] | None:

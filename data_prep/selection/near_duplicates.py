@@ -64,6 +64,8 @@ def minhash_library() -> Any:
 def band_shape(threshold: float) -> tuple[int, int]:
     """Return the number of bands of a sketch and of hashes in each: the longest bands with the required recall.
 
+    Every record writes one fingerprint per band, so callers of `duplicates.num_parts` pass records * bands.
+
     A pair of similarity s shares a band of r hashes with probability s^r. The bands find a fraction of at least RECALL
     of the pairs at the threshold, if the threshold is at least 0.031: lower ones have 128 bands of one hash.
     """
@@ -73,14 +75,6 @@ def band_shape(threshold: float) -> tuple[int, int]:
         if hashes_per_band == 1 or 1 - (1 - threshold**hashes_per_band) ** (NUM_HASHES // hashes_per_band) >= RECALL
     )
     return NUM_HASHES // hashes_per_band, hashes_per_band
-
-
-def num_bands(threshold: float) -> int:
-    """Return the number of bands of a sketch.
-
-    Every record writes one fingerprint per band, so callers of `duplicates.num_parts` pass records * bands.
-    """
-    return band_shape(threshold)[0]
 
 
 def sketch(records: list[tuple[str, ...]], threshold: float = DEFAULT_THRESHOLD) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """The configuration file, its dotted overrides, and one-line messages for its errors.
 
 A run is described by one YAML file. Every key can be overridden on the command line by its dotted
-name (`data.sources.0.path=train.jsonl`). The message for an unknown key names the nearest known key.
+name (`data.sources.0.path=train.jsonl`). The message for an unknown key names a similar known key, if there is one.
 """
 
 import difflib
@@ -34,6 +34,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+SIMILARITY = 0.7
+"""Lowest ratio of difflib at which an unknown key counts as a misspelling of a known one."""
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """Path of a file or folder; a leading `~` is expanded to the home directory."""
 
@@ -66,7 +68,7 @@ def load_yaml(
     apply_overrides(config, overrides)
     for key in config:
         if sections is not None and key not in sections:
-            raise UserError(_unknown_key(str(key), sections, str(path) if key in in_file else "the command line"))
+            raise UserError(unknown_key(str(key), sections, str(path) if key in in_file else "the command line"))
     if isinstance(config.get("name"), str):
         config["name"] = re.sub(r"\{([\w.]+)\}", lambda match: str(_look_up(config, match[1])), config["name"])
     return config
@@ -147,7 +149,7 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
             if _with_list_index(key) in dotted_keys:
                 section_type = next(part for part in reversed(first["loc"]) if part in tags)
                 raise UserError(f"{key} has no effect with {section_type}; remove it") from None
-            raise UserError(_unknown_key(key, dotted_keys)) from None
+            raise UserError(unknown_key(key, dotted_keys)) from None
         if first["type"] == "union_tag_invalid":
             tag = first["ctx"]
             raise UserError(
@@ -203,11 +205,21 @@ def _with_list_index(key: str) -> str:
     return re.sub(r"\.\d+\b", ".0", key)
 
 
-def _unknown_key(key: str, known: typing.Sequence[str], where: str = "") -> str:
-    nearest = difflib.get_close_matches(_with_list_index(key), known, n=1, cutoff=0.0)
+def similar_key(key: str, known: typing.Iterable[str]) -> str | None:
+    """Return the known key that `key` is probably a misspelling of; None if there is no similar one."""
+    return next(iter(difflib.get_close_matches(_with_list_index(key), list(known), n=1, cutoff=SIMILARITY)), None)
+
+
+def unknown_key(key: str, known: typing.Iterable[str], where: str = "") -> str:
+    """Return the message for an unknown key: it names a similar known key, or else all known keys of its section."""
     location = f" in {where}" if where else ""
-    suggestion = f"; the nearest known key is {nearest[0]!r}" if nearest else ""
-    return f"unknown key {key!r}{location}{suggestion}"
+    nearest = similar_key(key, known)
+    if nearest is not None:
+        return f"unknown key {key!r}{location}; the nearest known key is {nearest!r}"
+    section = _with_list_index(key).rpartition(".")[0]
+    parts = [_with_list_index(name).rpartition(".") for name in known]
+    names = dict.fromkeys(name for parent, _, name in parts if parent == section)
+    return f"unknown key {key!r}{location}; the known keys there are {', '.join(names)}"
 
 
 def _one_line(text: str) -> str:

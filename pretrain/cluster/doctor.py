@@ -31,7 +31,9 @@ def main() -> None:
         "nodes of the current Slurm allocation, else this machine. All processes that it starts end with this command."
     )
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="overrides of the file, with dotted keys"
+    )
     parser.add_argument(
         "--hostfile", help="DeepSpeed hostfile with a line `host slots=N` for each node; N is its number of ranks"
     )

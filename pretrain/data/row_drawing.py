@@ -16,6 +16,8 @@ from pretrain.data.loader import Rows, plan_rows
 
 WINDOW = 4096
 """Records that are packed together for the picture."""
+DRAWN_POSITIONS, DRAWN_SEGMENTS = 128, 16
+"""Largest number of positions and of segments that are drawn. Of a longer row, only the first records are drawn."""
 OWN, ALL, NOTHING, PARTLY = "◣", "■", "·", "?"
 MARGIN = 10
 """Width of the left margin of a strip or a matrix, in columns."""
@@ -37,6 +39,7 @@ class _Segment:
 def draw_row(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_length: int, width: int) -> str:
     """Return a drawing of the row that contains `record`, packed together with the records after it.
 
+    Only the first records of a long row are drawn; the checks that no token sees another record cover the whole row.
     Lines have at most `width` columns (at least 80). `kind` is joint or independent. Raises ValueError if the record
     does not fit a row of `row_length`.
     """
@@ -58,13 +61,19 @@ def draw_row(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_
         + f": {len(rows.records)} records, {len(segments)} segments, {used:,} tokens, "
         f"{row_length - used:,} padding ({1 - used / row_length:.1%})"
     )
+    drawn = _first_records(segments)
+    if len(drawn) < len(segments) or used > DRAWN_POSITIONS:
+        head += (
+            f". Drawn below: the segments 0 to {len(drawn) - 1} and at most {DRAWN_POSITIONS} positions; "
+            "a smaller --row-length draws a complete row"
+        )
     return "\n\n".join(
         [
             textwrap.fill(head, width),
-            *_strips(batch, segments, used, width),
-            "\n".join(_table(corpus, batch, segments, width)),
-            "\n".join(_matrix(batch, segments, width)),
-            "\n".join(_read_outs(corpus, batch, segments)),
+            *_strips(batch, segments, used, min(drawn[-1].stop, DRAWN_POSITIONS), width),
+            "\n".join(_table(corpus, batch, drawn, width)),
+            "\n".join(_matrix(batch, segments, len(drawn), width)),
+            "\n".join(_read_outs(corpus, batch, drawn)),
         ]
     )
 
@@ -101,8 +110,18 @@ def _segments(corpus: Corpus, layout: Layout, rows: Rows) -> list[_Segment]:
     return segments
 
 
-def _strips(batch: Batch, segments: list[_Segment], used: int, width: int) -> list[str]:
-    """Return the row from left to right, one column per position, cut into strips of a multiple of ten columns."""
+def _first_records(segments: list[_Segment]) -> list[_Segment]:
+    """Return the segments of the first records that fit the largest drawing, and at least one record."""
+    too_far = [segment for segment in segments if segment.stop > DRAWN_POSITIONS or segment.number >= DRAWN_SEGMENTS]
+    skipped = {segment.record for segment in too_far} - {segments[0].record}
+    return [segment for segment in segments if segment.record not in skipped]
+
+
+def _strips(batch: Batch, segments: list[_Segment], used: int, stop: int, width: int) -> list[str]:
+    """Return the row up to position `stop` from left to right, one column per position.
+
+    It is cut into strips of a multiple of ten columns. If `stop` is the end of the records, padding follows.
+    """
     length = batch.token_ids.shape[1]
     shown = length if length <= used + 10 else used + 10  # more padding would look the same
     valid = batch.pair_valid
@@ -126,9 +145,12 @@ def _strips(batch: Batch, segments: list[_Segment], used: int, width: int) -> li
     for index in batch.target_index[valid].tolist():
         lines["read-out"][index] = "T" if lines["read-out"][index] == " " else "B"
     step = (width - MARGIN) // 10 * 10
+    end = shown if stop == used else stop
     strips = [
-        "\n".join(f"{name:<{MARGIN}}{''.join(line[first : first + step])}".rstrip() for name, line in lines.items())
-        for first in range(0, shown, step)
+        "\n".join(
+            f"{name:<{MARGIN}}{''.join(line[first : min(first + step, end)])}".rstrip() for name, line in lines.items()
+        )
+        for first in range(0, end, step)
     ]
     return [
         *strips,
@@ -212,8 +234,8 @@ def _content(corpus: Corpus, ids: list[int]) -> str:
     return " ".join(parts)
 
 
-def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
-    """Return a matrix that shows which segment sees which.
+def _matrix(batch: Batch, segments: list[_Segment], drawn: int, width: int) -> list[str]:
+    """Return a matrix that shows which of the first `drawn` segments sees which.
 
     Records are shown side by side as far as the width allows. A last line summarises the visibility between records.
     """
@@ -231,7 +253,7 @@ def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
             width,
         )
     ]
-    for group in _groups(record, room):
+    for group in _groups(record[:drawn], room):
         lines.append(" " * MARGIN + "".join(f"{number:>{cell}}" for number in group))
         for query in group:
             signs = [
@@ -298,6 +320,7 @@ def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[s
         batch.pair_record[valid].tolist(),
         strict=True,
     )
+    records = {segment.record for segment in segments}
     starts = [segment.start for segment in segments]
 
     def describe(index: int) -> str:
@@ -310,7 +333,9 @@ def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[s
         )
 
     lines = [
-        f"  record {record}: {describe(prediction)}  ──▶  {describe(target)}" for prediction, target, record in pairs
+        f"  record {record}: {describe(prediction)}  ──▶  {describe(target)}"
+        for prediction, target, record in pairs
+        if record in records
     ]
     return (
         ["read-outs: prediction ──▶ target", *lines]

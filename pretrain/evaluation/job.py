@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="override of a dotted key of the run's configuration, or of task.KEY for the task given by --task",
     )

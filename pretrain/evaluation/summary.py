@@ -6,24 +6,20 @@ from pathlib import Path
 
 from data_prep.utils.console import print_table
 from pretrain.evaluation.results import SCORING_VERSION, read_results, scoring_version
-from pretrain.run_folder import read_metrics, read_status
+from pretrain.run_folder import loss_terms, read_metrics, read_status
 
 TABLE_COLUMNS = 6
 """Maximum number of metrics per task in the summary table; a task lists its most informative metrics first."""
-
-NOT_TERMS = ("loss/total", "loss/spike_score")
-"""Tags of losses that are not a term of the objective."""
 
 
 def print_summary(run_dir: Path) -> None:
     """Print the results of training and evaluation, and how to see the curves."""
     print(f"\n{run_dir}: {read_status(run_dir).get('status', 'unknown')}")
     metrics = read_metrics(run_dir)
-    written = dict.fromkeys(tag for line in metrics for tag in line)
-    losses = [tag for tag in written if tag.startswith("loss/") and tag not in NOT_TERMS]
+    terms = loss_terms(metrics)
     tags = [
-        *losses,
-        *(f"validation/{tag}" for tag in losses),
+        *(f"loss/{term}" for term in terms),
+        *(f"validation/loss/{term}" for term in terms),
         "validation/embedding/paired_cosine",
         "validation/embedding/shuffled_cosine",
         "validation/embedding/retrieval_at_1",

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.utils.console import UserError
 from pretrain.report.runs import Metric, Run, declared_direction, is_run, known_metrics, read_run
+from pretrain.run_folder import loss_terms
 from pretrain.tasks.directions import VALIDATION
 
 STUDY = "study.json"
@@ -69,6 +70,11 @@ class Comparison:
     def runs(self) -> list[Run]:
         """Runs of all arms."""
         return [run for arm in self.arms.values() for run in arm.runs.values()]
+
+    @property
+    def loss_terms(self) -> list[str]:
+        """Terms of the loss that the runs recorded, in the order of their objectives, the baseline's terms first."""
+        return loss_terms(line for run in self.runs for line in run.metrics)
 
     @property
     def others(self) -> list[Arm]:

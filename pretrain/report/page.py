@@ -13,7 +13,7 @@ from pretrain.report.curves import Band, metric_bands, tag_bands
 from pretrain.report.embeddings import EmbeddingProjection, picture
 from pretrain.report.examples import worst_examples
 from pretrain.report.overfitting import Overfitting, overfitting
-from pretrain.report.summary import MONITORS, Summaries, Summary, spread
+from pretrain.report.summary import MONITORS, Spread, Summaries, Summary, spread
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,11 @@ PAST = [
     "metric change from there to the end",
 ]
 """Column headings of the table on overfitting."""
+AUXILIARY_TERMS = (
+    "Auxiliary terms are unweighted. Their unit depends on the objective, so compare them only between arms with the "
+    "same objective."
+)
+"""Remark on the auxiliary terms of the loss."""
 AMOUNTS = ("tokens", "flops", "seconds")
 ENVIRONMENT = Environment(
     loader=PackageLoader("pretrain.report", "."),
@@ -81,18 +86,15 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
         f"{len(summary.values)} of {summary.arm.planned}",
         narrative.format_spread(summary.metric),
         *compared,
-        narrative.format_spread(summary.losses.get("validation/loss/lm")),
+        narrative.format_spread(summaries.losses.get("validation/loss/lm", {}).get(summary.arm.name)),
         *map(_amount, amounts),
         *costs,
     ]
 
 
-def score_rows(summaries: Summaries) -> list[list[str]]:
-    """Return a row for each metric of each task: the name and the spread of the metric in each arm."""
-    return [
-        [name, *(narrative.format_spread(values[arm]) for arm in summaries.arms)]
-        for name, values in summaries.scores.items()
-    ]
+def rows_by_arm(values: dict[str, dict[str, Spread | None]]) -> list[list[str]]:
+    """Return a row for each score or loss: its name and its spread in each arm."""
+    return [[name, *map(narrative.format_spread, by_arm.values())] for name, by_arm in values.items()]
 
 
 def past_rows(past: Overfitting) -> list[list[str]]:
@@ -128,7 +130,10 @@ def markdown(summaries: Summaries) -> str:
     if remarks:
         lines += ["", *(f"- {_plain(remark)}" for remark in remarks)]
     if summaries.scores:
-        lines += ["", "## All scores", "", *_table(["metric", *summaries.arms], score_rows(summaries))]
+        lines += ["", "## All scores", "", *_table(["metric", *summaries.arms], rows_by_arm(summaries.scores))]
+    if summaries.losses:
+        lines += ["", "## Validation losses", "", *_table(["term", *summaries.arms], rows_by_arm(summaries.losses))]
+        lines += ["", AUXILIARY_TERMS]
     if past := overfitting(summaries):
         lines += ["", "## Past the best validation loss", "", *_table(PAST, past_rows(past)), ""]
         lines += [f"- {_plain(sentence)}" for sentence in narrative.overfitting_sentences(summaries, past)]
@@ -173,8 +178,11 @@ def html(summaries: Summaries) -> str:
         pictures=pictures,
         no_picture=no_picture,
         examples=worst_examples(comparison),
-        scores=score_rows(summaries),
+        scores=rows_by_arm(summaries.scores),
         score_heads=["metric", *summaries.arms],
+        losses=rows_by_arm(summaries.losses),
+        loss_heads=["term", *summaries.arms],
+        loss_remark=AUXILIARY_TERMS,
         past=past,
         past_heads=PAST,
         past_rows=past_rows(past) if past else [],
@@ -201,12 +209,9 @@ def _curves(summaries: Summaries) -> list[dict[str, Any]]:
             _bands_of(summaries, "validation/loss/lm"),
         ),
         "loss/lm": ("Next-token loss of the training batches.", "nats per token", _bands_of(summaries, "loss/lm")),
-        "loss/jepa": (
-            "The unweighted auxiliary term. Each distance has a different unit, so different terms are not comparable.",
-            "arbitrary units",
-            _bands_of(summaries, "loss/jepa"),
-        ),
     }
+    auxiliary_tags = [f"loss/{term}" for term in summaries.comparison.loss_terms if term != "lm"]
+    measures |= {tag: (AUXILIARY_TERMS, "arbitrary units", _bands_of(summaries, tag)) for tag in auxiliary_tags}
     x_axis = AMOUNTS if not summaries.flops_unavailable_reason else ("tokens", "seconds")
     drawn = (
         {"title": title, "remark": remark, "svg": Markup(plots.curves(summaries, bands, unit, x_axis))}

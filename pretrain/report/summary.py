@@ -12,9 +12,9 @@ from pretrain.report.arms import Arm, Comparison
 from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import Metric, Run
 from pretrain.report.statistics import PairedTest, compare
+from pretrain.tasks.directions import VALIDATION
 
 MONITORS = ("paired_cosine", "shuffled_cosine", "retrieval_at_1", "effective_rank")
-LOSSES = ("loss/lm", "loss/jepa", "validation/loss/lm", "validation/loss/jepa")
 
 
 class Spread(NamedTuple):
@@ -58,7 +58,6 @@ class Summary:
     """FLOPs per corpus token, relative to the baseline."""
     seconds_ratio: Spread | None
     """Seconds per corpus token, relative to the baseline: the ratio of means, and the extremes over seeds."""
-    losses: dict[str, Spread] = field(default_factory=dict)
     monitors: dict[str, Spread] = field(default_factory=dict)
     collapsed: list[int] = field(default_factory=list)
     """Seeds whose embeddings have collapsed."""
@@ -87,6 +86,8 @@ class Summaries:
     """Reason why FLOPs are not counted; empty if they are counted."""
     scores: dict[str, dict[str, Spread | None]]
     """TASK/NAME of each metric of each task -> arm -> values of the metric at the end of the finished runs."""
+    losses: dict[str, dict[str, Spread | None]]
+    """Tag of the validation loss of each term -> arm -> values of the loss at the end of the finished runs."""
 
     @property
     def baseline(self) -> Summary | None:
@@ -134,11 +135,10 @@ def summarize(comparison: Comparison) -> Summaries:
             flops.get(name),
             flops[name] / flops[comparison.baseline] if flops and comparison.baseline else None,
             _seconds_ratio(arm, baseline_arm) if baseline_arm else None,
-            {tag: losses for tag in LOSSES if (losses := spread(run.value(tag) for run in finished))},
             {tag: monitors for tag in MONITORS if (monitors := spread(monitor(run, tag) for run in finished))},
             [run.seed for run in finished if _collapsed(run)],
         )
-    return Summaries(comparison, arms, settings, problem, _scores(comparison))
+    return Summaries(comparison, arms, settings, problem, _scores(comparison), _losses(arms, comparison.loss_terms))
 
 
 def _scores(comparison: Comparison) -> dict[str, dict[str, Spread | None]]:
@@ -153,6 +153,14 @@ def _scores(comparison: Comparison) -> dict[str, dict[str, Spread | None]]:
             for name, arm in comparison.arms.items()
         }
     return scores
+
+
+def _losses(arms: dict[str, Summary], terms: list[str]) -> dict[str, dict[str, Spread | None]]:
+    losses = {
+        tag: {name: spread(run.value(tag) for run in arm.finished) for name, arm in arms.items()}
+        for tag in (f"{VALIDATION}/loss/{term}" for term in terms)
+    }
+    return {tag: by_arm for tag, by_arm in losses.items() if any(by_arm.values())}
 
 
 def _all_flops(comparison: Comparison) -> tuple[dict[str, float], str]:

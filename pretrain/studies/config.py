@@ -15,7 +15,7 @@ from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.report.runs import Metric
 from pretrain.sections import BUDGETS
-from pretrain.tasks.directions import direction, metric_directions
+from pretrain.tasks.directions import LOSS_TASK, direction, metric_directions
 from pretrain.tasks.options import TaskConfig
 
 STUDY_KEYS = ("name", "seed", "output_dir", "checkpoint.resume")
@@ -139,6 +139,13 @@ class Study:
         except UserError as error:
             raise UserError(f"arms.{arm}: {error}") from None
 
+    def loss_terms(self) -> list[str]:
+        """Return the terms of the objectives of all arms."""
+        from pretrain.objectives.base import build_objective  # imported late because it loads torch
+
+        configs = [self.run_config(arm, self.config.seeds[0]) for arm in self.config.arms]
+        return list(dict.fromkeys(term for config in configs for term in build_objective(config.objective).weights))
+
 
 def run_name(arm: str, seed: int) -> str:
     """Return the name of a run, which is also the name of its folder in the study folder."""
@@ -167,18 +174,23 @@ def load_study(path: Path, overrides: list[str]) -> Study:
             f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has {existing_tasks} "
             "add the task"
         )
-    _resolve_metric(config.metric, tasks[config.metric.task], base.data.views)
+    _resolve_metric(study, tasks[config.metric.task], base.data.views)
     return study
 
 
-def _resolve_metric(metric: MetricConfig, task: TaskConfig, views: tuple[str, ...]) -> None:
-    """Check a metric, and set its `higher_is_better` to the declared direction if it is None.
+def _resolve_metric(study: Study, task: TaskConfig, views: tuple[str, ...]) -> None:
+    """Check the metric, and set its `higher_is_better` to the declared direction if it is None.
 
     Raises UserError if the task does not report the metric, or if no direction is set or declared.
     """
+    metric = study.config.metric
     declared_direction = direction(task.name, metric.name)
     reported = [name for name in metric_directions(task.name) if task.reports_metric(name, views)]
-    if reported and (declared_direction is None or not task.reports_metric(metric.name, views)):
+    is_reported = declared_direction is not None and task.reports_metric(metric.name, views)
+    if task.name == LOSS_TASK:
+        reported = [*study.loss_terms(), *reported]
+        is_reported = metric.name in reported
+    if reported and not is_reported:
         raise UserError(
             f"metric.name is {metric.name!r}, but the task {metric.task} reports {', '.join(reported)}; "
             "name one of these"

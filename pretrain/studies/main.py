@@ -19,6 +19,7 @@ def main(launcher_dir: Path) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="override keys of that file, such as base=CONFIG name=NAME seeds=[1,2,3]",
     )

@@ -14,8 +14,8 @@ MetricDirections = dict[str, MetricDirection]
 
 VALIDATION = "validation"
 """Task name that stands for validation: its metrics are the tags of metrics.jsonl that begin with `validation/`."""
-LOSSES: MetricDirections = dict.fromkeys(("lm", "jepa", "sigreg", "vicreg", "coding_rate"), "lower")
-"""Terms of the loss."""
+LOSS_TASK = "loss"
+"""Task whose metrics are the terms of the objective and the embedding monitors."""
 MONITORS: MetricDirections = {
     "paired_cosine": "neither",
     "shuffled_cosine": "lower",
@@ -23,9 +23,7 @@ MONITORS: MetricDirections = {
     "retrieval_at_1": "higher",
 }
 """Embedding monitors; see pretrain/objectives/monitors.py."""
-_VALIDATION: MetricDirections = {f"loss/{name}": direction for name, direction in LOSSES.items()} | {
-    f"embedding/{name}": direction for name, direction in MONITORS.items()
-}
+_VALIDATION: MetricDirections = {f"embedding/{name}": direction for name, direction in MONITORS.items()}
 
 
 def higher(*metrics: str) -> MetricDirections:
@@ -34,7 +32,10 @@ def higher(*metrics: str) -> MetricDirections:
 
 
 def metric_directions(task: str) -> MetricDirections:
-    """Return the declared direction of each metric of a task or of `validation`; empty for an unknown task."""
+    """Return the declared direction of each metric of a task or of `validation`; empty for an unknown task.
+
+    The terms of the loss are not declared, because they depend on the objective; see `direction`.
+    """
     if task == VALIDATION:
         return _VALIDATION
     name = f"pretrain.tasks.{task}"
@@ -47,9 +48,12 @@ def metric_directions(task: str) -> MetricDirections:
 def direction(task: str, metric: str) -> MetricDirection | None:
     """Return the direction that a task or `validation` declares for a metric, or None if it declares none.
 
-    A prefix `A_to_B_` of a retrieval metric, such as `code_to_text_`, names a direction of prediction and is ignored.
+    For a term of the loss, lower is better: these are the tags `loss/TERM` of `validation`, and all metrics of the task
+    `loss` except the monitors. A prefix `A_to_B_` of a retrieval metric, such as `code_to_text_`, names a direction of
+    prediction and is ignored.
     """
-    if task == VALIDATION and metric.startswith("loss/"):
+    is_term = metric.startswith("loss/") if task == VALIDATION else task == LOSS_TASK and metric not in MONITORS
+    if is_term:
         return "lower"
     declared = metric_directions(task)
     name = split_direction(metric)[1] if task == "retrieval" else metric

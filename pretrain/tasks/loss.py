@@ -5,10 +5,11 @@ pretrain/evaluation/model_tasks/loss.py measures them.
 
 from typing import Literal
 
-from pretrain.tasks.directions import LOSSES, MONITORS, MetricDirections
+from pretrain.tasks.directions import MONITORS, MetricDirections
 from pretrain.tasks.options import RowTask
 
-METRICS: MetricDirections = LOSSES | MONITORS
+METRICS: MetricDirections = MONITORS
+"""Directions of the monitors. All other metrics are terms of the objective; `direction` handles them."""
 
 
 class Config(RowTask):

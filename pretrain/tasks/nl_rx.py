@@ -49,6 +49,7 @@ class Config(AnswerTask):
     name: Literal["nl_rx"]
 
     HAS_DEFAULT_TEST_ROWS: ClassVar[bool] = True
+    SCORING_READS_TRAIN: ClassVar[bool] = True
 
 
 def evaluate(run: TaskRun) -> TaskResult:

@@ -1,6 +1,5 @@
 """Options that several tasks share."""
 
-import difflib
 import glob
 import importlib.util
 import os
@@ -11,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource, task_source
 from data_prep.tasks import public_row_format
-from data_prep.utils.config_file import LocalPath, Section
+from data_prep.utils.config_file import LocalPath, Section, unknown_key
 from data_prep.utils.console import UserError
 from pretrain.sections import LoraConfig, TrainConfig
 
@@ -121,7 +120,8 @@ class AnswerTask(RowTask):
     """
 
     train: LocalPath | TaskSource | None = None
-    """Rows to finetune on, like `test`."""
+    """Rows to finetune on, like `test`. Without `finetune`, only classification tasks and tasks with metrics on unseen
+    targets read them."""
     finetune: dict[str, Any] | None = None
     """Settings of the finetuning: keys of the top-level `train` section and their new values.
 
@@ -131,6 +131,9 @@ class AnswerTask(RowTask):
     """Objective of the finetuning: keys of `objective`; default: next_token."""
     finetune_lora: LoraConfig | None = None
     """LoRA settings; if set, only adapters are finetuned, not the whole model."""
+
+    SCORING_READS_TRAIN: ClassVar[bool] = False
+    """Whether the scoring reads the train rows too, so `train` has an effect without `finetune`."""
 
     @property
     def sources(self) -> dict[str, str | JsonSource | HubSource]:
@@ -161,14 +164,18 @@ class AnswerTask(RowTask):
     def _keys_of_train(cls, finetune: dict[str, Any] | None) -> dict[str, Any] | None:
         for key in finetune or {}:
             if key not in TrainConfig.model_fields:
-                nearest = difflib.get_close_matches(key, TrainConfig.model_fields, 1, 0.0)[0]
-                raise ValueError(f"unknown key {key!r} of train; the nearest known key is {nearest!r}")
+                raise ValueError(unknown_key(key, TrainConfig.model_fields, "train"))
         return finetune
 
     @model_validator(mode="after")
     def _finetuning_is_complete(self) -> "AnswerTask":
         if self.test is not None and self.finetune is not None and self.train is None:
             raise ValueError("finetune needs training rows for the same task as test; set train too")
+        if self.finetune is None and self.train is not None and not self.SCORING_READS_TRAIN:
+            raise ValueError(
+                f"train has no effect on {self.name} without finetune; set finetune too, for example {{epochs: 2}}, "
+                "or remove train"
+            )
         if self.finetune is None and (self.finetune_objective is not None or self.finetune_lora is not None):
             raise ValueError(
                 "finetune_objective and finetune_lora have no effect without finetune; set it too, for example "

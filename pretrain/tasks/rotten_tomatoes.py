@@ -1,6 +1,6 @@
 """rotten_tomatoes: classify a sentence of a film review as good or bad; see pretrain/tasks/labels.py."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data_prep.tasks.rotten_tomatoes import LABELS
 from pretrain.tasks.labels import METRICS, evaluate_labels
@@ -14,6 +14,8 @@ class Config(AnswerTask):
     """Options of the task that classifies a sentence of a review as good or bad."""
 
     name: Literal["rotten_tomatoes"]
+
+    SCORING_READS_TRAIN: ClassVar[bool] = True
 
 
 def evaluate(run: TaskRun) -> TaskResult:

@@ -20,7 +20,7 @@ wrong if its target fails or exceeds them (count `failed_gold`), or if its datab
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from data_prep.config import DataConfig
 from data_prep.utils.config_file import LocalPath
@@ -45,6 +45,8 @@ class Config(AnswerTask):
     name: Literal["spider"]
     databases: LocalPath
     """Folder of SQLite files, named DB.sqlite or DB/DB.sqlite for the database DB; or one file for all rows."""
+
+    SCORING_READS_TRAIN: ClassVar[bool] = True
 
     @property
     def paths(self) -> list[str]:

@@ -14,7 +14,7 @@ default settings (Popović 2015; Papineni et al. 2002). White space around an an
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from data_prep.config import DataConfig
 from pretrain.tasks.directions import MetricDirections, higher
@@ -31,6 +31,8 @@ class Config(AnswerTask):
     name: Literal["text"]
     similarity: list[Similarity] = []
     """Additional sacrebleu scores: chrf, bleu. They need the extra `similarity`."""
+
+    SCORING_READS_TRAIN: ClassVar[bool] = True
 
     def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
         """Return whether the task reports a metric; sacrebleu scores only if `similarity` lists them."""

@@ -1,6 +1,6 @@
 """yelp: predict the number of stars of a review; see pretrain/tasks/labels.py."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data_prep.tasks.yelp import LABELS
 from pretrain.tasks.labels import METRICS, evaluate_labels
@@ -14,6 +14,8 @@ class Config(AnswerTask):
     """Options of the task that predicts the number of stars of a review."""
 
     name: Literal["yelp"]
+
+    SCORING_READS_TRAIN: ClassVar[bool] = True
 
 
 def evaluate(run: TaskRun) -> TaskResult:

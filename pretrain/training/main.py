@@ -39,7 +39,9 @@ def main() -> None:
         "processes, or directly for one."
     )
     parser.add_argument("config", help="YAML configuration file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="overrides of the file, with dotted keys"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

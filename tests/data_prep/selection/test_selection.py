@@ -299,7 +299,7 @@ def test_dropped_records_do_not_affect_the_tokenizer(leaky, write_jsonl, tmp_pat
 def test_a_test_file_without_a_context_is_an_error(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(9)))
     with pytest.raises(
-        UserError, match=r"b\.jsonl:1: no text for the views text and code; the row has q: name the columns"
+        UserError, match=r"b\.jsonl:1: no text for the views text and code; the row has q: if a source of data\.sources"
     ):
         prepare(data_config(tmp_path / "out", source), task_tests(write_jsonl(tmp_path / "b.jsonl", [{"q": "a"}])))
     (tmp_path / "b.jsonl").write_text("\n")

@@ -64,6 +64,12 @@ def test_inspect(prepared, corpus, run_cli):
     assert row.startswith("A row of 256 positions, joint layout, k = 2") and "\n   0  " in row and " 5  text" in row
 
 
+def test_inspect_draws_only_the_first_records_of_a_long_row(prepared, run_cli):
+    code, out, _ = run_cli("inspect", prepared, "0", "--row-length", "1024")
+    assert code == 0 and "A row of 1,024 positions" in out and "no token sees a token of another record" in out
+    assert "a smaller --row-length draws a complete row" in " ".join(out.split()) and len(out.splitlines()) <= 65
+
+
 def test_inspect_the_validation_split_in_the_independent_layout(prepared, run_cli):
     code, out, _ = run_cli("inspect", prepared, "--split", "validation", "--layout", "independent")
     assert code == 0 and out.count("\nrecord ") == 2 and "A row of 128 positions, independent layout, k = 1" in out
@@ -115,6 +121,17 @@ def test_errors(arguments, expected, prepared, run_cli):
 def test_errors_of_data_prep(arguments, expected, run_cli):
     code, _, error = run_cli(*arguments, main=data_prep_main)
     assert code == 2 and expected in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("called", "shown"), [("bin/jepa-prepare", "jepa-prepare"), ("data_prep/__main__.py", "python -m data_prep")]
+)
+def test_the_usage_of_data_prep_shows_how_it_was_called(called, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [called])
+    with pytest.raises(SystemExit):
+        data_prep_main()
+    error = capsys.readouterr().err
+    assert f"usage: {shown} [-h] config [key=value ...]" in error and error.endswith("required: config\n")
 
 
 def test_unusual_text_is_shown_in_columns(prepared, tokenizer):

@@ -78,6 +78,20 @@ def test_the_page_is_self_contained_and_complete(reported):
     assert sum(tag == "svg" for tag, _ in page.found) >= 8
 
 
+def test_a_term_that_no_code_knows_is_in_the_table_and_in_a_chart(study_with_values):
+    study = study_with_values({"plain": {1: 0.7, 2: 0.7}, "new": {1: 0.7, 2: 0.7}})
+    for seed in SEEDS:
+        values = {"loss/new_term": 0.5, "validation/loss/new_term": seed}
+        change_lines(study / f"arm1-{seed}" / "metrics.jsonl", lambda line, values=values: line.update(values))
+    text, page = render_report(study, metric="validation/loss/new_term")
+    losses = parse_table(text.partition("## Validation losses")[2])
+    names = [name.replace("\\_", "_") for name in losses]
+    assert names == [f"validation/loss/{term}" for term in ("lm", "jepa", "new_term")]
+    assert list(losses.values())[2]["new"] == "1.5000 ± 0.7071" and list(losses.values())[2]["plain"] == "–"
+    assert re.findall(r"<h3>(loss/\w+)</h3>", page) == ["loss/lm", "loss/jepa", "loss/new_term"]
+    assert not read_comparison([study], None, "validation/loss/new_term").metric.higher_is_better
+
+
 def test_a_verdict_states_its_numbers(study_with_values):
     study = study_with_values({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "better": {1: 0.80, 2: 0.80, 3: 0.81}})
     text, page = render_report(study)

@@ -76,6 +76,7 @@ def test_override_values_survive_the_command_line(value):
     ("changes", "expected"),
     [
         ({"sedes": [1]}, "nearest known key is 'seeds'"),
+        ({"data": {}}, "the known keys there are name, base, output_dir, seeds, matched_by"),
         ({"seeds": [1, 1]}, "seeds lists a seed twice"),
         ({"baseline": "plian"}, "baseline is 'plian', but the arms are plain, jepa"),
         ({"matched_by": "time"}, "matched_by: Input should be 'tokens', 'flops', 'seconds' or 'none'"),

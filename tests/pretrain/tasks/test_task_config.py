@@ -25,6 +25,7 @@ from tests.commands import prepare_corpus, tiny_config, write_config
         ({"name": "loss", "test": "x", "databases": "y"}, "unknown key 'task.databases'"),
         ({"name": "geometry", "test": "x", "finetune": {"epochs": 1}}, "unknown key 'task.finetune'"),
         ({"name": "yelp", "test": "x", "finetune": {"epochs": 1}}, "set train too"),
+        ({"name": "gsm8k", "test": "x", "train": "y"}, "train has no effect on gsm8k without finetune"),
         (
             {"name": "gsm8k", "test": {"type": "hub", "path": "x", "weight": 2}},
             "task.test: weight and split apply to data.sources only",
@@ -38,7 +39,7 @@ from tests.commands import prepare_corpus, tiny_config, write_config
         ({"name": "geometry", "test": "x", "rows": 1}, "task.rows: the task compares"),
         (
             {"name": "nl_rx", "finetune": {"epoch": 1}},
-            "task.finetune: unknown key 'epoch' of train; the nearest known key is 'epochs'",
+            "task.finetune: unknown key 'epoch' in train; the nearest known key is 'epochs'",
         ),
         ({"name": "gsm9k", "test": "x"}, "task.name: unknown task 'gsm9k': choose one of"),
         ({}, "task.name: unknown task None: choose one of"),
@@ -234,7 +235,8 @@ UNREADABLE = {
     "other columns": (
         {"train": "FOLDER/others.jsonl", "finetune": {}},
         "FOLDER/others.jsonl:1: no text for the views text and code; the row has "
-        "a, b: name the columns of the views in evaluation.tasks.0.train",
+        "a, b: if a source of data.sources has these columns, add views: {text: COLUMN, code: COLUMN} to it; otherwise "
+        "name the columns of the views in evaluation.tasks.0.train",
     ),
     "a view is missing": (
         {"test": {"type": "json", "path": "FOLDER/others.jsonl", "views": {"text": "a"}}},

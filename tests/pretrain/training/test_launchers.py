@@ -265,6 +265,12 @@ def write_invalid_config(folder, tmp_path, mistake):
     return path, expected
 
 
+@pytest.mark.parametrize("script", ["run", "evaluate", "study", "doctor"])
+def test_overrides_are_not_required(script):
+    error = run_command(["python", f"launcher/{script}.py"], check=False).stderr
+    assert "[key=value ...]" in error and "required: " in error and ", key=value" not in error
+
+
 @pytest.mark.parametrize("mistake", INVALID_CONFIGS)
 def test_a_configuration_error_is_one_line_with_exit_code_2(folder, tmp_path, monkeypatch, capsys, mistake):
     path, expected = write_invalid_config(folder, tmp_path, mistake)
