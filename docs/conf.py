@@ -2,14 +2,18 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+from astroid.astroid_manager import MANAGER
+from astroid.manager import AstroidManager
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("data_prep", "pretrain", "launcher")
 
 project = "jepa-pretrain"
 html_title = "Pretraining with LLM-JEPA"
@@ -26,11 +30,24 @@ highlight_language = "text"
 
 # The reference is made from the source code, without importing it.
 autoapi_root = "docs/api"
-autoapi_dirs = [str(ROOT / name) for name in ("data_prep", "pretrain", "launcher")]
+autoapi_dirs = [str(ROOT / name) for name in PACKAGES]
 autoapi_python_use_implicit_namespaces = True  # launcher/ has no __init__.py
 autoapi_options = ["members", "undoc-members", "show-inheritance", "show-module-summary"]
 autoapi_add_toctree_entry = False
 suppress_warnings = ["autoapi.python_import_resolution"]  # constants that two modules share are documented once
+
+
+class OtherModules(set[str]):
+    """Names of the modules outside the project and the standard library. Reading torch and others takes minutes."""
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether autoapi must not read a module."""
+        return (
+            str(name).partition(".")[0] not in PACKAGES and str(name).partition(".")[0] not in sys.stdlib_module_names
+        )
+
+
+AstroidManager.brain["module_denylist"] = MANAGER.module_denylist = OtherModules()
 
 
 def setup(app: Sphinx) -> None:
