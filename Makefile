@@ -1,7 +1,8 @@
 # make demo    the main job on the embedded corpus, on two CPU processes; ARGS="key=value ..." overrides settings
 # make test    the tests, in two processes; ARGS is passed to pytest
 # make test-all   all tests, including the slow ones, which take hours
-# make check   lint, format and types (ruff, mypy)
+# make check   lint, format and types (ruff, mypy), and the documentation site
+# make docs    the documentation site, in build/site; a warning or a broken link is an error
 # make mutants    the mutation tests, at most 30 minutes on two cores: a mutant of a file of [tool.mutmut] that no fast
 #              test detects is an error, unless tests/mutation/accepted.toml lists it with a reason
 # make setup   only the environment, in .venv; all targets above call it
@@ -13,8 +14,9 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.ready
 PACKAGES := $(VENV)/.packages
+SITE := rm -rf build/site docs/api && $(VENV)/bin/sphinx-build -q -E -W --keep-going -c docs -d build/doctrees . build/site
 
-.PHONY: demo test test-all check mutants setup image demo-nodes clean
+.PHONY: demo test test-all check docs mutants setup image demo-nodes clean
 demo: $(STAMP)
 	$(VENV)/bin/python launcher/demo.py $(ARGS)
 
@@ -25,7 +27,10 @@ test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow or not slow" --durations 20 $(ARGS)
 
 check: $(STAMP)
-	@status=0; $(VENV)/bin/ruff check . || status=1; $(VENV)/bin/ruff format --check . || status=1; $(VENV)/bin/mypy || status=1; exit $$status
+	@status=0; $(VENV)/bin/ruff check . || status=1; $(VENV)/bin/ruff format --check . || status=1; $(VENV)/bin/mypy || status=1; $(SITE) || status=1; exit $$status
+
+docs: $(STAMP)
+	$(SITE)
 
 mutants: $(STAMP)
 	rm -rf mutants

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scaling_model import USABLE_MEMORY_FRACTION, rank_bytes
 
 ROOT = Path(__file__).parent.parent
 VOCABULARIES = {"llama": 128_256, "gemma2": 256_000, "olmo2": 100_352, "openelm": 32_000}
@@ -24,6 +23,9 @@ VOCABULARIES = {"llama": 128_256, "gemma2": 256_000, "olmo2": 100_352, "openelm"
 ROWS = (64, 32, 16, 8, 4, 2, 1)
 MEMORY = (80, 141)
 """GPU memory sizes in GB."""
+USABLE_MEMORY_FRACTION = 0.9
+"""Fraction of a GPU's memory that a rank can use; the remainder is for the context, buffers of collectives, and
+fragmentation."""
 RANKS = (1, 8, 64)
 
 
@@ -113,6 +115,20 @@ def choose_stage_and_rows(plan: Any, memory: float, ranks: int) -> dict[str, Any
                 if needed <= USABLE_MEMORY_FRACTION * memory * 1e9:
                     return {"stage": stage, "offload_optimizer": offload, "micro_batch_rows": rows, "bytes": needed}
     return {"stage": None}
+
+
+def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
+    """Return the memory of a rank in bytes, estimated as in --dry-run."""
+    from pretrain.planning.rank_memory import model_states_per_rank, non_state_memory
+
+    states = model_states_per_rank(plan, stage, ranks)
+    non_state = {
+        name: recomputed if plan.config.train.activation_checkpointing else whole
+        for name, whole, recomputed in non_state_memory(plan, "cuda")
+    }
+    if stage < 3:
+        non_state = {name: size for name, size in non_state.items() if not name.startswith("gathered")}
+    return max(states.held + sum(non_state.values()), states.in_step)
 
 
 def table_row(entry: dict[str, Any]) -> str:

@@ -10,19 +10,23 @@ that have at most two rules, and a few trees of nearly every form with three rul
 literals.) Therefore the root of a tree is drawn first, then its form, then its literals.
 
 Matched to the published pairs:
+
 - the fractions of the roots, in every split, up to chance;
 - for each root, the fractions of each of its forms with one and two rules, and of all its forms with three rules;
 - the number of literal words, given the number of literals.
+
 Within a root, forms with three rules are equally likely up to a factor that depends on their number of literals
 (_PER_FORM). All 1,052 published forms can be drawn, and 55 more that are missing from the published sample only by
 chance.
 
 Not matched:
+
 - Published pairs were drawn almost without replacement. A generated row depends only on its index and may be a
   repetition.
 - The fractions of single rules inside the forms with three rules.
 
 Comparison of 10,000 published and 10,000 generated rows (seed 0):
+
 - distinct targets: 9,648 published; 7,156 generated for train, and 3,400 for a split that has 10% of the targets;
 - mean length of a description: 66.7 characters published, 66.6 generated; of a regular expression: 26.0 in both;
 - the frequency of every rule below the root differs by at most 2 percentage points (followed: 16.1% published, 14.2%
@@ -30,6 +34,7 @@ Comparison of 10,000 published and 10,000 generated rows (seed 0):
 
 The language is finite: 381,723 targets can be drawn. Of these, 9,988 have at most two rules; 58% of the generated rows
 have one of them as their target.
+
 Splits are disjoint as strings, but two splits may contain different spellings of the same regular language.
 """
 

@@ -22,7 +22,7 @@ def test_the_lock_file_has_the_versions_of_pyproject():
     lines = [line.lower().replace("_", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()]
     locked = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = project["optional-dependencies"]
-    for requirement in map(Requirement, [*project["dependencies"], *extras["dev"], *extras["test"]]):
+    for requirement in map(Requirement, [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["test"]]):
         version = locked[requirement.name.lower().replace("_", "-")]
         assert version in requirement.specifier, (requirement, version)
 

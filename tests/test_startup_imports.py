@@ -73,6 +73,7 @@ TRANSFORMERS = {
     "PIL",
     "accelerate",
     "anyio",
+    "charset_normalizer",
     "colorama",
     "filelock",
     "h11",
