@@ -21,6 +21,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
 from pretrain.planning.flops import full_shape
+from pretrain.planning.memory import OPTIMIZER_BYTES
 from pretrain.run_folder import list_steps, step_name
 from pretrain.sections import CheckpointConfig
 from pretrain.training import checkpoint
@@ -30,9 +31,6 @@ from pretrain.training.random_state import random_state, random_state_file_name
 
 logger = logging.getLogger(__name__)
 
-BYTES_PER_PARAMETER = 12
-"""Minimum size of a trained parameter in a checkpoint: the weight and two moments in fp32. A frozen parameter is saved
-in its own type."""
 SPACE_FACTOR = 1.1
 """Required disk space for a checkpoint, relative to the previous one or, for the first, to its minimum size."""
 
@@ -204,9 +202,12 @@ class Saver:
 
 
 def min_checkpoint_bytes(module: nn.Module) -> int:
-    """Return the minimum size of a checkpoint of a module, in bytes."""
+    """Return the minimum size of a checkpoint of a module, in bytes.
+
+    A trained parameter is saved like the state of the optimizer, a frozen one in its own type.
+    """
     return sum(
-        full_shape(parameter).numel() * (BYTES_PER_PARAMETER if parameter.requires_grad else parameter.element_size())
+        full_shape(parameter).numel() * (OPTIMIZER_BYTES if parameter.requires_grad else parameter.element_size())
         for parameter in module.parameters()
     )
 
