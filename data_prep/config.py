@@ -235,8 +235,8 @@ class DataConfig(Section):
     records with equal targets are in the same split. For a frequent target, such as a label, a hash of the context
     decides instead; `data_prep` reports this."""
     on_malformed: Literal["fail", "drop"] = "fail"
-    """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text): it stops
-    `data_prep` (fail), or is dropped and counted (drop)."""
+    """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text), and of the rest of
+    a corrupt file: they stop `data_prep` (fail), or are dropped and counted (drop)."""
     deduplicate: Literal["exact", "near", "none"] = "exact"
     """Removal of duplicates across all sources. exact: of records with identical views, only one is kept. near: of
     nearly identical records, only one is kept too (requires the extra `near-duplicates`). none: all records are kept. A

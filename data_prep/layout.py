@@ -277,7 +277,7 @@ def _prediction(pairing: Pairing, view: Segment, place: int | None, needs: int, 
 
 def present_first(lengths: np.ndarray) -> np.ndarray:
     """Return the order of each record's columns in which columns with tokens are first: (N, views) -> (N, views)."""
-    return np.argsort(lengths == 0, axis=1, kind="stable")
+    return np.argsort(lengths == 0, axis=1, stable=True)
 
 
 def positions_needed(lengths: np.ndarray) -> np.ndarray:

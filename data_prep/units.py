@@ -108,11 +108,13 @@ def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
 
 
 def malformed_record_error(reader: Reader, piece: Piece, record: Record) -> UserError:
-    """Return the error for a line that is not a valid record."""
-    return UserError(
-        f"{record_location(reader, piece, record)}: {record.problem}; "
-        "fix the line, or drop such lines with data.on_malformed=drop"
+    """Return the error for a line that is not a valid record, or from which on a file is corrupt."""
+    remedy = (
+        "use the records before this place with data.on_malformed=drop"
+        if record.reason == "damaged"
+        else "fix the line, or drop such lines with data.on_malformed=drop"
     )
+    return UserError(f"{record_location(reader, piece, record)}: {record.problem}; {remedy}")
 
 
 def record_location(reader: Reader, piece: Piece, record: Record) -> str:

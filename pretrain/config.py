@@ -85,10 +85,11 @@ class RunConfig(Section):
         objective = self.objective
         views = list(self.data.views)
         if objective.pairing is not None and len(views) == 1:
-            key = "regularizers" if objective.spans else "name"
+            key = "name" if objective.model_copy(update={"regularizers": []}).pairing else "regularizers"
+            remedy = "remove it" if key == "regularizers" else "choose an objective without pairs, such as next_token"
             raise ValueError(
-                f"objective.{key} needs pairs of views, but data.views are "
-                f"{views}: choose next_token or semantic_tube without regularizers, or prepare several data.views"
+                f"objective.{key} needs pairs of views, but data.views are {views}: {remedy}, or prepare several "
+                "data.views"
             )
         if objective.spans == "views" and (len(views) == 1 or objective.layout != "joint"):
             raise ValueError(

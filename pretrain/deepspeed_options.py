@@ -178,6 +178,11 @@ def _check_zero(zero: dict[str, Any]) -> None:
     ):
         if zero.get(key) and stage != 3:
             raise ValueError(f"zero_optimization.{key} cannot resume a run of stage {stage}; remove it: {reason}")
+    partition = zero.get("zero_hpz_partition_size", 1)
+    if type(partition) is not int or partition < 1:  # DeepSpeed would also take true and "2"
+        raise ValueError(f"zero_optimization.zero_hpz_partition_size must be an integer above 0, not {partition!r}")
+    if partition > 1 and stage != 3:
+        raise ValueError("zero_optimization.zero_hpz_partition_size has an effect under stage 3 only; remove it")
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(key), dict):  # DeepSpeed reports any other type
             _check_offload(zero[key], f"zero_optimization.{key}")

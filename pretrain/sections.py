@@ -141,11 +141,14 @@ class CheckpointConfig(Section):
 
 
 def logger_names() -> list[str]:
-    """Return the names of the optional loggers: the modules in pretrain/training/loggers, without importing them."""
+    """Return the names of the optional loggers, without importing them.
+
+    These are the modules in pretrain/training/loggers, except for metrics_file and modules that begin with `_`.
+    """
     package = importlib.util.find_spec("pretrain.training.loggers")
     assert package is not None
     modules = pkgutil.iter_modules(package.submodule_search_locations)
-    return [module.name for module in modules if module.name != "metrics_file"]
+    return [module.name for module in modules if module.name != "metrics_file" and not module.name.startswith("_")]
 
 
 class MonitorConfig(Section):

@@ -30,8 +30,8 @@ class Record(NamedTuple):
     problem: str = ""
     """Reason why the record could not be read, in one line."""
     reason: str = "malformed"
-    """Kind of the problem. `malformed` stops the preparation unless `data.on_malformed` is drop. Any other kind is
-    always dropped and counted."""
+    """Kind of the problem. `malformed` (this record cannot be read) and `damaged` (neither can the rest of the file)
+    stop the preparation unless `data.on_malformed` is drop. Any other kind is always dropped and counted."""
     group: str = ""
     """Group of records that are held out for validation together. If empty, a text of the record decides; see
     data_prep/holdout.py."""

@@ -1,15 +1,19 @@
 """Checks of individual nodes: pure functions that turn the facts of all nodes into findings.
 
 `facts` maps node names to facts. `local_facts` and `local_value` are the facts and the compared value of this machine.
+The facts come from facts.py. `CHECKS` at the end lists the checks of each topic.
 """
 
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain.cluster.agent_pool import CONNECTION_LOST
 from pretrain.cluster.estimate import ResourceEstimate
 from pretrain.cluster.findings import Finding, Level, format_bytes, shorten_list
+from pretrain.config import RunConfig
 
 Facts = Mapping[str, dict[str, Any]]
 SKEW_WARN, SKEW_FAIL = 1.0, 30.0
@@ -36,6 +40,27 @@ IN_USE = 0.05
 """Fraction of a GPU's memory above which the GPU counts as in use."""
 TIGHT = 0.85
 """Fraction of the memory above which an estimate causes a warning."""
+
+
+@dataclass(frozen=True)
+class DiagnosedRun:
+    """The run and its nodes, which a check may use in addition to the facts of its topic."""
+
+    config: RunConfig
+    slots: Mapping[str, int]
+    """Number of ranks of each node that answers."""
+    cuda: bool
+    """Whether the ranks use GPUs."""
+    estimate: ResourceEstimate | None
+    """Resources that the run needs; None if they cannot be estimated."""
+    facts: Mapping[str, Facts]
+    """The facts of all topics."""
+    local_facts: Callable[[str], dict[str, Any]]
+    """Function that collects the facts of a topic on this machine."""
+
+
+Check = Callable[[Facts, DiagnosedRun], list[Finding]]
+"""Check of the facts of one topic, for all nodes that could collect them."""
 
 
 def check_reachable(nodes: list[str], unreachable: Mapping[str, str]) -> list[Finding]:
@@ -451,3 +476,18 @@ def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimat
             f"a rank needs about {format_bytes(estimate.rank_memory[device])} and has {format_bytes(smallest_room)}",
         )
     ]
+
+
+def _check_memory_of_ranks(facts: Facts, run: DiagnosedRun) -> list[Finding]:
+    return check_memory(facts, run.facts["devices"], run.slots, run.estimate) if run.estimate else []
+
+
+CHECKS: dict[str, list[Check]] = {
+    "python_and_system": [lambda facts, run: check_python(facts, run.local_facts("python_and_system"))],
+    "packages": [lambda facts, run: check_packages(facts)],
+    "code": [lambda facts, run: check_code(facts, run.local_facts("code"))],
+    "devices": [lambda facts, run: check_devices(facts, run.slots, os.environ.get("DS_ACCELERATOR"))],
+    "memory": [lambda facts, run: check_shared_memory(facts, run.slots, run.cuda), _check_memory_of_ranks],
+    "extensions": [lambda facts, run: check_extensions(facts, run.cuda, run.config.train.compile)],
+}
+"""Checks by the topic of facts.py whose facts they need."""

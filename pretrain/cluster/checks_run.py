@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.cluster.checks_nodes import Facts, check_identical
+from pretrain.cluster.checks_nodes import Check, DiagnosedRun, Facts, check_identical
 from pretrain.cluster.estimate import ResourceEstimate
 from pretrain.cluster.findings import Finding, Level, format_bytes, shorten_list
+from pretrain.run_folder import list_steps
 
 SLOW_PAIR = 0.5
 """Fraction of the median bandwidth below which a pair of nodes counts as slow."""
@@ -351,3 +352,14 @@ def check_all_reduce(
             f"{small['bytes']} bytes in {small['seconds'] * 1e3:.2f} ms",
         )
     ]
+
+
+def _check_run_folders(facts: Facts, run: DiagnosedRun) -> list[Finding]:
+    return check_run_folder(facts, run.estimate, existing=len(list_steps(run.config.run_dir / "checkpoints")))
+
+
+CHECKS: dict[str, list[Check]] = {
+    "corpus": [lambda facts, run: check_corpus(facts, run.local_facts("corpus"), run.config.data.path)],
+    "run_folder": [_check_run_folders],
+}
+"""Checks by the topic of facts.py whose facts they need."""

@@ -16,7 +16,6 @@ from pretrain.cluster.estimate import ResourceEstimate, estimate_resources
 from pretrain.cluster.findings import Finding, merge_findings
 from pretrain.config import RunConfig, load_config
 from pretrain.relevant_env import relevant_env
-from pretrain.run_folder import list_steps
 
 logger = logging.getLogger(__name__)
 
@@ -167,32 +166,19 @@ class Diagnosis:
         return valid
 
     def _check_facts(self) -> None:
-        config, slots, estimate = self.config, self.slots, self.estimate
-        has_several_nodes = len(self.agents.hosts) > 1
-        existing = len(list_steps(config.run_dir / "checkpoints"))
-
-        def local_facts(topic: str) -> dict[str, Any]:
-            return facts.TOPICS[topic](**_topic_arguments(config, topic))
-
-        checks = {
-            "python_and_system": lambda valid: checks_nodes.check_python(valid, local_facts("python_and_system")),
-            "packages": checks_nodes.check_packages,
-            "code": lambda valid: checks_nodes.check_code(valid, local_facts("code")),
-            "corpus": lambda valid: checks_run.check_corpus(valid, local_facts("corpus"), config.data.path),
-            "run_folder": lambda valid: (
-                checks_run.check_run_folder(valid, estimate, existing)
-                + (checks_run.check_shared_run_folder(**self.markers) if has_several_nodes else [])
-            ),
-            "devices": lambda valid: checks_nodes.check_devices(valid, slots, os.environ.get("DS_ACCELERATOR")),
-            "memory": lambda valid: (
-                checks_nodes.check_shared_memory(valid, slots, self.cuda)
-                + (checks_nodes.check_memory(valid, self.valid_facts["devices"], slots, estimate) if estimate else [])
-            ),
-            "extensions": lambda valid: checks_nodes.check_extensions(valid, self.cuda, config.train.compile),
-        }
-        for topic, check in checks.items():
-            if self.valid_facts[topic]:
-                self.findings += check(self.valid_facts[topic])
+        run = checks_nodes.DiagnosedRun(
+            self.config,
+            self.slots,
+            self.cuda,
+            self.estimate,
+            self.valid_facts,
+            lambda topic: facts.TOPICS[topic](**_topic_arguments(self.config, topic)),
+        )
+        for topic, valid in self.valid_facts.items():
+            for check in checks_nodes.CHECKS.get(topic, []) + checks_run.CHECKS.get(topic, []):
+                self.findings += check(valid, run) if valid else []
+        if self.valid_facts["run_folder"] and len(self.agents.hosts) > 1:
+            self.findings += checks_run.check_shared_run_folder(**self.markers)
         self.findings += checks_nodes.check_clock(self.offsets)
         if self.agents.command is ssh_command:
             faults = [

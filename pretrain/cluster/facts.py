@@ -249,8 +249,8 @@ TOPICS: dict[str, Callable[..., dict[str, Any]]] = {
     "code": code,
     "corpus": corpus,
     "run_folder": run_folder,
-    "memory": memory,
     "devices": devices,
+    "memory": memory,
     "extensions": extensions,
     "addresses": addresses,
 }

@@ -180,12 +180,17 @@ class Loader:
     def next_rows(self, count: int) -> Rows:
         """Return the next `count` rows; at the end of the last epoch the missing rows are empty.
 
-        Raises ValueError if the loader is exhausted.
+        Raises ValueError if the loader is exhausted, or if its state does not exist.
         """
         parts: list[Rows] = []
         missing = count
         while missing and not self.exhausted:
             rows = self._plan()
+            if self.row and self.row >= rows.count:
+                raise ValueError(
+                    f"the state of the loader is row {self.row} of a window of {rows.count} rows: it was saved by a "
+                    "version with a different packing"
+                )
             take = min(missing, rows.count - self.row)
             parts.append(rows.select(self.row, self.row + take))
             missing -= take

@@ -7,7 +7,9 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """Return the row of each record by best-fit decreasing, (N,) -> (N,); rows are numbered in the order of opening.
 
     The longest record is placed first. Each record goes into the fullest row that has room for it, or opens a new row.
-    The result is deterministic: equal lengths keep their order. Raises ValueError if a record is longer than a row.
+    The result depends on the lengths alone: equal lengths keep their order, and a length may be 0. A checkpoint holds a
+    position in these rows, so a change of the packing makes older runs resume at other records. Raises ValueError if a
+    record is longer than a row.
     """
     if len(lengths) and lengths.max() > row_length:
         raise ValueError(f"a record of {lengths.max()} positions does not fit a row of {row_length}")

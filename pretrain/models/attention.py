@@ -64,15 +64,17 @@ def attention_mask(
 
     `visible_until` and `positions` are (B, L). `dtype` is the data type of the attention scores.
     """
-    full = visibility_mask(visible_until, attention, dtype=dtype)
-    if getattr(config, "layer_types", None) is None:
-        return full
-    return {
-        FULL_ATTENTION: full,
-        SLIDING_ATTENTION: visibility_mask(
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return visibility_mask(visible_until, attention, dtype=dtype)
+    masks: dict[str, Mask] = {}
+    if FULL_ATTENTION in layer_types:
+        masks[FULL_ATTENTION] = visibility_mask(visible_until, attention, dtype=dtype)
+    if SLIDING_ATTENTION in layer_types:
+        masks[SLIDING_ATTENTION] = visibility_mask(
             visible_until, attention, positions=positions, window=config.sliding_window, dtype=dtype
-        ),
-    }
+        )
+    return masks
 
 
 def visibility_mask(

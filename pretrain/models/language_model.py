@@ -64,6 +64,12 @@ def build_model_config(
         raise UserError(
             f"model.shape: {family} cannot be built with these values: {' '.join(str(error).split())[:300]}"
         ) from None
+    for key, value in shape.items():
+        if isinstance(value, int | float | str) and getattr(config, key, None) != value:
+            raise UserError(
+                f"model.shape: {family} ignores {key} with these values: it is {getattr(config, key, None)!r}, not "
+                f"{value!r}; remove it, or set the option that it depends on"
+            )
     _check_shape(config, "model.shape")
     if config.max_position_embeddings < sequence_length:
         raise UserError(

@@ -125,7 +125,7 @@ def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None
 
     With a corpus, the values of a step are means over the steps of a few windows of the first epoch.
     """
-    settings = engine_settings(config, ranks or 1)
+    settings = engine_settings(config, ranks)
     check_zero_options(settings)
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)

@@ -9,18 +9,15 @@ from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 
 
-def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
+def engine_settings(config: RunConfig, ranks: int | None) -> dict[str, Any]:
     """Return the DeepSpeed configuration: the values computed by the project and the options passed through.
 
-    Raises UserError if the rows of the global batch are not a multiple of the rows of a micro step on all ranks.
+    If the number of ranks is not known yet (None), the settings are for one rank. Raises UserError for settings that do
+    not fit the number of ranks.
     """
     train = config.train
-    rows_per_micro_step = train.micro_batch_rows * ranks
-    if train.global_batch_rows % rows_per_micro_step:
-        raise UserError(
-            f"train.global_batch_rows ({train.global_batch_rows}) must be a multiple of train.micro_batch_rows x ranks "
-            f"({train.micro_batch_rows} x {ranks}): change one of them or the number of ranks"
-        )
+    _check_ranks(config, ranks)
+    rows_per_micro_step = train.micro_batch_rows * (ranks or 1)
     passed = dict(config.deepspeed)
     zero = {"stage": 3} | passed.pop("zero_optimization", {})
     data_types = {"data_types": {"grad_accum_dtype": gradient_accumulation_dtype(config)}}
@@ -41,6 +38,22 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
             "zero_force_ds_cpu_optimizer": False,
         }
     )
+
+
+def _check_ranks(config: RunConfig, ranks: int | None) -> None:
+    """Raise UserError for settings that do not fit the number of ranks, or any number of ranks if it is None."""
+    train = config.train
+    if train.global_batch_rows % (train.micro_batch_rows * (ranks or 1)):
+        raise UserError(
+            f"train.global_batch_rows ({train.global_batch_rows}) must be a multiple of train.micro_batch_rows x ranks "
+            f"({train.micro_batch_rows} x {ranks or 1}): change one of them or the number of ranks"
+        )
+    partition = config.deepspeed.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if ranks is not None and ranks % partition:
+        raise UserError(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size ({partition}) must divide the number of ranks "
+            f"({ranks}): change one of them"
+        )
 
 
 def gradient_accumulation_dtype(config: RunConfig) -> str:

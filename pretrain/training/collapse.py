@@ -23,7 +23,7 @@ class CollapseWarning(Hook):
 
     def after_step(self, run: "Trainer", report: StepReport) -> None:
         """Judge a step."""
-        if report.logged and run.validation is None:
+        if report.progress_line and run.validation is None:
             self._judge(run, report.values, "embedding/")
 
     def after_validation(self, run: "Trainer", values: dict[str, float]) -> None:

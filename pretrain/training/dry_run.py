@@ -53,7 +53,7 @@ def dry_run(config: RunConfig) -> None:
 def checked_plan(config: RunConfig, ranks: int | None) -> Plan:
     """Return the plan of a run, with the corpus if it is prepared. Raises the UserErrors of a real run on `ranks`."""
     corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
-    engine_settings(config, ranks or 1)
+    engine_settings(config, ranks)
     _check_start(config, corpus, ranks)
     return make_plan(config, corpus, ranks)
 

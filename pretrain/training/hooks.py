@@ -20,8 +20,9 @@ class StepReport:
 
     values: dict[str, float] = field(default_factory=dict)
     """Values of the step by metric tag. A hook may add values for the hooks after it."""
-    logged: bool = False
-    """Whether this is one of the steps with a progress line; see monitor.log_every."""
+    progress_line: bool = False
+    """Whether the step has a progress line (monitor.log_every). Loggers use `values` instead: skipped steps have values
+    too, and a step whose validation was interrupted gets its values only in the next launch."""
     spike_score: float = 0.0
     """Highest spike score of the loss terms."""
     repeated: bool = False
@@ -32,7 +33,7 @@ class Hook:
     """A part of a run that acts at its events. Every method does nothing by default.
 
     All ranks call a method at the same point of the run, hook by hook in the order of `Trainer.hooks`. Loggers exist on
-    the main rank only, so they must not communicate with other ranks.
+    the main rank only, so they must not communicate with other ranks. An exception of a hook ends the run.
     """
 
     def start(self, run: "Trainer") -> None:

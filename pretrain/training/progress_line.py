@@ -18,7 +18,7 @@ class ProgressLines(Hook):
 
     def after_step(self, run: "Trainer", report: StepReport) -> None:
         """Log the progress line of a step."""
-        if report.logged:
+        if report.progress_line:
             logger.info(progress_line(run.progress, run.fraction, report.values, run.objective.units))
 
     def after_validation(self, run: "Trainer", values: dict[str, float]) -> None:

@@ -1,6 +1,7 @@
 """The learning rate, which depends on the consumed fraction of the budget."""
 
 import math
+from typing import assert_never
 
 from pretrain.sections import DEFAULT_DECAY_FRACTION, TrainConfig
 
@@ -23,4 +24,6 @@ def learning_rate(fraction: float, train: TrainConfig) -> float:
         case "warmup_stable_decay":
             decay = DEFAULT_DECAY_FRACTION if train.decay_fraction is None else train.decay_fraction
             height = min(1.0, (1 - fraction) / decay)
+        case _:
+            assert_never(train.schedule)
     return train.learning_rate * (train.final_rate + (1 - train.final_rate) * height)

@@ -13,6 +13,7 @@ from data_prep.layout import (
     SpecialTokenIds,
     make_layout,
     positions_needed,
+    present_first,
 )
 
 SPECIALS = SpecialTokenIds(pad=0, bos=1, eos=2, sep=3, predictor=400)
@@ -81,6 +82,16 @@ def test_the_positions_needed_equal_the_slow_count_whichever_views_are_absent(vi
     needed = positions_needed(lengths)
     assert needed.tolist() == [slow_positions_needed(record) for record in lengths.tolist()]
     assert needed.dtype == np.int64 and positions_needed(lengths[:0]).shape == (0,)
+
+
+def test_present_views_come_first_in_their_order():
+    assert present_first(np.array([[0, 4, 0, 2], [1, 1, 1, 1], [0, 0, 0, 3]])).tolist() == [
+        [1, 3, 0, 2],
+        [0, 1, 2, 3],
+        [3, 0, 1, 2],
+    ]
+    many = np.arange(1000) % 2  # a sort that is not stable changes the order of so many columns
+    assert present_first(many[None]).tolist() == [[*range(1, 1000, 2), *range(0, 1000, 2)]]
 
 
 @pytest.mark.parametrize("pairing", [Pairing(), Pairing(2), Pairing(2, "prepend", "both")])

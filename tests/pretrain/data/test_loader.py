@@ -350,5 +350,12 @@ def test_the_rows_of_a_seed_stay_the_same_in_every_version_of_the_project(write_
     assert zlib.crc32(b"".join(column.astype("<i8").tobytes() for column in columns)) == 737748826
 
 
+def test_a_position_after_the_last_row_of_a_window_is_an_error(corpus, layout):
+    loader = Loader(corpus, layout, 128, seed=3)
+    loader.load_state({"epoch": 0, "window": 0, "row": 10**6})
+    with pytest.raises(ValueError, match=r"row 1000000 of a window of \d+ rows"):
+        loader.next_rows(1)
+
+
 def test_no_records_give_no_rows(corpus, layout):
     assert plan(corpus, np.empty(0, np.int64), layout, 64, np.empty(0, bool)).count == 0

@@ -69,6 +69,13 @@ def test_every_file_is_a_shape_of_its_family(name, tokenizer):
         assert getattr(config, key) == value
 
 
+def test_a_value_that_the_family_ignores_is_refused(tokenizer):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": None}
+    assert build_model_config("qwen3", shape, tokenizer, 64).num_key_value_heads == 2
+    with pytest.raises(UserError, match="qwen3 ignores sliding_window with these values: it is None, not 6"):
+        build_model_config("qwen3", shape | {"sliding_window": 6}, tokenizer, 64)
+
+
 def test_every_family_has_a_tiny_shape():
     assert {family_of(path.stem) for path in FOLDER.glob("*_tiny.yaml")} == set(get_args(Family))
 

@@ -145,6 +145,18 @@ INVALID_CONFIGS = {
         "deepspeed: zero_optimization.stage3_module_granularity_threshold "
         "can leave the gradients of a module unreduced",
     ),
+    "partitions of no whole size": (
+        {"deepspeed": {"zero_optimization": {"zero_hpz_partition_size": True}}},
+        "deepspeed: zero_optimization.zero_hpz_partition_size must be an integer above 0, not True",
+    ),
+    "partitions at stage 2": (
+        {"deepspeed": {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}},
+        "deepspeed: zero_optimization.zero_hpz_partition_size has an effect under stage 3 only",
+    ),
+    "partitions larger than the run": (
+        {"deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}},
+        "deepspeed.zero_optimization.zero_hpz_partition_size (2) must divide the number of ranks (1)",
+    ),
     "elastic checkpoints": (
         {"deepspeed": {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}},
         "deepspeed: zero_optimization.elastic_checkpoint cannot resume a run of stage 2",
