@@ -6,6 +6,7 @@ import torch
 from data_prep.layout import BACKWARD, FORWARD
 from pretrain.config import load_config
 from pretrain.data.batch import Batch
+from pretrain.data.loader import count_pairs, count_targets
 from pretrain.objectives.base import build_objective
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather
@@ -128,7 +129,7 @@ def test_a_regularizer_acts_on_predictions_and_targets_separately(settings, loss
     objective = build(f"weight: 3, regularizers: [{settings}]")
     name = settings.split(":")[1].split(",")[0].strip()
     assert objective.weights == {"lm": 1.0, "jepa": 3.0, name: 2.0}
-    assert objective.units == {"lm": "targets", "jepa": "pairs", name: "pairs"}
+    assert objective.units == {"lm": count_targets, "jepa": count_pairs, name: count_pairs}
     clouds = hidden[batch.prediction_index[:PAIRS]], hidden[batch.target_index[:PAIRS]]
     expected = PAIRS * sum(loss(cloud) for cloud in clouds)
     found = objective(hidden, batch, fake_cross_entropy, ALONE).terms[name]
