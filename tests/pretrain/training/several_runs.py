@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import pretrain.objectives.llm_jepa as llm_jepa
+from data_prep.utils.console import show_messages
 from pretrain.config import load_config
 from pretrain.training.main import run
 
@@ -31,6 +32,7 @@ def limit_compilations() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+show_messages()
 for argument in sys.argv[1:]:
     if argument.startswith("--local_rank"):
         continue

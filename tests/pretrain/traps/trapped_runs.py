@@ -20,6 +20,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import show_messages
 from pretrain.config import load_config
 from pretrain.data.corpus import Corpus
 from pretrain.objectives import llm_jepa
@@ -137,6 +138,7 @@ def tokenized_texts(patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def main() -> None:
+    show_messages()
     for argument in sys.argv[1:]:
         changes, _, path = argument.rpartition(":")
         with pytest.MonkeyPatch.context() as patch:
