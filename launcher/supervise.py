@@ -1,7 +1,8 @@
 """Supervise a run: `launcher/supervise.py [--crashes N] -- deepspeed [...] launcher/run.py CONFIG [key=value ...]`.
 
-The command after `--` may use any launcher of `run.py`, or plain python. After a crash of any rank, all remaining
-processes of the command are ended. Then the same command is started again, and it resumes from the newest
+The command after `--` may use any launcher of `run.py`, or plain python. Instead of `run.py` it may run `jepa-train` or
+the module `pretrain.training`, as in `deepspeed --module pretrain.training CONFIG`. After a crash of any rank, all
+remaining processes of the command are ended. Then the same command is started again, and it resumes from the newest
 checkpoint.
 
 SIGTERM, SIGINT and SIGUSR1 are sent directly to all ranks at once and not to the launchers, because the launchers'
@@ -9,6 +10,7 @@ handlers would end the ranks before they have saved. A further signal 10 seconds
 ends everything immediately. SIGHUP stops the ranks as SIGTERM does, unless it is ignored.
 
 Exit codes:
+
 - 0: the run is finished.
 - 75: the run was stopped by a signal and can be resumed.
 - 2: an error that a restart cannot fix.
@@ -43,7 +45,8 @@ from pretrain.training.main import EXIT_CODE_STOPPED
 
 logger = logging.getLogger("launcher.supervise")
 
-SCRIPT = "run.py"
+SCRIPTS, MODULE = ("run.py", "jepa-train"), "pretrain.training"
+"""Scripts that train, and the module that trains."""
 POLL = 0.2
 GRACE = 10.0
 """Time after the first signal in which further signals are ignored, in seconds; the ranks use the same time."""
@@ -169,28 +172,37 @@ class Command:
 
 
 def is_rank_command(words: list[str]) -> bool:
-    """Return whether a command line is Python running run.py itself, not a launcher with run.py as an argument."""
+    """Return whether a command line is Python running the training itself, not a launcher that starts it."""
+    if not words or not Path(words[0]).name.startswith("python"):
+        return False
     rest = iter(words[1:])
     for word in rest:
         if word in ("-W", "-X"):
             next(rest, None)
-        elif word in ("-m", "-c"):
+        elif word == "-m":
+            return next(rest, None) == MODULE
+        elif word == "-c":
             return False
         elif not word.startswith("-"):
-            return Path(words[0]).name.startswith("python") and Path(word).name == SCRIPT
+            return _runs_training(word)
     return False
+
+
+def _runs_training(word: str) -> bool:
+    """Return whether a word of a command line is a script or the module that trains."""
+    return Path(word).name in SCRIPTS or word == MODULE
 
 
 def _run_dir(words: list[str]) -> Path:
     """Return the run directory of a command.
 
-    Raises UserError if the command does not run run.py with a configuration.
+    Raises UserError if the command does not start a training with a configuration.
     """
-    script_index = next((index for index, word in enumerate(words) if Path(word).name == SCRIPT), None)
+    script_index = next((index for index, word in enumerate(words) if _runs_training(word)), None)
     if script_index is None:
         raise UserError(
-            f"the command after -- does not run {SCRIPT}; "
-            f"use supervise.py -- deepspeed [...] launcher/{SCRIPT} CONFIG [key=value ...]"
+            f"the command after -- runs none of {', '.join(SCRIPTS)} and {MODULE}; use, for example, "
+            f"deepspeed [...] launcher/{SCRIPTS[0]} CONFIG [key=value ...], or jepa-train CONFIG [key=value ...]"
         )
     if "--dry-run" in words[script_index:]:
         raise UserError("--dry-run starts no run to supervise: run the command without supervise.py")

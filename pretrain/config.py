@@ -235,7 +235,7 @@ def finetuning_config(
         "train": train | task.finetune,
         "checkpoint": {"every": sys.maxsize, "keep": 1},
         "evaluation": {},
-        "monitor": {"log_every": config.monitor.log_every, "tensorboard": False},
+        "monitor": {"log_every": config.monitor.log_every, "loggers": []},
     }
     return validate(RunConfig, values)
 

@@ -1,10 +1,8 @@
 """The sections of a run's configuration for the model, training, checkpoints and monitoring."""
 
-import importlib.util
-import pkgutil
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from data_prep.utils.config_file import LocalPath, Section
 
@@ -140,17 +138,6 @@ class CheckpointConfig(Section):
     fail if there is one."""
 
 
-def logger_names() -> list[str]:
-    """Return the names of the optional loggers, without importing them.
-
-    These are the modules in pretrain/training/loggers, except for metrics_file and modules that begin with `_`.
-    """
-    package = importlib.util.find_spec("pretrain.training.loggers")
-    assert package is not None
-    modules = pkgutil.iter_modules(package.submodule_search_locations)
-    return [module.name for module in modules if module.name != "metrics_file" and not module.name.startswith("_")]
-
-
 class MonitorConfig(Section):
     """Logging, validation and monitoring."""
 
@@ -168,22 +155,15 @@ class MonitorConfig(Section):
     hang_seconds: float = Field(default=600.0, ge=10)
     """Time after which the run ends if a rank makes no progress, in seconds; applies after the first step. An error
     line names that rank."""
-    loggers: tuple[str, ...] = ("tensorboard",)
+    loggers: list[str] = ["tensorboard"]
     """Loggers that record the metrics in addition to metrics.jsonl: names of modules in pretrain/training/loggers."""
 
     @model_validator(mode="before")
     @classmethod
     def _read_tensorboard(cls, values: Any) -> Any:
-        """Read `tensorboard: true|false`, which earlier versions wrote into a run's config.yaml."""
-        if isinstance(values, dict) and isinstance(values.get("tensorboard"), bool) and "loggers" not in values:
+        """Read `tensorboard: true|false` of earlier versions, unless there is a list of loggers."""
+        if isinstance(values, dict) and isinstance(values.get("tensorboard"), bool):
             values = dict(values)
-            values["loggers"] = ("tensorboard",) if values.pop("tensorboard") else ()
+            values.setdefault("loggers", ["tensorboard"] if values["tensorboard"] else [])
+            del values["tensorboard"]
         return values
-
-    @field_validator("loggers")
-    @classmethod
-    def _check_loggers(cls, loggers: tuple[str, ...]) -> tuple[str, ...]:
-        for name in loggers:
-            if name not in (known := logger_names()):
-                raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-        return loggers

@@ -54,7 +54,7 @@ def show_messages(stream: Literal["stdout", "stderr"] = "stdout") -> None:
 
     Raises UserError for an unknown level.
     """
-    level = os.environ.get(LEVEL_VARIABLE, "INFO").upper()
+    level = os.environ.get(LEVEL_VARIABLE, "").strip().upper() or "INFO"
     if level not in logging.getLevelNamesMapping():
         raise UserError(f"the environment variable {LEVEL_VARIABLE} is {level}: set it to INFO, WARNING or ERROR")
     for package in PACKAGES:

@@ -50,6 +50,8 @@ def print_summary(run_dir: Path) -> None:
         print_table(rows)
         if len(all_names) > len(names):
             print(f"(also in results.jsonl: {', '.join(all_names[TABLE_COLUMNS:])})", flush=True)
+    if not (run_dir / "tensorboard").exists():
+        return
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     print(
         f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"

@@ -58,7 +58,7 @@ def _corpus_table(corpus: Corpus) -> Table:
 
 def _step_table(plan: Plan) -> Table:
     train, step, stream, plain = plan.config.train, plan.step, plan.step.stream, plan.step.without_pairs
-    title = f"one step, mean of {step.planned:,}" if step.planned else "one step, at most"
+    title = f"one step, mean of {step.planned:,} steps" if step.planned else "one step, at most"
     rows: Table = [
         (title, plan.config.objective.name, *(("next_token", "more") if plain else ())),
         ("rows", f"{train.global_batch_rows:,}"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from data_prep.utils.config_file import validate
 from data_prep.utils.console import UserError
 from data_prep.utils.files import sha256_file, write_json, write_text
 from pretrain.config import RunConfig, dump_config
@@ -94,7 +95,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     data = _data(config, manifest)
     if not (run_dir / "config.yaml").exists():
         return []
-    before = _with_partitioning(_read(run_dir / "config.yaml", yaml.safe_load))
+    before = _with_partitioning(_with_defaults(_read(run_dir / "config.yaml", yaml.safe_load)))
     now = _with_partitioning(yaml.safe_load(dump_config(config)))
     differing = sorted(
         key
@@ -160,6 +161,18 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
             f"{path}, which describes the run, is corrupt: restore it from a copy, or choose another `name`"
         )
     return values
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that also has the keys that did not exist when it was written, with their defaults.
+
+    A configuration that the current version cannot read is returned as it is.
+    """
+    try:
+        completed: dict[str, Any] = yaml.safe_load(dump_config(validate(RunConfig, values)))
+    except UserError:
+        return values
+    return completed
 
 
 def _with_partitioning(values: dict[str, Any]) -> dict[str, Any]:

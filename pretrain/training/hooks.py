@@ -52,7 +52,7 @@ class Hook:
         """Act when the checkpoint of `step` is complete; later steps may have been trained in the meantime."""
 
     def end(self, run: "Trainer", ending: Ending) -> None:
-        """Act after the last step of a launch, also if an error ends it."""
+        """Act after the last step of a launch, also if an error ends it, but only if `start` has returned."""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must contain to resume this hook, JSON-serializable, with unique keys."""

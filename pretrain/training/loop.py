@@ -115,9 +115,14 @@ class Trainer:
         Raises UserError, on all ranks, if a shard is corrupt or the last checkpoint cannot be written.
         """
         ending: Ending = "crashed"
+        started: list[Hook] = []
         try:
-            for hook in self.hooks:
+
+            def start(hook: Hook) -> None:
                 hook.start(self)
+                started.append(hook)
+
+            self.call_hooks(start)
             with Prefetch(
                 self.loader,
                 self.config.train.global_batch_rows,
@@ -133,9 +138,10 @@ class Trainer:
             ending = "failed"
             raise
         finally:
-            self.saver.close()
-            for hook in self.hooks:
-                hook.end(self, ending)
+            try:
+                self.saver.close()
+            finally:
+                self._end_hooks(started, ending)
         if self.saver.problem and not self.reason.startswith(REWIND_REASON_PREFIX):
             steps = list_steps(self.config.run_dir / "checkpoints")
             raise UserError(
@@ -144,18 +150,40 @@ class Trainer:
             )
         return status
 
+    def _end_hooks(self, started: list[Hook], ending: Ending) -> None:
+        """Call `end` of all started hooks. An error is a warning, because the run itself is over."""
+        for hook in started:
+            try:
+                hook.end(self, ending)
+            except Exception as error:
+                logger.warning(f"{type(hook).__module__} failed at the end of the run: {type(error).__name__}: {error}")
+
+    def call_hooks(self, call: Callable[[Hook], None]) -> None:
+        """Call all hooks in order.
+
+        All ranks raise a UserError together, but a logger exists on one rank only. With several ranks, a UserError of a
+        hook is therefore raised as a RuntimeError, which ends the other ranks too.
+        """
+        for hook in self.hooks:
+            try:
+                call(hook)
+            except UserError as error:
+                if self.world.size == 1:
+                    raise
+                raise RuntimeError(f"{type(hook).__module__}: {error}") from error
+
     def _train(self, data: Prefetch) -> Literal["finished", "resumable"]:
         stopping = self.stop_requested()
         data_failed = True  # the first step must check for data errors on all ranks
         try:
             if self.unlogged is not None and not stopping:
                 values, self.unlogged = self.unlogged, None
-                stopping = not self._call_hooks(StepReport(values, repeated=True))
+                stopping = not self._finish_step(StepReport(values, repeated=True))
             while not self.at_end and not stopping:
                 step = self.world.run_and_sync_errors(data.next) if data_failed else data.next()
                 report, consensus = self._train_step(step, data)
                 data_failed = consensus.data_failed
-                stopping = not self._call_hooks(report) or consensus.stopping
+                stopping = not self._finish_step(report) or consensus.stopping
                 if self.at_end or stopping or data_failed or self.is_due(self.config.checkpoint.every):
                     self._save(step.state)
         except StopTraining as stop:
@@ -187,10 +215,9 @@ class Trainer:
             values |= embeddings | self.throughput.take()
         return StepReport(values, logged, score), consensus
 
-    def _call_hooks(self, report: StepReport) -> bool:
+    def _finish_step(self, report: StepReport) -> bool:
         """Call the hooks after a step; return False if a signal interrupted the validation."""
-        for hook in self.hooks:
-            hook.after_step(self, report)
+        self.call_hooks(lambda hook: hook.after_step(self, report))
         return self.unlogged is None
 
     def report_progress(self) -> None:
@@ -356,8 +383,7 @@ class Trainer:
         return self.progress.state() | {"epoch": self.progress.records / self.loader.order.epoch_records}
 
     def _save(self, loader_state: dict[str, int]) -> None:
-        for hook in self.hooks:
-            hook.before_save(self)
+        self.call_hooks(lambda hook: hook.before_save(self))
         with self.watchdog.extended_timeout():
             state = {
                 "progress": self.progress.state(),
@@ -377,8 +403,7 @@ class Trainer:
     def _on_saved(self, step: int) -> None:
         if self.world.is_main:
             write_status(self.config.run_dir, "running", step)
-        for hook in self.hooks:
-            hook.after_save(self, step)
+        self.call_hooks(lambda hook: hook.after_save(self, step))
 
     def resume(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""

@@ -130,7 +130,9 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
                 write_status(config.run_dir, "failed", step, f"{type(error).__name__}: {error}")
             raise
         line = report_first_error(world, error, step, log.print_fatal)
-        if line is not None and lock.held:  # without the lock, another run owns the folder
+        # a peer that can no longer reach rank 0 does not know the cause, which rank 0 may have written already
+        is_known = not world.is_main and read_status(config.run_dir).get("status") == "failed"
+        if line is not None and lock.held and not is_known:  # without the lock, another run owns the folder
             write_status(config.run_dir, "failed", step, line)
         log.close()
         os._exit(1)

@@ -20,6 +20,7 @@ from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, check_data_section, source_weights
 from pretrain.run_folder import list_steps
 from pretrain.tasks.options import check_package
+from pretrain.training.loggers import check_loggers
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def check(config: RunConfig, corpus: Corpus | None) -> None:
         corpus.read(np.array([0, len(corpus) - 1]))  # reports missing shards early
         _check_pairs(config, corpus)
         _check_lengths(config, corpus)
+    check_loggers(config.monitor.loggers)
     if config.model.lora:
         check_package("peft", "lora", "model.lora")
     for number, task in enumerate(config.evaluation.tasks):

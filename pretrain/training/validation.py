@@ -113,6 +113,5 @@ class PeriodicValidation(Hook):
         if values is None:
             run.unlogged, report.values = report.values, {}
         else:
-            for hook in run.hooks:
-                hook.after_validation(run, values)
+            run.call_hooks(lambda hook: hook.after_validation(run, values))
             report.values = report.values | values

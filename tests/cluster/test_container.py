@@ -290,7 +290,7 @@ def test_the_image_runs_the_demo_and_the_tests_as_an_unprivileged_user(image, vo
         image,
         "make",
         "test",
-        "ARGS=tests/data_prep/test_shards.py tests/data_prep/test_ragged.py",
+        "ARGS=tests/data_prep/test_shards.py tests/data_prep/utils/test_ragged.py",
     )
 
 

@@ -416,8 +416,10 @@ status("finished", 1)
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (["deepspeed", "launcher/train.py", "{config}"], "does not run run.py"),
-        ([], "does not run run.py"),
+        (["deepspeed", "launcher/train.py", "{config}"], "runs none of run.py, jepa-train and pretrain.training"),
+        ([], "runs none of run.py, jepa-train and pretrain.training"),
+        (["jepa-train", "{config}", "train.stps=3"], "unknown key 'train.stps'"),
+        (["deepspeed", "--module", "pretrain.training", "{config}", "train.stps=3"], "unknown key 'train.stps'"),
         (["deepspeed", "launcher/run.py"], "there is no configuration after launcher/run.py"),
         (["python", "launcher/run.py", "{config}", "train.stps=3"], "unknown key 'train.stps'"),
         (["python", "launcher/run.py", "{config}", "--dry-run"], "--dry-run starts no run to supervise"),
@@ -451,6 +453,10 @@ def test_a_missing_launcher_is_reported_in_one_line_with_exit_code_2(tmp_path):
         ("python -u -m deepspeed.launcher.launch --master_port=1 launcher/run.py a.yaml", False),
         ("mpirun -n 2 python launcher/run.py a.yaml", False),
         ("srun launcher/run.py a.yaml", False),
+        ("/env/bin/python3.11 /env/bin/jepa-train a.yaml", True),
+        ("python -u -m pretrain.training --local_rank=1 a.yaml", True),
+        ("python bin/deepspeed --module pretrain.training a.yaml", False),
+        ("python -u -m deepspeed.launcher.launch --module pretrain.training a.yaml", False),
         ("python -c pass launcher/run.py", False),
         ("", False),
     ],

@@ -62,9 +62,8 @@ class Logger(Hook):
 
     def end(self, run: "Trainer", ending: Ending) -> None:
         """Close the file."""
-        if self._file is not None:
-            self.before_save(run)
-            self._file.close()
+        self.before_save(run)
+        self._file.close()
 
     def _write(self) -> None:
         try:

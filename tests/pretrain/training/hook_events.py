@@ -1,10 +1,12 @@
 """Train a run whose ranks record the calls of a hook: `hook_events.py EVENTS CONFIG`.
 
 Each rank appends the events, with the number of the last step, to EVENTS.rankR. If EVENTS ends with `crash`, the hook
-raises an error after step 3. Modules in the folder `loggers` next to CONFIG count as loggers of the package.
+raises an error after step 3; with `stop`, rank 0 receives a signal in that step. Modules in the folder `loggers` next
+to CONFIG count as loggers of the package.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +30,8 @@ class Recorder(Hook):
         self._record("step" + " repeated" * report.repeated + " with values" * bool(report.values), run)
         if events.name.endswith("crash") and run.progress.step == 3:
             raise RuntimeError("made to fail")
+        if events.name.endswith("stop") and run.progress.step == 3 and run.world.is_main:
+            signal.raise_signal(signal.SIGTERM)
 
     def after_validation(self, run, values):
         self._record("validation" if "validation/loss/lm" in values else "no losses", run)

@@ -5,6 +5,10 @@ import importlib.metadata
 import json
 import subprocess
 
+import pytest
+import yaml
+
+from data_prep.utils.console import UserError
 from pretrain import revision
 from pretrain.config import load_config
 from pretrain.training import describe
@@ -40,6 +44,22 @@ def test_an_image_records_the_revision_that_it_was_built_from(tmp_path, write_co
     monkeypatch.setenv("JEPA_IMAGE", "sha256:4567")
     environment = record_environment(tmp_path, write_corpus)
     assert (environment["revision"], environment["image"]) == ("0123abc", "sha256:4567")
+
+
+def test_keys_that_did_not_exist_when_a_run_was_started_are_no_changes(tmp_path, write_corpus):
+    corpus = write_corpus([([5, 6], [7])] * 4)
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpus.folder), data__sources=[])))
+    config.run_dir.mkdir(parents=True)
+    describe.record_start(config, corpus.manifest, 2, 0, [])
+    recorded = yaml.safe_load((config.run_dir / "config.yaml").read_text())
+    del recorded["objective"]["stop_gradient"], recorded["monitor"]["loggers"], recorded["evaluation"]
+    recorded["monitor"]["tensorboard"] = True
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(recorded))
+    assert describe.check_same_run(config, corpus.manifest, 2) == []
+    recorded["objective"]["stop_gradient"] = True
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(recorded))
+    with pytest.raises(UserError, match=r"different objective\.stop_gradient \(True, now False\)"):
+        describe.check_same_run(config, corpus.manifest, 2)
 
 
 def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):

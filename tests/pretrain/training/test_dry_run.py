@@ -89,7 +89,7 @@ def test_the_plan_of_a_step_matches_the_loader_and_the_mask(folder, plan):
     specials = special_ids(corpus.tokenizer, 448)
     layout = config.objective.make_layout(specials, corpus.views, "all")
     loader = Loader(corpus, layout, 128, config.seed, dropout=0.25)
-    planned = int(next(name for name in rows if name.startswith("one step, mean of")).split()[-1])
+    planned = int(next(name for name in rows if name.startswith("one step, mean of")).split()[-2])
     batches = [loader.next_rows(8) for _ in range(planned)]
     assert planned > 10 and loader.epoch == 0
     loader.next_rows(8)
@@ -190,7 +190,7 @@ def test_the_cost_of_pairs_is_averaged_over_the_epoch_not_over_its_first_window(
     # the plan reads four windows: all windows of 1,024 records, or a quarter of the windows of 256 records
     tolerance = 0.02 if window == 1024 else 0.3
     assert number(rows["pairs"][0]) / number(rows["records"][0]) == pytest.approx(0.25, abs=tolerance)
-    planned = int(next(name for name in rows if name.startswith("one step, mean of")).split()[-1])
+    planned = int(next(name for name in rows if name.startswith("one step, mean of")).split()[-2])
     assert (f"note: means of a step are over {planned} steps, spread evenly over the first epoch" in printed) == (
         window == 256
     )
