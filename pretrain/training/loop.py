@@ -162,7 +162,7 @@ class Trainer:
         """Call all hooks in order.
 
         All ranks raise a UserError together, but a logger exists on one rank only. With several ranks, a UserError of a
-        hook is therefore raised as a RuntimeError, which ends the other ranks too.
+        hook is therefore raised as a RuntimeError, which also ends its peers.
         """
         for hook in self.hooks:
             try:

@@ -46,7 +46,7 @@ def test_an_image_records_the_revision_that_it_was_built_from(tmp_path, write_co
     assert (environment["revision"], environment["image"]) == ("0123abc", "sha256:4567")
 
 
-def test_keys_that_did_not_exist_when_a_run_was_started_are_no_changes(tmp_path, write_corpus):
+def test_keys_that_did_not_exist_when_a_run_was_started_do_not_count_as_changes(tmp_path, write_corpus):
     corpus = write_corpus([([5, 6], [7])] * 4)
     config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpus.folder), data__sources=[])))
     config.run_dir.mkdir(parents=True)
