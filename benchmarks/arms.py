@@ -32,6 +32,12 @@ ARMS = {
     "cosine + sigreg": "{name: llm_jepa, weight: 0.5, regularizers: [{name: sigreg, weight: 0.02}]}",
     "semantic_tube": "{name: semantic_tube, weight: 0.02}",
     "cosine + coding rate": "{name: llm_jepa, weight: 0.5, regularizers: [{name: coding_rate, weight: 0.5}]}",
+    "in context": "{name: llm_jepa, target: in_context, weight: 0.5}",
+    "in context + coding rate": "{name: llm_jepa, target: in_context, weight: 0.5, "
+    "regularizers: [{name: coding_rate, weight: 0.5}]}",
+    "in context, k = 0, + coding rate": "{name: llm_jepa, target: in_context, predictor_tokens: 0, weight: 0.5, "
+    "regularizers: [{name: coding_rate, weight: 0.5}]}",
+    "coding rate alone": "{name: regularized, regularizers: [{name: coding_rate, weight: 0.5}]}",
 }
 COLUMNS = {
     "LM loss": "lm",
@@ -74,7 +80,8 @@ def main() -> None:
 def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], lock: Lock) -> None:
     """Train and evaluate one arm with one seed, and append a line to the results."""
     objective = ARMS.get(arm, arm)
-    rows = PAIR_ROWS if "llm_jepa" in objective or "regularizers" in objective else PLAIN_ROWS
+    has_copies = "in_context" not in objective and "regularized" not in objective
+    rows = PAIR_ROWS if has_copies and ("llm_jepa" in objective or "regularizers" in objective) else PLAIN_ROWS
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{arm}-{seed}").strip("-")
     folder = Path(arguments.work) / name
     run_command(

@@ -19,14 +19,20 @@ from pretrain.data.loader import Rows, plan_rows
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import LanguageModel
 from pretrain.objectives.base import CrossEntropy, ObjectiveOutput
+from pretrain.objectives.configs.regularizers import CodingRateConfig
 from pretrain.objectives.llm_jepa import LlmJepa, cosine_distance
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather
+from pretrain.objectives.regularized import Regularized
+from pretrain.objectives.regularizers import build_regularizers
 
 ARMS = (
     "next_token_packed",
     "joint_packed",
     "joint_dropout_0.75",
+    "in_context_packed",
+    "in_context_k0_packed",
+    "regularized_packed",
     "next_token_independent_packed",
     "independent_packed",
     "two_passes_additive_mask",
@@ -35,6 +41,7 @@ ARMS = (
 )
 BASELINE = ARMS[0]
 PREDICTOR_TOKENS = 1
+CODING_RATE = CodingRateConfig(name="coding_rate", weight=0.5)
 REFERENCE_LENGTH = 512
 """Length to which the public implementations pad every row, in positions."""
 IGNORED = -100
@@ -167,6 +174,9 @@ def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
         Arm((Pass(text, NextToken()),)),
         Arm((Pass(joint, term),)),
         Arm((Pass(joint, term),), dropout=0.75),
+        Arm((Pass(make_layout("joint", specials, pairing=Pairing(PREDICTOR_TOKENS, in_context=True)), term),)),
+        Arm((Pass(make_layout("joint", specials, pairing=Pairing(0, in_context=True)), term),)),
+        Arm((Pass(make_layout("joint", specials, ends=True), Regularized(build_regularizers([CODING_RATE]))),)),
         Arm((Pass(make_layout("independent", specials), NextToken()),)),
         Arm((Pass(make_layout("independent", specials, pairing=pairing), term),)),
         Arm(

@@ -16,13 +16,13 @@ from data_prep.layout import SpecialTokenIds
 from pretrain.config import RunConfig, load_config
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import Corpus
-from pretrain.data.loader import Rows, count_pairs, count_targets, draw_random_bits
+from pretrain.data.loader import Rows, count_ends, count_pairs, count_targets, draw_random_bits
 from pretrain.models.language_model import special_ids
 from pretrain.objectives.base import build_objective, total_loss
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine
 
-WEIGHTS = {"lm": 1.0, "jepa": 1.0}
+WEIGHTS = {"lm": 1.0, "jepa": 1.0, "coding_rate": 0.5}
 WARMUP_STEPS = {"cpu": 0, "cuda": 2}
 """Number of untimed steps after a change of arm, because DeepSpeed prefetches partitioned parameters in the order of
 the previous step."""
@@ -143,6 +143,7 @@ class Bench:
         counts = {
             "lm": count_targets(rows[0], arm.passes[0].layout),
             "jepa": count_pairs(rows[-1], arm.passes[-1].layout),
+            "coding_rate": count_ends(rows[0], arm.passes[0].layout),
         }
         streams = [
             micro_batches(

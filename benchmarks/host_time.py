@@ -62,7 +62,7 @@ def main() -> None:
         }
         validation = trainers[BASELINE].validation
         assert validation is not None
-        batch = validation.batches[0]
+        batch = validation.passes[0].batches[0]
         for trainer in trainers.values():
             pass_seconds(trainer, batch)  # DeepSpeed records the order of the modules in the first passes
             pass_seconds(trainer, batch)

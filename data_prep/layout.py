@@ -9,17 +9,21 @@ subtree of its segment ends. Query q sees key p exactly if p <= q < visible_unti
                                    \- [PRED x k]                          [BOS target EOS]
                  [target EOS], alone
 
+    in context   [BOS context SEP] -- [target EOS]
+                                   \- [PRED x k]
+
 The embedding of a view is the hidden state of its last token when the view is encoded separately. A prediction is the
 hidden state of the last predictor token, which follows the view (LLM-JEPA, arXiv 2509.14252, section 3). If the
 predictor tokens are prepended instead, it is the hidden state of the view's last token; for k = 0 it is the embedding
-itself. With more than two views, each view predicts the next one. Only the views that a record has are numbered: a
-record that lacks its second view is a plain document.
+itself. With more than two views, each view predicts the next one. A target in context is not encoded separately: its
+embedding is the hidden state at the end of the view in the text that the language model reads. Only the views that a
+record has are numbered: a record that lacks its second view is a plain document.
 
 Only this module knows about views, predictor tokens, directions and read-outs. The preparation needs it too, to compute
 how long a record is in a packed row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -84,6 +88,9 @@ class Pairing:
     predictor_tokens: int = 0
     placement: Literal["append", "prepend"] = "append"
     direction: Literal["forward", "backward", "both"] = "forward"
+    in_context: bool = False
+    """Whether views are read out of the text of all views instead of being encoded separately. Only for the joint
+    layout, with appended predictor tokens and the direction forward."""
 
     @property
     def prepended(self) -> bool:
@@ -112,6 +119,8 @@ class Layout:
     """Indices of the segments that make up each text; they are adjacent in the row too."""
     spans: SpanSampling | None = None
     """Sampling of spans from the documents (see pretrain/data/spans.py); None: no spans."""
+    ends: bool = False
+    """Whether the ends of the views in the documents are read out."""
 
     def segment_lengths(self, lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
         """Return the tokens of each segment: view lengths (N, views), pair flags (N,) -> (N, segments); 0 if absent."""
@@ -180,6 +189,13 @@ class Layout:
         ]
         return np.stack(columns, axis=1) if columns else np.zeros((len(paired), 0), bool)
 
+    def view_ends(self, segment_lengths: np.ndarray) -> np.ndarray:
+        """Return the mask of the segments at whose ends a view of a document is read out: (N, segments) -> the same."""
+        in_document = np.zeros(len(self.segments), bool)
+        in_document[[index for document in self.documents for index in document]] = self.ends
+        mask: np.ndarray = (segment_lengths > 0) & in_document
+        return mask
+
     def document_lengths(self, segment_lengths: np.ndarray) -> np.ndarray:
         """Return the tokens of each document, 0 if absent: (N, segments) -> (N, documents)."""
         return np.stack([segment_lengths[:, list(document)].sum(axis=1) for document in self.documents], axis=1)
@@ -202,6 +218,7 @@ def make_layout(
     views: int = 2,
     pairing: Pairing | None = None,
     spans: SpanSampling | None = None,
+    ends: bool = False,
     lm_views: str = "all",
     train_end_token: bool = True,
 ) -> Layout:
@@ -237,6 +254,9 @@ def make_layout(
         alone[0] = 0
     elif kind != "independent":
         raise ValueError(f"unknown layout {kind!r}: choose joint or independent")
+    if pairing.in_context:
+        stream = Layout(tuple(segments), documents=tuple(documents), spans=spans, ends=ends)
+        return _with_targets_in_context(stream, pairing)
     for view in range(views):
         copy = Segment(view, (), eos, needs=view, pair_only=True)
         partners = [target for source, target in edges if source == view]
@@ -257,7 +277,22 @@ def make_layout(
     read_outs = [
         ReadOut(predicting[source], alone[target], FORWARD if source < target else BACKWARD) for source, target in edges
     ]
-    return Layout(tuple(segments), pairing.predictor_tokens, tuple(read_outs), tuple(documents), spans)
+    return Layout(tuple(segments), pairing.predictor_tokens, tuple(read_outs), tuple(documents), spans, ends)
+
+
+def _with_targets_in_context(stream: Layout, pairing: Pairing) -> Layout:
+    """Add predictor tokens and read-outs to a joint layout without pairs; segment i of it is view i."""
+    segments = list(stream.segments)
+    read_outs = []
+    for source, target in reversed(pairing.edges(len(segments))):  # depth-first: the last view's tokens come first
+        segments += _prediction(pairing, segments[source], source, target, len(segments))
+        read_outs.append(ReadOut(len(segments) - 1 if pairing.predictor_tokens else source, target, FORWARD))
+    return replace(
+        stream,
+        segments=tuple(segments),
+        predictor_tokens=pairing.predictor_tokens,
+        read_outs=tuple(reversed(read_outs)),
+    )
 
 
 def _prediction(pairing: Pairing, view: Segment, place: int | None, needs: int, first: int) -> list[Segment]:

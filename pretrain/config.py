@@ -126,11 +126,13 @@ class RunConfig(Section):
             )
         return self
 
-    def make_layout(self, specials: SpecialTokenIds, views: int, *, validating: bool = False) -> Layout:
-        """Return the layout of a record of `views` views. See ObjectiveConfig.make_layout for `validating`."""
-        return self.objective.make_layout(
-            specials, views, self.data.lm_views, self.data.train_end_token, validating=validating
-        )
+    def make_layout(self, specials: SpecialTokenIds, views: int) -> Layout:
+        """Return the layout of a training record of `views` views."""
+        return self.objective.make_layout(specials, views, self.data.lm_views, self.data.train_end_token)
+
+    def validation_layouts(self, specials: SpecialTokenIds, views: int) -> dict[str, Layout]:
+        """Return the layouts of validation by group of metric tags; see ObjectiveConfig.validation_layouts."""
+        return self.objective.validation_layouts(specials, views, self.data.lm_views, self.data.train_end_token)
 
     @property
     def run_dir(self) -> Path:

@@ -51,6 +51,7 @@ class Reference:
     distance: str = "cosine"
     direction: str = "forward"
     placement: str = "append"
+    in_context: bool = False
     temperature: float = math.nan
     stop_gradient: bool = False
     weight: float = 1.0
@@ -102,8 +103,16 @@ class Reference:
             return [*views[number], eos] if number else [bos, *views[number], sep]
         return [bos, *views[number], eos]
 
+    def through(self, views: list[View], number: int) -> View:
+        """Return the tokens of the language-model text up to the end of a view, with the token after it."""
+        bos, eos, sep = self.ids
+        tokens = [bos]
+        for view in views[: number + 1]:
+            tokens += [*view, sep]
+        return [*tokens[:-1], eos] if number == len(views) - 1 else tokens
+
     def predict(self, views: list[View], number: int) -> torch.Tensor:
-        tokens = self.alone(views, number)
+        tokens = self.through(views, number) if self.in_context else self.alone(views, number)
         if self.placement == "prepend":
             return self.hidden_states(tokens, predictor_at=1 if tokens[0] == self.ids.bos else 0)[-1]
         return self.hidden_states(tokens, predictor_at=len(tokens))[-1]
@@ -114,7 +123,8 @@ class Reference:
         for number in range(len(views) - 1):
             edges = {"forward": [(number, number + 1)], "backward": [(number + 1, number)]}
             for source, target in edges.get(self.direction) or edges["forward"] + edges["backward"]:
-                embedding = self.hidden_states(self.alone(views, target))[-1]
+                tokens = self.through(views, target) if self.in_context else self.alone(views, target)
+                embedding = self.hidden_states(tokens)[-1]
                 embedding = embedding.detach() if self.stop_gradient else embedding
                 pairs.append(Pair(self.predict(views, source), embedding, views[target], record, source < target))
         return pairs

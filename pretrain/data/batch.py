@@ -16,7 +16,7 @@ from pretrain.data.spans import STRETCHES, draw_spans
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro batch of one rank: B rows of L positions, M next-token labels, P pairs and S spans.
+    """A micro batch of one rank: B rows of L positions, M next-token labels, P pairs, E ends and S spans.
 
     Indices refer to the flattened (B * L) positions. P is the same on every rank because embeddings are gathered: the
     pair arrays are padded with index 0, and `pair_valid` is False there.
@@ -44,6 +44,13 @@ class Batch:
     """(P,) FORWARD or BACKWARD."""
     pair_valid: torch.Tensor
     """(P,) False for padding."""
+    end_index: torch.Tensor
+    """(E,) last position of each view in the text that the language model reads, if the layout reads these out. Padded
+    to the same size on every rank, as pairs are."""
+    end_of_first: torch.Tensor
+    """(E,) whether this is the end of the first view of its record."""
+    end_valid: torch.Tensor
+    """(E,) False for padding."""
     span_index: torch.Tensor
     """(S, 3, 2) three stretches (from, to) of each span; see pretrain/data/spans.py."""
     seed: torch.Tensor
@@ -79,10 +86,15 @@ def micro_batches(
     A micro step consists of micro_batch_rows * ranks consecutive rows, and rank r takes the r-th part of them.
     `rows.count` must be a multiple of micro_batch_rows * ranks.
     """
-    per_row = np.bincount(
-        rows.row, layout.pairs(rows.segment_lengths, rows.paired).sum(axis=1), minlength=rows.count
-    ).astype(np.int64)
-    padded = per_row.reshape(-1, ranks, micro_batch_rows).sum(axis=2).max(axis=1)
+
+    def largest(per_record: np.ndarray) -> np.ndarray:
+        """Return the largest sum of a rank in each micro step: (N,) -> (micro steps,)."""
+        per_row = np.bincount(rows.row, per_record, minlength=rows.count).astype(np.int64)
+        sums: np.ndarray = per_row.reshape(-1, ranks, micro_batch_rows).sum(axis=2).max(axis=1)
+        return sums
+
+    padded_pairs = largest(layout.pairs(rows.segment_lengths, rows.paired).sum(axis=1))
+    padded_ends = largest(layout.view_ends(rows.segment_lengths).sum(axis=1))
     steps = [
         rows.select(first, first + ranks * micro_batch_rows) for first in range(0, rows.count, ranks * micro_batch_rows)
     ]
@@ -90,10 +102,17 @@ def micro_batches(
     ends = np.cumsum([len(part.records) for part in own_rows])
     # Reading all micro steps at once makes fewer and larger reads of each shard.
     contents = corpus.read(np.concatenate([part.records for part in own_rows]))
-    for step, part, pairs, end in zip(steps, own_rows, padded, ends, strict=True):
-        seed = int(step.random_bits.sum(dtype=np.uint64) >> np.uint64(1))
+    for number, (step, part, end) in enumerate(zip(steps, own_rows, ends, strict=True)):
         yield assemble(
-            part, corpus, layout, specials, row_length, int(pairs), seed, contents.select(end - len(part.records), end)
+            part,
+            corpus,
+            layout,
+            specials,
+            row_length,
+            int(padded_pairs[number]),
+            int(padded_ends[number]),
+            seed=int(step.random_bits.sum(dtype=np.uint64) >> np.uint64(1)),
+            contents=contents.select(end - len(part.records), end),
         )
 
 
@@ -103,14 +122,17 @@ def assemble(
     layout: Layout,
     specials: SpecialTokenIds,
     row_length: int,
-    pairs_padded: int,
+    padded_pairs: int,
+    padded_ends: int | None = None,
+    *,
     seed: int = 0,
     contents: RecordTokens | None = None,
 ) -> Batch:
-    """Return the batch of these rows, with the pair arrays padded to `pairs_padded`.
+    """Return the batch of these rows, with the arrays of pairs and of ends padded to these sizes.
 
-    `contents` are the tokens of the records, if they have been read already. A long document may continue in the next
-    record. The first token of the next record then replaces the end token, so every token of the document is a target.
+    `padded_ends` is by default the number of ends. `contents` are the tokens of the records, if they have been read
+    already. A long document may continue in the next record. The first token of the next record then replaces the end
+    token, so every token of the document is a target.
     """
     contents = contents or corpus.read(rows.records)
     lengths, size = rows.segment_lengths, rows.count * row_length
@@ -149,7 +171,8 @@ def assemble(
         visible_until=torch.from_numpy(visible_until).view(rows.count, row_length),
         label_index=torch.from_numpy(labels),
         label_ids=torch.from_numpy(ids[labels + 1]),
-        **_pairs(rows, layout, in_batch + lengths - 1, contents.hashes, pairs_padded),
+        **_pairs(rows, layout, in_batch + lengths - 1, contents.hashes, padded_pairs),
+        **_ends(rows, layout, in_batch + lengths - 1, padded_ends),
         span_index=torch.from_numpy(spans),
         seed=torch.tensor(seed),
     )
@@ -213,6 +236,18 @@ def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, hashes: np.ndarray, siz
     valid = np.arange(size) < len(record)
     return {name: torch.from_numpy(_padded(values, size)) for name, values in fields.items()} | {
         "pair_valid": torch.from_numpy(valid)
+    }
+
+
+def _ends(rows: Rows, layout: Layout, ends: np.ndarray, size: int | None) -> dict[str, torch.Tensor]:
+    """Return the fields of a batch about the ends of views, padded to `size`; `ends` as in `_pairs`."""
+    record, segment = np.nonzero(layout.view_ends(rows.segment_lengths))
+    size = len(record) if size is None else size
+    is_first = np.array([one.view == 0 for one in layout.segments])[segment]
+    return {
+        "end_index": torch.from_numpy(_padded(ends[record, segment], size)),
+        "end_of_first": torch.from_numpy(_padded(is_first, size)),
+        "end_valid": torch.from_numpy(np.arange(size) < len(record)),
     }
 
 

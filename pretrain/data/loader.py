@@ -86,6 +86,11 @@ def count_spans(rows: Rows, layout: Layout) -> int:
     return int(layout.count_spans(rows.segment_lengths).sum())
 
 
+def count_ends(rows: Rows, layout: Layout) -> int:
+    """Return the number of view ends that are read out."""
+    return int(layout.view_ends(rows.segment_lengths).sum())
+
+
 def loss_denominators(rows: Rows, layout: Layout, units: Mapping[str, Unit]) -> dict[str, int]:
     """Return the count that normalises each loss term over the rows. `units` has the unit of each term."""
     return {term: count(rows, layout) for term, count in units.items()}

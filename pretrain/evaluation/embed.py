@@ -83,6 +83,8 @@ def embed_file(export: Path, file: str) -> None:
             f"the embeddings of {not_finite:,} rows are not finite because the weights of the model have "
             "diverged; use an earlier checkpoint"
         )
+    if pairing_from_export(read_json(export / "jepa.json")).in_context:
+        logger.info("note: the views are encoded separately, but the model was trained with targets in their context")
     logger.info(f"written to {output}")
 
 

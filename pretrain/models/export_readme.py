@@ -10,7 +10,7 @@ A causal language model in Hugging Face format, trained with `{objective}` on re
 contains the objective and the settings of the corpus.{predictor_file}
 
 The model continues `[BOS context SEP]` with the target and the end token. The embedding of a view is the hidden state
-of its last token after the final norm when the view is encoded separately. {predicted}Code:
+of its last token after the final norm when the view is encoded separately. {in_context}{predicted}Code:
 
 ```python
 {code}
@@ -19,6 +19,11 @@ of its last token after the final norm when the view is encoded separately. {pre
 The tokenizer does not add special tokens automatically. In the project that made this folder,
 `python launcher/evaluate.py THIS_FOLDER --embed FILE` computes the embeddings of all rows of a file.
 """
+
+IN_CONTEXT = (
+    "In training, however, the embedding of a target was read in its context: at the end of the target in "
+    "`[BOS context SEP] target`. Embeddings of separately encoded views may therefore retrieve worse. "
+)
 
 CODE = """import torch
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +76,7 @@ def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> s
         predictor_file=" `jepa.safetensors` contains the embedding of the predictor tokens."
         if predictor_tokens
         else "",
+        in_context=IN_CONTEXT if pairing.in_context else "",
         predicted="The prediction of another view is the hidden state of the last token when the predictor tokens "
         f"{'precede' if pairing.prepended else 'follow'} the view. "
         if predictor_tokens

@@ -54,5 +54,5 @@ class AuxiliaryObjective(ABC):
             "jepa": self.auxiliary_sum(hidden, prediction, target, batch, pool),
         }
         if pool is not None:
-            terms |= {one.name: one(pool, batch.seed) for one in self.regularizers}
+            terms |= {one.name: one.of_pool(pool, batch.seed) for one in self.regularizers}
         return ObjectiveOutput(terms, pool)

@@ -79,15 +79,20 @@ def select_pair_embeddings(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Te
     return hidden[batch.prediction_index].float(), hidden[batch.target_index].float()
 
 
+def gather_embeddings(mine: torch.Tensor, gather: Gather) -> tuple[torch.Tensor, slice]:
+    """Gather embeddings of all ranks, (P, D) -> (ranks * P, D); return them with this rank's slice.
+
+    Gradients flow only into this rank's own slice.
+    """
+    local_slice = slice(gather.rank * len(mine), (gather.rank + 1) * len(mine))
+    everyone = gather.all_gather(mine.detach())
+    return torch.cat([everyone[: local_slice.start], mine, everyone[local_slice.stop :]]), local_slice
+
+
 def gather_pool(prediction: torch.Tensor, target: torch.Tensor, batch: Batch, gather: Gather) -> Pool:
     """Gather the pairs of all ranks into a pool; gradients flow only into this rank's own slice."""
-    size = len(prediction)
-    local_slice = slice(gather.rank * size, (gather.rank + 1) * size)
-    mine = torch.cat([prediction, target], dim=1)
-    everyone = gather.all_gather(mine.detach())
-    predictions, targets = torch.cat([everyone[: local_slice.start], mine, everyone[local_slice.stop :]]).chunk(
-        2, dim=1
-    )
+    embeddings, local_slice = gather_embeddings(torch.cat([prediction, target], dim=1), gather)
+    predictions, targets = embeddings.chunk(2, dim=1)
     key, record, direction, valid = gather.all_gather(
         torch.stack([batch.pair_target_hash, batch.pair_record, batch.pair_direction, batch.pair_valid.long()], dim=1)
     ).unbind(dim=1)

@@ -1,10 +1,10 @@
 """Regularizers against collapse, which spread out the predictions and, separately, the targets of a micro step.
 
 Each regularizer is a loss of the pool, multiplied by the number of pairs because the sum is later divided by that
-number, like the sums of other terms.
+number, like the sums of other terms. The objective `regularized` applies it to the ends of views instead.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,31 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Regularizer:
-    """A loss of the embeddings of a pool, summed over predictions and targets."""
+    """A loss of groups of embeddings, such as the predictions and the targets of a pool."""
 
     def __init__(self, name: str, weight: float, loss: Loss):
         self.name, self.weight, self.loss = name, weight, loss
 
-    def __call__(self, pool: Pool, seed: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the sum: the loss of the pool times the number of this rank's pairs."""
-        loss = self.loss(pool.prediction, pool.valid, seed) + self.loss(pool.target, pool.valid, seed)
-        return local_value_global_grad(loss * pool.valid.sum(), loss * pool.valid[pool.local_slice].sum())
+    def __call__(
+        self,
+        groups: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        counted: torch.Tensor,
+        local_slice: slice,
+        seed: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return this rank's part of the sum: the losses of the groups times the number of this rank's units.
+
+        A group is embeddings (Q, D) of all ranks and their validity (Q,); an empty group has no loss. `counted` (Q,) is
+        True for the units of all ranks, and `local_slice` selects the units of this rank.
+        """
+        losses = [torch.where(valid.any(), self.loss(embeddings, valid, seed), 0.0) for embeddings, valid in groups]
+        loss = torch.stack(losses).sum()
+        return local_value_global_grad(loss * counted.sum(), loss * counted[local_slice].sum())
+
+    def of_pool(self, pool: Pool, seed: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the sum over the predictions and, separately, the targets of a pool."""
+        groups = [(pool.prediction, pool.valid), (pool.target, pool.valid)]
+        return self(groups, pool.valid, pool.local_slice, seed)
 
 
 def build_regularizers(configs: Iterable[RegularizerConfig]) -> list[Regularizer]:

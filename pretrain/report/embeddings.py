@@ -82,7 +82,7 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     model, _ = load_language_model(run.folder / "export" / step_name(steps[-1]), config.model.attention, device)
     model = model.to(device)
     specials = special_ids(corpus.tokenizer, model.vocab_size)
-    layout = config.make_layout(specials, corpus.views, validating=True)
+    layout = config.validation_layouts(specials, corpus.views)["embedding"]
     count = min(PAIRS, len(corpus))
     record_numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
     rows = plan_rows(

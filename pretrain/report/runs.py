@@ -14,7 +14,7 @@ from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_or_none
 from pretrain.config import dump_config, load_config
 from pretrain.evaluation.results import read_results, scoring_version
-from pretrain.objectives.configs import objective_configs
+from pretrain.objectives.configs import ObjectiveConfig, objective_configs
 from pretrain.run_folder import read_metrics, read_status
 from pretrain.tasks.directions import VALIDATION, MetricDirection, direction
 
@@ -52,10 +52,21 @@ class Run:
 
         An objective that the current version cannot read counts as having a pair term, unless it is next_token.
         """
+        config = self._objective_config
+        return self.objective != "next_token" if config is None else config.pairing is not None
+
+    @property
+    def embedding_group(self) -> str:
+        """Group of metric tags for the embeddings that the pair term compares."""
+        return self._objective_config.embedding_group if self._objective_config else "embedding"
+
+    @property
+    def _objective_config(self) -> ObjectiveConfig | None:
+        """Configuration of the objective; None if the current version cannot read it."""
         try:
-            return objective_configs()[self.objective].model_validate(self.config["objective"]).pairing is not None
+            return objective_configs()[self.objective].model_validate(self.config["objective"])
         except (KeyError, ValidationError):
-            return self.objective != "next_token"
+            return None
 
     @property
     def finished(self) -> bool:

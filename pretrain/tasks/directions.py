@@ -23,7 +23,11 @@ MONITORS: MetricDirections = {
     "retrieval_at_1": "higher",
 }
 """Embedding monitors; see pretrain/objectives/monitors.py."""
-_VALIDATION: MetricDirections = {f"embedding/{name}": direction for name, direction in MONITORS.items()}
+_VALIDATION: MetricDirections = {
+    f"{group}/{name}": direction
+    for group in ("embedding", "embedding_in_context")
+    for name, direction in MONITORS.items()
+}
 
 
 def higher(*metrics: str) -> MetricDirections:
@@ -52,10 +56,10 @@ def direction(task: str, metric: str) -> MetricDirection | None:
     `loss` except the monitors. A prefix `A_to_B_` of a retrieval metric, such as `code_to_text_`, names a direction of
     prediction and is ignored.
     """
-    is_term = metric.startswith("loss/") if task == VALIDATION else task == LOSS_TASK and metric not in MONITORS
+    declared = metric_directions(task)
+    is_term = metric.startswith("loss/") if task == VALIDATION else task == LOSS_TASK and metric not in declared
     if is_term:
         return "lower"
-    declared = metric_directions(task)
     name = split_direction(metric)[1] if task == "retrieval" else metric
     return declared.get(name)
 

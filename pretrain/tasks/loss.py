@@ -8,8 +8,8 @@ from typing import Literal
 from pretrain.tasks.directions import MONITORS, MetricDirections
 from pretrain.tasks.options import RowTask
 
-METRICS: MetricDirections = MONITORS
-"""Directions of the monitors. All other metrics are terms of the objective; `direction` handles them."""
+METRICS: MetricDirections = MONITORS | {f"in_context_{name}": direction for name, direction in MONITORS.items()}
+"""Directions of the monitors; `in_context_` marks targets in context. The other metrics are terms of the objective."""
 
 
 class Config(RowTask):

@@ -24,11 +24,11 @@ class CollapseWarning(Hook):
     def after_step(self, run: "Trainer", report: StepReport) -> None:
         """Judge a step."""
         if report.progress_line and run.validation is None:
-            self._judge(run, report.values, "embedding/")
+            self._judge(run, report.values, f"{run.config.objective.embedding_group}/")
 
     def after_validation(self, run: "Trainer", values: dict[str, float]) -> None:
         """Judge a validation."""
-        self._judge(run, values, "validation/embedding/")
+        self._judge(run, values, f"validation/{run.config.objective.embedding_group}/")
 
     def state(self) -> dict[str, Any]:
         """Return whether the embeddings had collapsed."""

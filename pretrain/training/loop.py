@@ -363,7 +363,7 @@ class Trainer:
     def _diagnose(self, pool: Pool | None) -> dict[str, float]:
         """Return the embedding monitors of a pool by metric tag; empty except on the main rank."""
         monitors = embedding_monitors(pool) if pool and self.world.is_main else {}
-        return {f"embedding/{name}": value for name, value in monitors.items()}
+        return {f"{self.config.objective.embedding_group}/{name}": value for name, value in monitors.items()}
 
     def _step_values(self, losses: dict[str, float], score: float) -> dict[str, float]:
         return (

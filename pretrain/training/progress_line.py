@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EMBEDDING_GROUPS = {"embedding": "", "embedding_in_context": "in context: "}
+"""Groups of embedding monitors in the metric tags, and their names in the line of a validation."""
+
 
 class ProgressLines(Hook):
     """A hook that logs a line for some steps (monitor.log_every) and for each validation."""
@@ -30,8 +33,9 @@ def progress_line(progress: Progress, fraction: float, values: dict[str, float],
     """Return the line of a logged step: progress, loss terms, cosines of the embeddings, speed, and time left."""
     parts = [f"step {progress.step:>6}", f"{fraction:>4.0%}"]
     parts += [f"{term} {values[f'loss/{term}']:.4f}" for term in terms if f"loss/{term}" in values]
-    if "embedding/shuffled_cosine" in values:
-        parts.append(f"cos {values['embedding/paired_cosine']:.2f}/{values['embedding/shuffled_cosine']:.2f}")
+    for group in EMBEDDING_GROUPS:
+        if f"{group}/shuffled_cosine" in values:
+            parts.append(f"cos {values[f'{group}/paired_cosine']:.2f}/{values[f'{group}/shuffled_cosine']:.2f}")
     parts += [
         f"lr {values['optimizer/lr']:.2e}",
         f"|g| {values['optimizer/grad_norm']:.2f}",
@@ -49,12 +53,14 @@ def progress_line(progress: Progress, fraction: float, values: dict[str, float],
 
 def validation_line(progress: Progress, values: dict[str, float], terms: Iterable[str]) -> str:
     """Return the line of a validation: loss terms and embedding monitors."""
-    names = {f"validation/loss/{term}": term for term in terms} | {
-        "validation/embedding/paired_cosine": "paired cosine",
-        "validation/embedding/shuffled_cosine": "shuffled",
-        "validation/embedding/retrieval_at_1": "retrieval@1",
-        "validation/embedding/effective_rank": "effective rank",
-    }
+    names = {f"validation/loss/{term}": term for term in terms}
+    for group, where in EMBEDDING_GROUPS.items():
+        names |= {
+            f"validation/{group}/paired_cosine": f"{where}paired cosine",
+            f"validation/{group}/shuffled_cosine": "shuffled",
+            f"validation/{group}/retrieval_at_1": "retrieval@1",
+            f"validation/{group}/effective_rank": "effective rank",
+        }
     return f"validation at step {progress.step}: " + ", ".join(
         f"{name} {values[tag]:.4f}" for tag, name in names.items() if tag in values
     )

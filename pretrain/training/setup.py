@@ -213,11 +213,11 @@ def _validation(config: RunConfig, corpus: Corpus, specials: SpecialTokenIds, wo
     if "validation" not in corpus.manifest["splits"]:
         return None
     held_out = world.run_and_sync_errors(lambda: Corpus(config.data.path, "validation"))
-    layout = config.make_layout(specials, corpus.views, validating=True)
+    layouts = config.validation_layouts(specials, corpus.views)
     return world.run_and_sync_errors(
         lambda: Validation(
             held_out,
-            layout,
+            layouts,
             specials,
             config.data.sequence_length,
             config.monitor.validation_records,

@@ -141,8 +141,7 @@ def _check_lengths(config: RunConfig, corpus: Corpus) -> None:
     length = config.data.sequence_length
     specials = SpecialTokenIds(0, 0, 0, 0, 0)  # the layout needs only their number
 
-    def longest(split: Corpus, validating: bool) -> int:
-        layout = config.make_layout(specials, split.views, validating=validating)
+    def longest(split: Corpus, layout: Layout) -> int:
         bound = min(layout.positions(split.longest).max(), _max_positions_from_manifest(split, layout))
         if bound <= length:
             return bound
@@ -153,9 +152,11 @@ def _check_lengths(config: RunConfig, corpus: Corpus) -> None:
             )
         return max(layout.positions(lengths).max() for lengths in _all_lengths(split))
 
-    needed = longest(corpus, validating=False)
+    needed = longest(corpus, config.make_layout(specials, corpus.views))
     if "validation" in corpus.manifest["splits"]:
-        needed = max(needed, longest(Corpus(config.data.path, "validation"), validating=True))
+        held_out = Corpus(config.data.path, "validation")
+        for layout in config.validation_layouts(specials, corpus.views).values():
+            needed = max(needed, longest(held_out, layout))
     if needed > length:
         raise UserError(
             f"data.sequence_length is {length}, too short for the records of {config.data.path} with this objective: "

@@ -1,14 +1,14 @@
 """Validation: all loss terms and the embedding monitors on held-out records, the same in every validation."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import deepspeed
 import numpy as np
 import torch
 
 from data_prep.layout import Layout, SpecialTokenIds
-from pretrain.data.batch import micro_batches
+from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Rows, Unit, draw_random_bits, loss_denominators, plan_rows
 from pretrain.objectives.monitors import embedding_monitors
@@ -20,17 +20,27 @@ if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
 
 
+class _Pass(NamedTuple):
+    """The rows of one layout, and this rank's batches of them."""
+
+    group: str
+    layout: Layout
+    rows: Rows
+    batches: list[Batch]
+
+
 class Validation:
     """Records spread evenly over the validation split, packed once and divided among the ranks.
 
-    Each source is represented in proportion to its size. Micro steps have the same rows as in training, so the pools of
-    a contrastive term are comparable. The monitors are computed over all pairs together.
+    `layouts` has a layout for each group of embedding monitors; the loss is computed in the first one. Each source is
+    represented in proportion to its size. Micro steps have the same rows as in training, so the pools of a contrastive
+    term are comparable. The monitors of a group are computed over all of its pairs together.
     """
 
     def __init__(
         self,
         corpus: Corpus,
-        layout: Layout,
+        layouts: Mapping[str, Layout],
         specials: SpecialTokenIds,
         row_length: int,
         records: int,
@@ -39,20 +49,14 @@ class Validation:
     ):
         count = min(records, len(corpus))
         numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
-        rows = plan_rows(
-            corpus,
-            numbers,
-            layout,
-            row_length,
-            np.ones(len(numbers), bool),
-            draw_random_bits(numbers, 0, np.zeros_like(numbers)),
-        )
+        random_bits = draw_random_bits(numbers, 0, np.zeros_like(numbers))
         per_micro_step = micro_batch_rows * world.size
-        rows = Rows.join([rows], -(-rows.count // per_micro_step) * per_micro_step)
         self.world = world
-        self.rows, self.layout = rows, layout
-        self.batches = list(
-            micro_batches(
+        self.passes: list[_Pass] = []
+        for group, layout in layouts.items():
+            rows = plan_rows(corpus, numbers, layout, row_length, np.ones(len(numbers), bool), random_bits)
+            rows = Rows.join([rows], -(-rows.count // per_micro_step) * per_micro_step)
+            batches = micro_batches(
                 rows,
                 corpus,
                 layout,
@@ -62,7 +66,7 @@ class Validation:
                 rank=world.rank,
                 ranks=world.size,
             )
-        )
+            self.passes.append(_Pass(group, layout, rows, list(batches)))
 
     def run(
         self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, Unit], stop: Callable[[], bool] = lambda: False
@@ -74,26 +78,36 @@ class Validation:
         """
         engine.eval()
         sums: dict[str, torch.Tensor] = {}
-        pools = []
+        monitors: dict[str, float] = {}
         with torch.no_grad():
-            for batch in self.batches:
-                if stop():
-                    engine.train()
-                    return None
-                output = engine(batch.to(self.world.device), with_pool=True)
-                pools.append(output.pool)
-                for name, value in output.terms.items():
-                    sums[name] = sums.get(name, 0) + value
+            for number, one in enumerate(self.passes):
+                pools = []
+                for batch in one.batches:
+                    if stop():
+                        engine.train()
+                        return None
+                    output = engine(batch.to(self.world.device), with_pool=True)
+                    pools.append(output.pool)
+                    if number == 0:
+                        for name, value in output.terms.items():
+                            sums[name] = sums.get(name, 0) + value
+                if self.world.is_main:
+                    values = embedding_monitors(Pool.join(pools))
+                    monitors |= {f"validation/{one.group}/{name}": value for name, value in values.items()}
         engine.train()
         totals = self.world.sum(list(sums.values()))
-        counts = loss_denominators(self.rows, self.layout, units)
+        counts = self.counts(units)
         losses = {
             f"validation/loss/{name}": total / counts[name]
             for name, total in zip(sums, totals, strict=True)
             if counts[name]  # without pairs, a loss of 0 would look perfect
         }
-        monitors = embedding_monitors(Pool.join(pools)) if self.world.is_main else {}
-        return losses | {f"validation/embedding/{name}": value for name, value in monitors.items()}
+        return losses | monitors
+
+    def counts(self, units: Mapping[str, Unit]) -> dict[str, int]:
+        """Return the count that normalises each loss term."""
+        first = self.passes[0]
+        return loss_denominators(first.rows, first.layout, units)
 
 
 class PeriodicValidation(Hook):

@@ -13,6 +13,9 @@ PACKED = [
     "next_token_packed",
     "joint_packed",
     "joint_dropout_0.75",
+    "in_context_packed",
+    "in_context_k0_packed",
+    "regularized_packed",
     "next_token_independent_packed",
     "independent_packed",
 ]
@@ -49,7 +52,7 @@ def test_every_implementation_reports_its_figures(result):
     assert result["arms"]["next_token_packed"]["to_baseline"]["positions"] == 1.0
     assert result["arms"]["three_passes_512"]["slots_per_record"] == 3 * 512
     assert set(result["records_per_second_of_joint_packed_over"]) == set(SEPARATE)
-    assert len(result["targets"]) == 5
+    assert len(result["targets"]) == 9
     assert all({"measured", "met"} < set(target) for target in result["targets"].values())
 
 
@@ -65,5 +68,8 @@ def test_every_implementation_computes_the_same_losses(result):
     for group in (independent, set(losses) - independent):
         lm = [losses[name]["lm"] for name in group]
         assert max(lm) - min(lm) < 1e-4 and not math.isnan(lm[0])
+    in_context = [losses[name]["jepa"] for name in ("in_context_packed", "in_context_k0_packed")]
+    assert len({losses["joint_packed"]["jepa"], *in_context}) == 3
+    assert losses["regularized_packed"].keys() == {"lm", "coding_rate"}
     jepa = [losses[name]["jepa"] for name in ["joint_packed", *SEPARATE]]
     assert max(jepa) - min(jepa) < 1e-4 and 0.01 < jepa[0] < 1.99

@@ -84,6 +84,24 @@ def test_the_positions_needed_equal_the_slow_count_whichever_views_are_absent(vi
     assert needed.dtype == np.int64 and positions_needed(lengths[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("views", [2, 3, 4])
+def test_targets_in_context_need_no_copy(views, k):
+    stream = make_layout("joint", SPECIALS, views=views)
+    layout = make_layout("joint", SPECIALS, views=views, pairing=Pairing(k, in_context=True))
+    assert layout.segments[:views] == stream.segments and layout.documents == stream.documents
+    lengths = np.array([[3, 4, 5, 6][:views], [3, *[0] * (views - 1)]])
+    both = np.ones(2, bool)
+    assert (layout.positions(lengths) - stream.positions(lengths)).tolist() == [k * (views - 1), 0]
+    assert layout.pairs(layout.segment_lengths(lengths, both), both).sum(axis=1).tolist() == [views - 1, 0]
+    for number, pair in enumerate(layout.read_outs):
+        predicting = layout.segments[pair.prediction]
+        assert pair.target == number + 1
+        assert predicting.parent == number if k else pair.prediction == number
+    parents = [segment.parent for segment in layout.segments[views:]]
+    assert parents == sorted(parents, reverse=True), "a subtree must be contiguous"
+
+
 def test_present_views_come_first_in_their_order():
     assert present_first(np.array([[0, 4, 0, 2], [1, 1, 1, 1], [0, 0, 0, 3]])).tolist() == [
         [1, 3, 0, 2],

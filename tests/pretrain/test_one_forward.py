@@ -141,18 +141,39 @@ def test_every_family_distance_and_direction(family, kind, distance, direction, 
     )
 
 
+def three_views(seed: int) -> list[tuple[list[int], ...]]:
+    """Return records of three views, one of them without a view and one without two."""
+    pairs, others = random_records(seed=seed), random_records(seed=seed + 1)
+    records = [(*record, other[0][:4]) for record, other in zip(pairs, others, strict=True)]
+    records[2], records[4] = (records[2][0], [], records[2][2]), ([], [], records[4][2])
+    return records
+
+
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("placement", ["append", "prepend"])
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
 def test_three_views_and_prepended_predictor_tokens(kind, k, placement, direction, make_model, write_corpus, specials):
-    records = [
-        (*record, other[0][:4]) for record, other in zip(random_records(seed=12), random_records(seed=13), strict=True)
-    ]
-    records[2], records[4] = (records[2][0], [], records[2][2]), ([], [], records[4][2])  # one and two missing views
     check_equality(
-        make_model(k), records, kind, "info_nce", write_corpus, specials, pairing=Pairing(k, placement, direction)
+        make_model(k),
+        three_views(seed=12),
+        kind,
+        "info_nce",
+        write_corpus,
+        specials,
+        pairing=Pairing(k, placement, direction),
     )
+
+
+@pytest.mark.parametrize("distance", ["cosine", "info_nce"])
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
+def test_targets_in_context(family, k, distance, make_model, write_corpus, specials):
+    pairing = Pairing(k, in_context=True)
+    for records in (random_records(seed=15), three_views(seed=16)):
+        check_equality(
+            make_model(k, family=family), records, "joint", distance, write_corpus, specials, pairing=pairing
+        )
 
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
@@ -179,7 +200,13 @@ def check_equality(
         packed(corpus, specials, layout, np.ones(len(records), bool)),
         jepa(distance, stop_gradient=stop_gradient),
     )
-    settings = {"layout": kind, "distance": distance, "direction": pairing.direction, "placement": pairing.placement}
+    settings = {
+        "layout": kind,
+        "distance": distance,
+        "direction": pairing.direction,
+        "placement": pairing.placement,
+        "in_context": pairing.in_context,
+    }
     assert (
         error(result, separate_forwards(model, records, specials, stop_gradient=stop_gradient, **settings)) < TOLERANCE
     )

@@ -29,13 +29,20 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_language_model(run.export, config.model.attention, device)
     specials = special_ids(tokenizer, model.vocab_size)
-    layout = config.make_layout(specials, corpus.views, validating=True)
+    layouts = config.validation_layouts(specials, corpus.views)
     world = World(0, 1, device)
     ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]
     micro_step_rows = config.train.micro_batch_rows * ranks  # a contrastive term needs pools as large as in training
-    validation = Validation(corpus, layout, specials, config.data.sequence_length, len(corpus), micro_step_rows, world)
+    validation = Validation(corpus, layouts, specials, config.data.sequence_length, len(corpus), micro_step_rows, world)
     objective = build_objective(config.objective)
     module = TrainingModule(model, objective, Gather(world.all_gather, 0)).to(device)
     values = validation.run(module, objective.units)
     assert values is not None  # rank 0 always has them
-    return TaskResult(len(rows), {tag.rsplit("/", 1)[1]: value for tag, value in values.items()})
+    in_context = "validation/embedding_in_context/"
+    return TaskResult(
+        len(rows),
+        {
+            ("in_context_" if tag.startswith(in_context) else "") + tag.rsplit("/", 1)[1]: value
+            for tag, value in values.items()
+        },
+    )

@@ -8,13 +8,11 @@ from pretrain.objectives.configs.base import ObjectiveConfig
 from pretrain.objectives.configs.regularizers import AnyRegularizerConfig, RegularizerConfig
 
 
-class AuxiliaryConfig(ObjectiveConfig):
-    """Next-token loss plus `weight` times the auxiliary term, plus regularizers."""
+class RegularizedConfig(ObjectiveConfig):
+    """Next-token loss plus terms whose weights may change during the run."""
 
-    weight: float = Field(default=1.0, gt=0)
-    """Weight of the auxiliary term (lambda)."""
     weight_schedule: list[tuple[float, float]] | None = None
-    """Schedule of a factor on `weight` and on the regularizers' weights: points (consumed fraction of the budget,
+    """Schedule of a factor on the weights of all terms but `lm`: points (consumed fraction of the budget,
     factor) with linear interpolation. For example, [[0, 0], [0.1, 1]] is a warm-up. The factor is constant before the
     first point and after the last. Default: always 1."""
     regularizers: list[AnyRegularizerConfig] = []
@@ -54,3 +52,10 @@ class AuxiliaryConfig(ObjectiveConfig):
             if fraction <= end:
                 return low + (high - low) * (fraction - begin) / (end - begin)
         return self.weight_schedule[-1][1]
+
+
+class AuxiliaryConfig(RegularizedConfig):
+    """Next-token loss plus `weight` times the auxiliary term, plus regularizers."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of the auxiliary term (lambda)."""

@@ -1,5 +1,6 @@
 """The base class of the configurations of objectives."""
 
+from dataclasses import replace
 from typing import Literal
 
 from data_prep.layout import Layout, Pairing, SpanSampling, SpecialTokenIds, make_layout
@@ -22,6 +23,11 @@ class ObjectiveConfig(Section):
     def spans(self) -> SpanSampling | None:
         """Sampling of spans from the documents; None: there is no term on spans."""
         return None
+
+    @property
+    def ends(self) -> bool:
+        """Whether a term needs the hidden states at the ends of views."""
+        return False
 
     @property
     def record_dropout(self) -> float:
@@ -51,9 +57,36 @@ class ObjectiveConfig(Section):
             views=views,
             pairing=pairing,
             spans=self.spans,
+            ends=self.ends,
             lm_views=lm_views,
             train_end_token=train_end_token,
         )
+
+    @property
+    def embedding_group(self) -> str:
+        """Group of metric tags for the embeddings of the pair term: `embedding_in_context`, or else `embedding`."""
+        return "embedding_in_context" if self.pairing is not None and self.pairing.in_context else "embedding"
+
+    def validation_layouts(
+        self, specials: SpecialTokenIds, views: int, lm_views: str, train_end_token: bool = True
+    ) -> dict[str, Layout]:
+        """Return the layouts whose pairs the embedding monitors read, by group of metric tags.
+
+        The first one also has what the loss terms need. In the group `embedding`, targets are encoded separately.
+        """
+        trained = self.make_layout(specials, views, lm_views, train_end_token, validating=True)
+        layouts = {self.embedding_group: trained}
+        if self.pairing is not None and self.pairing.in_context:
+            separate = replace(self.pairing, in_context=False)
+            layouts["embedding"] = make_layout(
+                self.layout,
+                specials,
+                views=views,
+                pairing=separate,
+                lm_views=lm_views,
+                train_end_token=train_end_token,
+            )
+        return layouts
 
     def factor(self, fraction: float) -> float:
         """Return the factor for the weights of all terms except `lm` when `fraction` of the budget is used."""

@@ -7,6 +7,13 @@ from pydantic import Field, model_validator
 from data_prep.layout import MAX_PREDICTOR_TOKENS, Pairing
 from pretrain.objectives.configs.auxiliary import AuxiliaryConfig
 
+IN_CONTEXT_NEEDS = {
+    "layout": "because a view has a context only in a text with the other views",
+    "direction": "because a view is read before the views that follow it in the text",
+    "predictor_placement": "because prepended predictor tokens need a copy of the context",
+}
+"""Reasons why a target in context needs the value of a key."""
+
 
 class Config(AuxiliaryConfig):
     """Next-token loss plus `weight` times the distance between predicted and actual embeddings of the other view."""
@@ -21,6 +28,10 @@ class Config(AuxiliaryConfig):
     direction: Literal["forward", "backward", "both"] = "forward"
     """forward: each view predicts the next one (the description predicts the regex). backward: each view predicts the
     previous one. both: each view predicts both the next one and the previous one."""
+    target: Literal["alone", "in_context"] = "alone"
+    """alone (published form): the target is encoded separately, in a copy. in_context: its embedding is read at its end
+    in the text that the language model reads, after the context. This needs no copy, only with layout joint and
+    appended predictor tokens, and only forward."""
     distance: Literal["cosine", "l2", "mse", "info_nce"] = "cosine"
     """cosine: the paper's 1 - cos. l2: the Euclidean distance. mse: the mean squared difference of the components.
     info_nce: a contrastive loss; the negatives of a pair are the different targets of other records in the micro step,
@@ -38,6 +49,14 @@ class Config(AuxiliaryConfig):
             raise ValueError("temperature has an effect only with distance info_nce; remove it")
         if self.predictor_placement == "prepend" and not self.predictor_tokens:
             raise ValueError("predictor_placement has no effect because predictor_tokens is 0; remove it")
+        if self.target == "in_context":
+            for key, value, needed in (
+                ("layout", self.layout, "joint"),
+                ("direction", self.direction, "forward"),
+                ("predictor_placement", self.predictor_placement, "append"),
+            ):
+                if value != needed:
+                    raise ValueError(f"target: in_context works only with {key}: {needed}, {IN_CONTEXT_NEEDS[key]}")
         if self.direction != "forward" and self._is_symmetric and not (self.direction == "both" and self.regularizers):
             raise ValueError(
                 "direction has an effect only with predictor tokens, info_nce or stop_gradient, "
@@ -53,7 +72,9 @@ class Config(AuxiliaryConfig):
     @property
     def pairing(self) -> Pairing:
         """Pairing of the views with the configured predictor tokens."""
-        return Pairing(self.predictor_tokens, self.predictor_placement, self.direction)
+        return Pairing(
+            self.predictor_tokens, self.predictor_placement, self.direction, in_context=self.target == "in_context"
+        )
 
     @property
     def record_dropout(self) -> float:

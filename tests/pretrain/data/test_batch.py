@@ -215,12 +215,12 @@ def test_tokens_and_positions(case):
     np.testing.assert_array_equal(batch.positions.flatten(), expected.positions)
 
 
-def test_tensors_are_integers_and_there_are_no_spans_by_default(case):
+def test_tensors_are_integers_and_there_are_no_spans_or_ends_by_default(case):
     batch, _, _ = case
-    assert batch.pair_valid.dtype == torch.bool
-    dtypes = {field.name: getattr(batch, field.name).dtype for field in fields(batch) if field.name != "pair_valid"}
-    assert dtypes == dict.fromkeys(dtypes, torch.int64)
-    assert batch.span_index.shape == (0, 3, 2)
+    dtypes = {field.name: getattr(batch, field.name).dtype for field in fields(batch)}
+    flags = {"pair_valid", "end_of_first", "end_valid"}
+    assert dtypes == {name: torch.bool if name in flags else torch.int64 for name in dtypes}
+    assert batch.span_index.shape == (0, 3, 2) and len(batch.end_index) == 0
 
 
 def test_each_label_occurs_once_at_the_position_before_its_token(case):

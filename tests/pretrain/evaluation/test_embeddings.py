@@ -74,7 +74,7 @@ def test_embeddings_match_the_objective_and_the_readme(
         tuple(corpus.tokenizer.decode(part) for part in corpus.tokens_by_view(number).values()) for number in numbers
     ]
     found = embed(export, texts)
-    layout = objective_from_export(jepa).make_layout(specials, 2, "all", validating=True)
+    layout = objective_from_export(jepa).validation_layouts(specials, 2, "all")["embedding"]
     rows = plan_rows(
         corpus, numbers, layout, 256, np.ones(len(numbers), bool), draw_random_bits(numbers, 0, np.zeros_like(numbers))
     )

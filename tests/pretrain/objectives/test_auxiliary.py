@@ -10,7 +10,7 @@ from data_prep.layout import Pairing, make_layout
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import assemble
-from pretrain.data.loader import Loader, count_pairs, count_spans, count_targets
+from pretrain.data.loader import Loader, count_ends, count_pairs, count_spans, count_targets
 from pretrain.models.head import Head
 from pretrain.objectives.base import build_objective, total_loss
 from pretrain.objectives.configs import objective_configs
@@ -25,7 +25,7 @@ DEMO = ROOT / "configs" / "demo.yaml"
 
 
 def test_objectives_are_found_by_the_names_of_their_files():
-    assert set(objective_configs()) >= {"next_token", "llm_jepa", "semantic_tube"}
+    assert set(objective_configs()) >= {"next_token", "llm_jepa", "semantic_tube", "regularized"}
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,17 @@ def test_objectives_are_found_by_the_names_of_their_files():
             ["objective.regularizers=[{name: sigreg, weight: 0.1}, {name: vicreg, weight: 0.2}]"],
             {"lm": 1.0, "jepa": 0.1, "sigreg": 0.1, "vicreg": 0.2},
         ),
+        (
+            ["objective={name: regularized, regularizers: [{name: coding_rate, weight: 0.5}]}"],
+            {"lm": 1.0, "coding_rate": 0.5},
+        ),
     ],
 )
 def test_a_configuration_builds_its_objective(overrides, terms):
     objective = build_objective(load_config(DEMO, overrides).objective)
     assert objective.weights == terms
-    units = {name: count_pairs for name in terms} | {"lm": count_targets}
+    unit = count_ends if "regularized" in overrides[0] else count_pairs
+    units = {name: unit for name in terms} | {"lm": count_targets}
     if "semantic_tube" in overrides[0]:
         units["jepa"] = count_spans
     assert objective.units == units
@@ -91,6 +96,18 @@ def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pai
     assert config.make_layout(specials, 2, "all") == make_layout(kind, specials, pairing=pairing, spans=spans)
 
 
+def test_targets_in_context_are_validated_in_context_and_encoded_separately(specials):
+    config = load_config(DEMO, ["objective={name: llm_jepa, predictor_tokens: 2, target: in_context}"]).objective
+    in_context = make_layout("joint", specials, pairing=Pairing(2, in_context=True))
+    assert config.make_layout(specials, 2, "all") == in_context and config.embedding_group == "embedding_in_context"
+    assert config.validation_layouts(specials, 2, "all") == {
+        "embedding_in_context": in_context,
+        "embedding": make_layout("joint", specials, pairing=Pairing(2)),
+    }
+    alone = load_config(DEMO, ["objective={name: llm_jepa}"]).objective
+    assert list(alone.validation_layouts(specials, 2, "all")) == ["embedding"] == [alone.embedding_group]
+
+
 @pytest.mark.parametrize(
     "overrides, expected",
     [
@@ -108,6 +125,23 @@ def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pai
             ["objective.predictor_tokens=0", "objective.predictor_placement=prepend"],
             "objective: predictor_placement has no effect because predictor_tokens is 0",
         ),
+        (
+            ["objective={name: llm_jepa, target: in_context, layout: independent}"],
+            "objective: target: in_context works only with layout: joint, because a view has a context only in",
+        ),
+        (
+            ["objective={name: llm_jepa, target: in_context, direction: both}"],
+            "objective: target: in_context works only with direction: forward, because a view is read before",
+        ),
+        (
+            ["objective={name: llm_jepa, target: in_context, direction: backward}"],
+            "objective: target: in_context works only with direction: forward",
+        ),
+        (
+            ["objective={name: llm_jepa, target: in_context, predictor_placement: prepend}"],
+            "objective: target: in_context works only with predictor_placement: append, because prepended",
+        ),
+        (["objective={name: regularized}"], "objective: regularizers is empty: add one, or choose next_token"),
         (
             ["objective={name: llm_jepa, predictor_tokens: 0, direction: backward}"],
             "objective: direction has an effect only with predictor tokens, info_nce or",

@@ -49,6 +49,9 @@ def batch() -> Batch:
         pair_record=torch.tensor(RECORDS + pad),
         pair_direction=torch.tensor(DIRECTIONS + pad),
         pair_valid=torch.arange(PAIRS + PADDING) < PAIRS,
+        end_index=none,
+        end_of_first=none.bool(),
+        end_valid=none.bool(),
         span_index=none,
         seed=torch.tensor(3),
     )

@@ -29,9 +29,9 @@ vicreg_term, sigreg_term, rate_term = build_regularizers(
 )
 TERMS = {
     "info_nce": lambda pool: info_nce_sum(pool, TEMPERATURE),
-    "vicreg": lambda pool: vicreg_term(pool, SEED),
-    "sigreg": lambda pool: sigreg_term(pool, SEED),
-    "coding_rate": lambda pool: rate_term(pool, SEED),
+    "vicreg": lambda pool: vicreg_term.of_pool(pool, SEED),
+    "sigreg": lambda pool: sigreg_term.of_pool(pool, SEED),
+    "coding_rate": lambda pool: rate_term.of_pool(pool, SEED),
 }
 
 
@@ -100,6 +100,9 @@ def pool_of(all_ranks: list[RankPairs], rank: int) -> Pool:
         local.record,
         torch.zeros_like(local.key),
         local.valid,
+        none,
+        none,
+        none,
         none,
         none,
     )

@@ -22,11 +22,14 @@ SUMS = {
     "cosine": JEPA | {"dropout": 0.3},
     "l2-both": JEPA | {"distance": "l2", "direction": "both", "predictor_placement": "prepend"},
     "tube": {"name": "semantic_tube", "weight": 0.5, "form": "sub_span"},
+    "in-context": JEPA | {"target": "in_context", "dropout": 0.3},
 }
 """Objectives that are sums over pairs or spans."""
 POOLED = {
     "info_nce": JEPA | {"distance": "info_nce", "dropout": 0.3},
     "regularized": JEPA | {"distance": "mse", "regularizers": REGULARIZERS},
+    "in-context-k0": JEPA | {"target": "in_context", "predictor_tokens": 0, "regularizers": REGULARIZERS},
+    "regularizers-alone": {"name": "regularized", "regularizers": REGULARIZERS},
 }
 """Objectives that depend on all pairs of a micro step at once."""
 FAMILIES = ("gemma2", "olmo2", "openelm")
@@ -106,6 +109,20 @@ def test_losses_and_gradients_of_any_family_do_not_depend_on_ranks_or_micro_batc
 def test_a_pooled_term_depends_on_the_rows_of_a_micro_step_but_not_on_their_ranks(folder, objective, pool):
     one_rank, two_ranks = FIXED_POOL[pool]
     assert_same_losses(folder, f"{objective}-{one_rank}", f"{objective}-{two_ranks}")
+
+
+def test_targets_in_context_are_monitored_in_context_and_encoded_separately(folder):
+    for split in ("r1-m8", "r2-m4"):
+        first, *_, last = metrics(folder, f"in-context-{split}")
+        assert "embedding_in_context/paired_cosine" in first and "embedding/paired_cosine" not in first
+        groups = ("validation/embedding", "validation/embedding_in_context")
+        cosines = [last[f"{group}/{name}"] for group in groups for name in ("paired_cosine", "shuffled_cosine")]
+        assert len(set(cosines)) == 4
+    plain, in_context = (metrics(folder, f"{name}-r1-m8")[-1] for name in ("cosine", "in-context"))
+    positions = [line["positions"] / line["records"] for line in (plain, in_context)]
+    assert positions[1] < 0.85 * positions[0], "targets in context must need no copy"
+    assert "embedding/paired_cosine" not in metrics(folder, "regularizers-alone-r1-m8")[-1]
+    assert "validation/embedding/paired_cosine" in metrics(folder, "regularizers-alone-r1-m8")[-1]
 
 
 def test_a_contrastive_term_sees_the_negatives_of_all_ranks(folder):

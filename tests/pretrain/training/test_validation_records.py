@@ -15,7 +15,8 @@ def test_every_source_has_its_fraction_of_the_validation_records(write_corpus):
 
     def targets(records: int) -> int:
         layout, world = make_layout("joint", specials), World(0, 1, torch.device("cpu"))
-        return count_targets(Validation(corpus, layout, specials, 64, records, 2, world).rows, layout)
+        validation = Validation(corpus, {"embedding": layout}, specials, 64, records, 2, world)
+        return validation.counts({"lm": count_targets})["lm"]
 
     assert targets(40) == 30 * (1 + 1 + 1 + 1) + 10 * (4 + 1 + 4 + 1)
     assert targets(400) == targets(1000) == 10 * targets(40)
