@@ -30,8 +30,8 @@ class Config(AuxiliaryConfig):
     previous one. both: each view predicts both the next one and the previous one."""
     target: Literal["alone", "in_context"] = "alone"
     """alone (published form): the target is encoded separately, in a copy. in_context: its embedding is read at its end
-    in the text that the language model reads, after the context. This needs no copy, only with layout joint and
-    appended predictor tokens, and only forward."""
+    in the text that the language model reads, after the context, so no copy is needed. This works only with layout
+    joint, direction forward and appended predictor tokens."""
     distance: Literal["cosine", "l2", "mse", "info_nce"] = "cosine"
     """cosine: the paper's 1 - cos. l2: the Euclidean distance. mse: the mean squared difference of the components.
     info_nce: a contrastive loss; the negatives of a pair are the different targets of other records in the micro step,
