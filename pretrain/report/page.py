@@ -52,12 +52,17 @@ def columns(summaries: Summaries) -> list[str]:
         "seeds",
         str(summaries.comparison.metric),
         *compared,
-        "validation/loss/lm",
+        *_other_loss(summaries),
         "tokens",
         "FLOPs",
         "seconds",
         *costs,
     ]
+
+
+def _other_loss(summaries: Summaries) -> list[str]:
+    """Return the tag of the next-token loss of validation, unless it is the metric."""
+    return [tag for tag in ("validation/loss/lm",) if tag != str(summaries.comparison.metric)]
 
 
 def row(summaries: Summaries, summary: Summary) -> list[str]:
@@ -86,7 +91,10 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
         f"{len(summary.values)} of {summary.arm.planned}",
         narrative.format_spread(summary.metric),
         *compared,
-        narrative.format_spread(summaries.losses.get("validation/loss/lm", {}).get(summary.arm.name)),
+        *(
+            narrative.format_spread(summaries.losses.get(tag, {}).get(summary.arm.name))
+            for tag in _other_loss(summaries)
+        ),
         *map(_amount, amounts),
         *costs,
     ]

@@ -7,7 +7,7 @@ import yaml
 
 from data_prep.utils.files import read_json, write_json
 from pretrain.report.arms import read_comparison
-from pretrain.report.page import markdown
+from pretrain.report.page import columns, markdown
 from pretrain.report.summary import summarize
 from tests.pretrain.report.tiny_study import copy_run
 
@@ -26,6 +26,8 @@ def test_run_directories_are_grouped_into_arms_by_their_differences(study, tmp_p
     assert "not chosen in advance" in markdown(summarize(comparison))
     validation = read_comparison(paths, None, "validation/loss/lm")
     assert not validation.metric.higher_is_better and len(summarize(validation).arms["llm_jepa"].values) == 3
+    headings = columns(summarize(validation))
+    assert headings.count("validation/loss/lm") == 1 and len(set(headings)) == len(headings)
     other = read_comparison(paths, "llm_jepa", None)
     assert list(other.arms) == ["llm_jepa", "next_token"]
     config = tmp_path / "llm_jepa3" / "config.yaml"
