@@ -10,7 +10,7 @@ A causal language model in Hugging Face format, trained with `{objective}` on re
 contains the objective and the settings of the corpus.{predictor_file}
 
 The model continues `[BOS context SEP]` with the target and the end token. The embedding of a view is the hidden state
-of its last token after the final norm when the view is encoded separately. {in_context}{predicted}Code:
+of its last token after the final norm when the view is encoded separately. {predicted}{in_context}Code:
 
 ```python
 {code}
@@ -20,10 +20,12 @@ The tokenizer does not add special tokens automatically. In the project that mad
 `python launcher/evaluate.py THIS_FOLDER --embed FILE` computes the embeddings of all rows of a file.
 """
 
-IN_CONTEXT = (
-    "In training, however, the embedding of a target was read in its context: at the end of the target in "
-    "`[BOS context SEP] target`. Embeddings of separately encoded views may therefore retrieve worse. "
-)
+IN_CONTEXT = """
+
+In training, however, the embedding of a target was read in its context: at the end of the target in
+`[BOS context SEP] target`. Embeddings of separately encoded views may therefore retrieve worse.
+
+"""
 
 CODE = """import torch
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -31,6 +31,8 @@ OBJECTIVES = [
     {"name": "llm_jepa", "predictor_tokens": 2, "direction": "both"},
     {"name": "llm_jepa", "predictor_tokens": 1, "layout": "independent", "direction": "backward"},
     {"name": "llm_jepa", "predictor_tokens": 2, "predictor_placement": "prepend"},
+    {"name": "llm_jepa", "predictor_tokens": 1, "target": "in_context"},
+    {"name": "regularized", "regularizers": [{"name": "coding_rate", "weight": 0.5}]},
     {
         "name": "llm_jepa",
         "predictor_tokens": 2,
@@ -91,6 +93,7 @@ def test_embeddings_match_the_objective_and_the_readme(
     assert compared == 8 * len(found.predictions)
 
     readme = (export / "README.md").read_text()
+    assert ("read in its context" in readme) == (objective.get("target") == "in_context")
     monkeypatch.chdir(export)
     namespace: dict = {}
     exec(readme.split("```python\n")[1].split("```")[0], namespace)
@@ -205,6 +208,18 @@ def test_non_finite_embeddings_are_counted_apart_from_rows_that_are_too_long(
     embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, texts)))
     assert "note: in 1 rows a text does not fit into the positions of the model; its embedding is NaN" in messages
     assert any(line.startswith("WARNING: the embeddings of 3 rows are not finite") for line in messages)
+
+
+def test_embeddings_of_a_model_with_targets_in_context_are_said_to_be_separate(
+    prepared, make_model, tmp_path, messages
+):
+    note = "note: the views are encoded separately, but the model was trained with targets in their context"
+    for target in ("alone", "in_context"):
+        objective = {"name": "llm_jepa", "target": target}
+        jepa = {"run": "tiny", "step": 7, "objective": objective, "views": list(VIEWS)}
+        export = write_model_export(tmp_path / target, prepared, make_model(1), 1, jepa, "llama")
+        embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, [generate(0, "test", 0)])))
+        assert (note in messages) == (target == "in_context")
 
 
 def pairs(prediction, target, key=None):
