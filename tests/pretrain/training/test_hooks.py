@@ -126,7 +126,8 @@ def test_an_error_of_a_logger_ends_the_run_with_its_text_and_ends_only_started_h
 
 
 def test_the_collapse_warning_is_not_repeated_after_a_resume(messages):
-    run = SimpleNamespace(config=SimpleNamespace(objective=SimpleNamespace(pairing=Pairing())))
+    objective = SimpleNamespace(pairing=Pairing(), embedding_group="embedding")
+    run = SimpleNamespace(config=SimpleNamespace(objective=objective))
     collapsed = {"paired_cosine": 1.0, "shuffled_cosine": 1.0, "retrieval_at_1": 0.0, "effective_rank": 1.0}
     values = {f"validation/embedding/{name}": value for name, value in collapsed.items()}
     first, resumed = CollapseWarning(), CollapseWarning()

@@ -47,8 +47,8 @@ def mutate_batches(change):
     """Return a mutant that changes each assembled batch by `change(batch, rows, corpus, specials) -> batch`."""
     original = batches.assemble
 
-    def assemble(rows, corpus, layout, specials, *rest) -> Batch:
-        return change(original(rows, corpus, layout, specials, *rest), rows, corpus, specials)
+    def assemble(rows, corpus, layout, specials, *rest, **options) -> Batch:
+        return change(original(rows, corpus, layout, specials, *rest, **options), rows, corpus, specials)
 
     return lambda patch: patch.setattr(batches, "assemble", assemble)
 
