@@ -210,9 +210,7 @@ def test_non_finite_embeddings_are_counted_apart_from_rows_that_are_too_long(
     assert any(line.startswith("WARNING: the embeddings of 3 rows are not finite") for line in messages)
 
 
-def test_a_note_explains_embeddings_of_a_model_with_targets_in_context(
-    prepared, make_model, tmp_path, messages
-):
+def test_a_note_explains_embeddings_of_a_model_with_targets_in_context(prepared, make_model, tmp_path, messages):
     note = "note: the views are encoded separately, but the model was trained with targets in their context"
     for target in ("alone", "in_context"):
         objective = {"name": "llm_jepa", "target": target}
