@@ -20,10 +20,11 @@ def print_summary(run_dir: Path) -> None:
     tags = [
         *(f"loss/{term}" for term in terms),
         *(f"validation/loss/{term}" for term in terms),
-        "validation/embedding/paired_cosine",
-        "validation/embedding/shuffled_cosine",
-        "validation/embedding/retrieval_at_1",
-        "validation/embedding/effective_rank",
+        *(
+            f"validation/{group}/{monitor}"
+            for group in ("embedding", "embedding_in_context")
+            for monitor in ("paired_cosine", "shuffled_cosine", "retrieval_at_1", "effective_rank")
+        ),
     ]
     rows = [["training", "first", "last"]]
     for tag in tags:

@@ -23,7 +23,8 @@ The tokenizer does not add special tokens automatically. In the project that mad
 IN_CONTEXT = """
 
 In training, however, the embedding of a target was read in its context: at the end of the target in
-`[BOS context SEP] target`. Embeddings of separately encoded views may therefore retrieve worse.
+`[BOS context SEP] target`. With more than two views, predictions were made in context too. Embeddings of separately
+encoded views may therefore retrieve much worse.
 
 """
 

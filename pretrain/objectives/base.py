@@ -31,7 +31,7 @@ class Objective(Protocol):
     """The weight of each term in the loss."""
     units: Mapping[str, Unit]
     """Unit over which each term is summed, as the function that counts it: `count_targets`, `count_pairs`,
-    `count_spans` of pretrain/data/loader.py, or a function of the objective's own."""
+    `count_spans` or `count_ends` of pretrain/data/loader.py, or a function of the objective's own."""
 
     def __call__(
         self,

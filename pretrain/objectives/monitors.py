@@ -55,13 +55,17 @@ def effective_rank(embeddings: torch.Tensor) -> torch.Tensor:
     return entropy.exp()
 
 
-def has_collapsed(monitors: dict[str, float]) -> bool:
+def has_collapsed(monitors: dict[str, float], in_context: bool = False) -> bool:
     """Return whether the embeddings have collapsed, which makes a low loss meaningless.
 
     In a collapse hardly any prediction retrieves its target. In addition, pairs are nearly identical, or negatives are
-    almost as close as pairs.
+    almost as close as pairs. A target that is read `in_context` has seen its context, so it is retrieved even after a
+    collapse; then only the negatives decide.
     """
-    if "shuffled_cosine" not in monitors or monitors["retrieval_at_1"] > HARDLY_ANY:
+    if "shuffled_cosine" not in monitors:
         return False
     paired, shuffled = monitors["paired_cosine"], monitors["shuffled_cosine"]
-    return paired > NEARLY_EQUAL or (shuffled > COLLAPSE_LEVEL and paired - shuffled < COLLAPSE_MARGIN)
+    close_negatives = shuffled > COLLAPSE_LEVEL and paired - shuffled < COLLAPSE_MARGIN
+    if in_context:
+        return close_negatives
+    return monitors["retrieval_at_1"] <= HARDLY_ANY and (paired > NEARLY_EQUAL or close_negatives)

@@ -208,4 +208,5 @@ def _collapsed(run: Run) -> bool:
     """Return whether the embeddings have collapsed; False without a term on pairs, because nothing else trains them."""
     tags = {name: (f"validation/{run.embedding_group}/{name}", f"{run.embedding_group}/{name}") for name in MONITORS}
     monitors = {name: value for name in MONITORS if (value := run.value(*tags[name])) is not None}
-    return run.has_pair_term and len(monitors) == len(MONITORS) and has_collapsed(monitors)
+    in_context = run.embedding_group != "embedding"
+    return run.has_pair_term and len(monitors) == len(MONITORS) and has_collapsed(monitors, in_context)

@@ -41,7 +41,8 @@ class CollapseWarning(Hook):
     def _judge(self, run: "Trainer", values: dict[str, float], prefix: str) -> None:
         monitors = {tag.removeprefix(prefix): value for tag, value in values.items() if tag.startswith(prefix)}
         had_collapsed = self.collapsed
-        self.collapsed = run.config.objective.pairing is not None and has_collapsed(monitors)
+        pairing = run.config.objective.pairing
+        self.collapsed = pairing is not None and has_collapsed(monitors, pairing.in_context)
         if self.collapsed and not had_collapsed:
             logger.warning(collapse_message(monitors))
 
@@ -50,8 +51,7 @@ def collapse_message(monitors: dict[str, float]) -> str:
     """Return the text of the warning. It explains the problem, because the loss curve looks like success."""
     return (
         f"the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, "
-        f"unrelated views {monitors['shuffled_cosine']:.4f}, and a view finds its partner in "
-        f"{monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa means nothing then, because the model maps "
-        "everything to few directions. Distances without negatives tend to cause this. Use info_nce, which has "
-        "negatives, or objective.regularizers"
+        f"unrelated views {monitors['shuffled_cosine']:.4f}; retrieval@1 is {monitors['retrieval_at_1']:.1%}. A low "
+        "loss/jepa means nothing then, because the model maps everything to few directions. Distances without "
+        "negatives tend to cause this. Use info_nce, which has negatives, or objective.regularizers"
     )

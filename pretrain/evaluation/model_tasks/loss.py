@@ -39,10 +39,13 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     values = validation.run(module, objective.units)
     assert values is not None  # rank 0 always has them
     in_context = "validation/embedding_in_context/"
+    separate = {tag.rsplit("/", 1)[1]: value for tag, value in values.items() if not tag.startswith(in_context)}
     return TaskResult(
         len(rows),
-        {
-            ("in_context_" if tag.startswith(in_context) else "") + tag.rsplit("/", 1)[1]: value
+        separate
+        | {
+            f"in_context_{tag.removeprefix(in_context)}": value
             for tag, value in values.items()
+            if tag.startswith(in_context)
         },
     )

@@ -16,7 +16,7 @@ class RegularizedConfig(ObjectiveConfig):
     factor) with linear interpolation. For example, [[0, 0], [0.1, 1]] is a warm-up. The factor is constant before the
     first point and after the last. Default: always 1."""
     regularizers: list[AnyRegularizerConfig] = []
-    """Terms against collapse of the embeddings of pairs; see below."""
+    """Terms against collapse of the embeddings of pairs or, with `regularized`, of the ends of views; see below."""
 
     @field_validator("weight_schedule")
     @classmethod

@@ -10,7 +10,8 @@ from pretrain.objectives.configs.auxiliary import RegularizedConfig
 class Config(RegularizedConfig):
     """Next-token loss plus regularizers of the hidden states at the ends of views, at no additional token.
 
-    The first views of the records and all other views are regularized separately. A plain document is a first view.
+    The first views of the records and all other views are regularized separately. A plain document is a first view, and
+    so is each record of a long document that was cut into several.
     """
 
     name: Literal["regularized"]

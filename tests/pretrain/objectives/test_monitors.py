@@ -115,6 +115,10 @@ def test_random_embeddings_have_not_collapsed():
 def test_too_few_pairs_give_no_verdict():
     assert embedding_monitors(pool(torch.ones(1, 4), torch.ones(1, 4))) == {}
     assert not has_collapsed({})
+    found_in_context = {"paired_cosine": 0.9997, "shuffled_cosine": 0.9977, "retrieval_at_1": 0.87}
+    assert has_collapsed(found_in_context, in_context=True) and not has_collapsed(found_in_context)
+    spread_out = {"paired_cosine": 0.994, "shuffled_cosine": 0.005, "retrieval_at_1": 1.0}
+    assert not has_collapsed(spread_out, in_context=True)
     same = embedding_monitors(pool(torch.eye(2), torch.eye(2), key=[7, 7]))
     assert "shuffled_cosine" not in same and not has_collapsed(same)
 
