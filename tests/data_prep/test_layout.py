@@ -96,7 +96,7 @@ def test_targets_in_context_need_no_copy(views, k):
     assert layout.pairs(layout.segment_lengths(lengths, both), both).sum(axis=1).tolist() == [views - 1, 0]
     for number, pair in enumerate(layout.read_outs):
         predicting = layout.segments[pair.prediction]
-        assert pair.target == number + 1
+        assert pair.target == number + 1 and pair.direction == FORWARD
         assert predicting.parent == number if k else pair.prediction == number
     parents = [segment.parent for segment in layout.segments[views:]]
     assert parents == sorted(parents, reverse=True), "a subtree must be contiguous"
