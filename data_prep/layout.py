@@ -228,7 +228,7 @@ def make_layout(
     record is labelled (the answer and its end token). Without `train_end_token` the end token of a text is not a
     target. Raises ValueError for an unknown layout.
     """
-    bos, eos, sep = (specials.bos,), (specials.eos,), (specials.sep,)
+    bos, eos = (specials.bos,), (specials.eos,)
     edges = pairing.edges(views) if pairing else []
     pairing = pairing or Pairing()
     segments: list[Segment] = []
@@ -236,20 +236,7 @@ def make_layout(
     alone: dict[int, int] = {}  # view -> the segment that encodes it separately
     predicting: dict[int, int] = {}  # view -> the segment whose last token is the prediction
     if kind == "joint":
-        for view in range(views):
-            segments.append(
-                Segment(
-                    view,
-                    () if view else bos,
-                    sep,
-                    eos,
-                    parent=view - 1 if view else None,
-                    lm_start=0 if view else 1,
-                    lm_if_last=lm_views == "last",
-                    lm_end=train_end_token,
-                    needs=view,
-                )
-            )
+        segments += _joint_segments(specials, views, lm_views, train_end_token)
         documents.append(tuple(range(views)))
         alone[0] = 0
     elif kind != "independent":
@@ -278,6 +265,24 @@ def make_layout(
         ReadOut(predicting[source], alone[target], FORWARD if source < target else BACKWARD) for source, target in edges
     ]
     return Layout(tuple(segments), pairing.predictor_tokens, tuple(read_outs), tuple(documents), spans, ends)
+
+
+def _joint_segments(specials: SpecialTokenIds, views: int, lm_views: str, train_end_token: bool) -> list[Segment]:
+    """Return the segments of one text of all views; segment i is view i."""
+    return [
+        Segment(
+            view,
+            () if view else (specials.bos,),
+            (specials.sep,),
+            (specials.eos,),
+            parent=view - 1 if view else None,
+            lm_start=0 if view else 1,
+            lm_if_last=lm_views == "last",
+            lm_end=train_end_token,
+            needs=view,
+        )
+        for view in range(views)
+    ]
 
 
 def _with_targets_in_context(stream: Layout, pairing: Pairing) -> Layout:

@@ -59,4 +59,4 @@ class Hook:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the state from a checkpoint, which contains the keys of all hooks."""
+        """Restore the state from a checkpoint. The keys of this hook are absent if it did not exist at that time."""
