@@ -5,7 +5,6 @@ arms put one record in a row, as the public implementations of LLM-JEPA do (arXi
 attention that is correct for them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,11 +17,10 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Rows, plan_rows
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import LanguageModel
-from pretrain.objectives.base import CrossEntropy, ObjectiveOutput
+from pretrain.objectives.base import ForwardPass, Objective, ObjectiveOutput
 from pretrain.objectives.configs.regularizers import CodingRateConfig
 from pretrain.objectives.llm_jepa import LlmJepa, cosine_distance
 from pretrain.objectives.next_token import NextToken
-from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularized import Regularized
 from pretrain.objectives.regularizers import build_regularizers
 
@@ -30,9 +28,13 @@ ARMS = (
     "next_token_packed",
     "joint_packed",
     "joint_dropout_0.75",
+    "joint_active_0.25",
     "in_context_packed",
     "in_context_k0_packed",
     "regularized_packed",
+    "nitp_packed",
+    "nextlat_packed",
+    "nextlat_kl_packed",
     "next_token_independent_packed",
     "independent_packed",
     "two_passes_additive_mask",
@@ -41,46 +43,44 @@ ARMS = (
 )
 BASELINE = ARMS[0]
 PREDICTOR_TOKENS = 1
+OBJECTIVES = {
+    "next_token": "{name: next_token}",
+    "llm_jepa": f"{{name: llm_jepa, predictor_tokens: {PREDICTOR_TOKENS}, distance: cosine}}",
+    "nitp": "{name: nitp}",
+    "nextlat": "{name: nextlat}",
+    "nextlat_kl": "{name: nextlat, kl_weight: 1.0}",
+}
+"""Objectives for which engines are built. The model of next_token has no predictor tokens."""
 CODING_RATE = CodingRateConfig(name="coding_rate", weight=0.5)
 REFERENCE_LENGTH = 512
 """Length to which the public implementations pad every row, in positions."""
 IGNORED = -100
 
 
-class AllPositions:
+class AllPositions(Objective):
     """Language-model loss that computes logits at every position and ignores positions without a label."""
 
-    def __call__(
-        self,
-        hidden: torch.Tensor,
-        batch: Batch,
-        cross_entropy: CrossEntropy,
-        gather: Gather,
-        *,
-        with_pool: bool = False,
-    ) -> ObjectiveOutput:
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def forward(self, forward_pass: ForwardPass, *, with_pool: bool = False) -> ObjectiveOutput:
         """Return the sum of the cross-entropies."""
+        batch, hidden = forward_pass.batch, forward_pass.hidden
         labels = torch.full((len(hidden),), IGNORED, device=hidden.device)
         labels[batch.label_index] = batch.label_ids
-        return ObjectiveOutput({"lm": cross_entropy(hidden, labels)}, None)
+        return ObjectiveOutput({"lm": forward_pass.head.cross_entropy(hidden, labels)}, None)
 
 
-class Embeddings:
+class Embeddings(Objective):
     """Embeddings that a pass computes, (P, D) each. `combine` turns them into the JEPA term."""
 
     def __init__(self, *names: Literal["prediction", "target"]):
+        super().__init__({})
         self.names = names
 
-    def __call__(
-        self,
-        hidden: torch.Tensor,
-        batch: Batch,
-        cross_entropy: CrossEntropy,
-        gather: Gather,
-        *,
-        with_pool: bool = False,
-    ) -> ObjectiveOutput:
+    def forward(self, forward_pass: ForwardPass, *, with_pool: bool = False) -> ObjectiveOutput:
         """Return the embeddings of the named views."""
+        batch, hidden = forward_pass.batch, forward_pass.hidden
         index = {"prediction": batch.prediction_index, "target": batch.target_index}
         return ObjectiveOutput({name: hidden[index[name][batch.pair_valid]].float() for name in self.names}, None)
 
@@ -97,8 +97,8 @@ class Pass:
     """One forward pass over the records of a step."""
 
     layout: Layout
-    read: Callable[..., ObjectiveOutput]
-    """Function that reads the losses or embeddings from the hidden states."""
+    read: Objective | None
+    """Objective that reads the losses or embeddings from the hidden states; None: the objective of the engine."""
     mask: Literal["visibility", "causal", "additive"] = "visibility"
     """Attention mask: the project's mask (`visibility`), the causal mask of the attention implementation (`causal`,
     enough for one encoding per row), or a dense mask in the model's type (`additive`)."""
@@ -155,11 +155,16 @@ class Arm:
     passes: tuple[Pass, ...]
     dropout: float = 0.0
     """Fraction of the records that are trained without the JEPA term."""
+    active: float = 1.0
+    """Fraction of the records, the first ones, after which the JEPA term is switched off."""
+    objective: str = ""
+    """Name in OBJECTIVES of an objective with weights; empty for all others."""
 
     @property
-    def predictor_tokens(self) -> int:
-        """Number of predictor tokens that the model needs."""
-        return max(forward_pass.layout.predictor_tokens for forward_pass in self.passes)
+    def engine(self) -> str:
+        """Name in OBJECTIVES of the objective for which the arm's engine is built."""
+        uses_predictor = any(forward_pass.layout.predictor_tokens for forward_pass in self.passes)
+        return self.objective or ("llm_jepa" if uses_predictor else "next_token")
 
 
 def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
@@ -174,9 +179,11 @@ def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
         Arm((Pass(text, NextToken()),)),
         Arm((Pass(joint, term),)),
         Arm((Pass(joint, term),), dropout=0.75),
+        Arm((Pass(joint, term),), active=0.25),
         Arm((Pass(make_layout("joint", specials, pairing=Pairing(PREDICTOR_TOKENS, in_context=True)), term),)),
         Arm((Pass(make_layout("joint", specials, pairing=Pairing(0, in_context=True)), term),)),
         Arm((Pass(make_layout("joint", specials, ends=True), Regularized(build_regularizers([CODING_RATE]))),)),
+        *(Arm((Pass(text, None),), objective=name) for name in ("nitp", "nextlat", "nextlat_kl")),
         Arm((Pass(make_layout("independent", specials), NextToken()),)),
         Arm((Pass(make_layout("independent", specials, pairing=pairing), term),)),
         Arm(
@@ -195,7 +202,7 @@ def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
 
 def _three_passes(
     text: Layout,
-    read_text: Callable[..., ObjectiveOutput],
+    read_text: Objective,
     separate: tuple[Layout, Layout],
     padded_to: int | Literal["longest"],
 ) -> tuple[Pass, ...]:

@@ -10,19 +10,20 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
-from cost_arms import BASELINE, PREDICTOR_TOKENS, Arm, combine, make_arms
+from cost_arms import BASELINE, OBJECTIVES, Arm, combine, make_arms
 
 from data_prep.layout import SpecialTokenIds
 from pretrain.config import RunConfig, load_config
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import Corpus
-from pretrain.data.loader import Rows, count_ends, count_pairs, count_targets, draw_random_bits
+from pretrain.data.loader import Rows, count_ends, count_pairs, count_targets, draw_random_bits, loss_denominators
 from pretrain.models.language_model import special_ids
-from pretrain.objectives.base import build_objective, total_loss
+from pretrain.objectives.base import total_loss
+from pretrain.planning.flops import count_parameters
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine
 
-WEIGHTS = {"lm": 1.0, "jepa": 1.0, "coding_rate": 0.5}
+WEIGHTS = {"lm": 1.0, "jepa": 1.0, "kl": 1.0, "coding_rate": 0.5}
 WARMUP_STEPS = {"cpu": 0, "cuda": 2}
 """Number of untimed steps after a change of arm, because DeepSpeed prefetches partitioned parameters in the order of
 the previous step."""
@@ -65,8 +66,8 @@ class Bench:
     corpus: Corpus
     specials: SpecialTokenIds
     arms: dict[str, Arm]
-    engines: dict[int, deepspeed.DeepSpeedEngine]
-    """Engines by number of predictor tokens. The model of the baseline has no predictor tokens."""
+    engines: dict[str, deepspeed.DeepSpeedEngine]
+    """Engines by name in OBJECTIVES. The weights of their models are equal."""
     attention: str
     """Attention implementation for packed rows."""
     records: np.ndarray
@@ -78,15 +79,20 @@ class Bench:
     def build(arguments: argparse.Namespace, config: RunConfig, world: World) -> "Bench":
         """Build models with equal weights, and choose the records of a step."""
         corpus = Corpus(config.data.path, "train")
-        plain = load_config(arguments.folder / "config.yaml", ["objective={name: next_token}"])
+        names = {
+            arm.engine for name, arm in make_arms(SpecialTokenIds(0, 0, 0, 0, 0)).items() if name in arguments.arms
+        }
         engines = {
-            tokens: build_engine(run_config, corpus.tokenizer, build_objective(run_config.objective), world)
-            for tokens, run_config in ((0, plain), (PREDICTOR_TOKENS, config))
+            name: build_engine(
+                load_config(arguments.folder / "config.yaml", [f"objective={settings}"]), corpus.tokenizer, world
+            )
+            for name, settings in OBJECTIVES.items()
+            if name in names | {"next_token"}
         }
         for engine in engines.values():
             for group in engine.optimizer.param_groups:
                 group["lr"] = 0.0
-        model = engines[0].module.model
+        model = engines["next_token"].module.model
         specials = special_ids(corpus.tokenizer, model.vocab_size)
         arms = {name: arm for name, arm in make_arms(specials).items() if name == BASELINE or name in arguments.arms}
         records = np.arange(arguments.records)
@@ -110,13 +116,23 @@ class Bench:
         """Return the packed rows of a step and the row length of each pass."""
         paired = self.random_bits >= np.uint64(arm.dropout * 2**64)
         length = self.config.data.sequence_length
-        plans = [
-            forward_pass.plan(
-                self.corpus, self.records, length, paired & bool(forward_pass.layout.read_outs), self.random_bits
-            )
-            for forward_pass in arm.passes
-        ]
-        return [rows for rows, _ in plans], [row_length for _, row_length in plans]
+        switch = round(arm.active * len(self.records))
+        parts = [slice(0, switch), slice(switch, None)] if switch < len(self.records) else [slice(None)]
+        plans, lengths = [], []
+        for forward_pass in arm.passes:
+            planned = [
+                forward_pass.plan(
+                    self.corpus,
+                    self.records[part],
+                    length,
+                    paired[part] & bool(forward_pass.layout.read_outs) & (number == 0),
+                    self.random_bits[part],
+                )
+                for number, part in enumerate(parts)
+            ]
+            plans.append(Rows.join([rows for rows, _ in planned], sum(rows.count for rows, _ in planned)))
+            lengths.append(planned[0][1])
+        return plans, lengths
 
     def split(self, rows: list[Rows], lengths: list[int]) -> tuple[list[Rows], int]:
         """Add empty rows until all ranks have equal micro batches; return the rows and the number of micro steps."""
@@ -134,17 +150,31 @@ class Bench:
         rows, micro_steps = self.split(rows, lengths)
         return Measurement(rows, lengths, count_targets(rows[0], arm.passes[0].layout), micro_steps)
 
-    def step(self, name: str) -> dict[str, float]:
-        """Run one optimizer step, including the planning of its rows, and return the losses."""
-        arm = self.arms[name]
-        engine = self.engines[arm.predictor_tokens]
-        rows, lengths = self.plan(arm)
-        rows, micro_steps = self.split(rows, lengths)
-        counts = {
+    def counts(self, arm: Arm, rows: list[Rows]) -> dict[str, int]:
+        """Return the count of each loss term in the planned rows of a step."""
+        if arm.objective:
+            return loss_denominators(rows[0], arm.passes[0].layout, self.engines[arm.engine].module.objective.units)
+        return {
             "lm": count_targets(rows[0], arm.passes[0].layout),
             "jepa": count_pairs(rows[-1], arm.passes[-1].layout),
             "coding_rate": count_ends(rows[0], arm.passes[0].layout),
         }
+
+    def flops(self, name: str) -> float:
+        """Return the FLOPs of a step of an arm, without padding and attention scores."""
+        arm, measured = self.arms[name], self.measured[name]
+        module = self.engines[arm.engine].module
+        parameters = count_parameters(module.model, module.objective)
+        own = module.objective.flops(self.counts(arm, measured.rows), parameters.head) if arm.objective else 0.0
+        return sum(parameters.flops(measured.positions, measured.targets)) + own
+
+    def step(self, name: str) -> dict[str, float]:
+        """Run one optimizer step, including the planning of its rows, and return the losses."""
+        arm = self.arms[name]
+        engine = self.engines[arm.engine]
+        rows, lengths = self.plan(arm)
+        rows, micro_steps = self.split(rows, lengths)
+        counts = self.counts(arm, rows)
         streams = [
             micro_batches(
                 pass_rows,
@@ -163,7 +193,8 @@ class Bench:
             engine.set_gradient_accumulation_boundary(micro_step == micro_steps - 1)
             terms: dict[str, torch.Tensor] = {}
             for forward_pass, batch in zip(arm.passes, batches, strict=True):
-                engine.module.objective = forward_pass.read
+                if forward_pass.read is not None:
+                    engine.module.objective = forward_pass.read
                 terms |= engine(
                     forward_pass.prepare(batch.to(self.world.device), engine.module.model, self.attention)
                 ).terms

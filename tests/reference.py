@@ -5,6 +5,7 @@ causal mask, and sums in Python loops. The results of the packed forward pass mu
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,6 +59,8 @@ class Reference:
     scale: float = 1.0
     """Factor of the input embeddings: sqrt(D) for Gemma 2, 1 for the other families."""
     softcap: float | None = None
+    mlp: Mapping[str, torch.Tensor] | None = None
+    """Weights of the MLP of the objective by name (`0.weight`, `0.bias`, `2.weight`, ...); None if it has no MLP."""
     cross_entropies: list[torch.Tensor] = field(default_factory=list)
 
     def hidden_states(self, tokens: View, predictor_at: int | None = None) -> torch.Tensor:
@@ -113,9 +116,9 @@ class Reference:
 
     def predict(self, views: list[View], number: int) -> torch.Tensor:
         tokens = self.through(views, number) if self.in_context else self.alone(views, number)
-        if self.placement == "prepend":
-            return self.hidden_states(tokens, predictor_at=1 if tokens[0] == self.ids.bos else 0)[-1]
-        return self.hidden_states(tokens, predictor_at=len(tokens))[-1]
+        front = 1 if tokens[0] == self.ids.bos else 0
+        hidden = self.hidden_states(tokens, front if self.placement == "prepend" else len(tokens))[-1]
+        return hidden if self.mlp is None else apply_mlp(self.mlp, hidden)
 
     def pairs(self, record: int, views: list[View]) -> list[Pair]:
         views = [view for view in views if view]
@@ -155,6 +158,63 @@ class Reference:
         lm = sum(self.cross_entropies) / len(self.cross_entropies)
         jepa = sum(distances) / len(distances) if distances else torch.zeros(())
         return Losses(lm + self.weight * jepa, lm, jepa)
+
+    def log_probabilities(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = weight @ hidden
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.log_softmax(dim=-1)
+
+    def nitp(self, records: list[tuple[View, ...]], layer: int) -> torch.Tensor:
+        """Return the mean distance of the projected states to the states of the next tokens after a layer."""
+        distances = []
+        for tokens, first_target in (document for views in records for document in self.documents(views)):
+            shallow, hidden = self.states_after(layer, tokens)
+            for position in range(first_target, len(tokens)):
+                projected, target = apply_mlp(self.mlp, hidden[position - 1]), shallow[position].detach()
+                distances.append(1 - projected @ target / (projected.norm() * target.norm()))
+        return sum(distances) / len(distances)
+
+    def nextlat(self, records: list[tuple[View, ...]], norm: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Return the mean error of the predicted next states, and the mean divergence of their distributions."""
+        errors, divergences = [], []
+        weight = self.causal_lm.lm_head.weight.detach()
+        for tokens, first_target in (document for views in records for document in self.documents(views)):
+            embedded, hidden = self.states_after(0, tokens)
+            for position in range(first_target, len(tokens)):
+                both = torch.cat([embedded[position], hidden[position - 1]])
+                both = (both - both.mean()) / (both.var(correction=0) + 1e-5).sqrt() * norm["weight"] + norm["bias"]
+                predicted, actual = hidden[position - 1] + apply_mlp(self.mlp, both), hidden[position].detach()
+                difference = (predicted - actual).abs()
+                smooth = torch.where(difference < 1, difference**2 / 2, difference - 0.5)
+                errors.append(smooth.sum() / len(smooth))
+                expected, found = (self.log_probabilities(state, weight) for state in (actual, predicted))
+                divergences.append((expected.exp() * (expected - found)).sum())
+        return sum(errors) / len(errors), sum(divergences) / len(divergences)
+
+    def states_after(self, layer: int, tokens: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden states (L, D) after a layer (0: its inputs) and the last ones of one sequence."""
+        states: list[torch.Tensor] = []
+        layers = self.causal_lm.model.layers
+        if layer:
+            handle = layers[layer - 1].register_forward_hook(
+                lambda module, inputs, output: states.append(output[0] if isinstance(output, tuple) else output)
+            )
+        else:
+            handle = layers[0].register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+        hidden = self.hidden_states(tokens)
+        handle.remove()
+        return states[0][0], hidden
+
+
+def apply_mlp(weights: Mapping[str, torch.Tensor], state: torch.Tensor) -> torch.Tensor:
+    """Return the output of linear layers with GELU between them, for one state (D,)."""
+    numbers = sorted({int(name.split(".")[0]) for name in weights})
+    for number in numbers:
+        if number:
+            state = state * (1 + torch.erf(state / math.sqrt(2))) / 2
+        state = weights[f"{number}.weight"] @ state + weights[f"{number}.bias"]
+    return state
 
 
 def info_nce(pairs: list[Pair], temperature: float) -> list[torch.Tensor]:

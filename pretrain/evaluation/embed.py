@@ -18,9 +18,15 @@ from data_prep.task_rows import read_rows
 from data_prep.utils.config_file import validate
 from data_prep.utils.console import UserError
 from data_prep.utils.files import atomic_path, read_json
-from pretrain.models.export import load_language_model
+from pretrain.models.export import load_language_model, load_objective
 from pretrain.models.language_model import LanguageModel
-from pretrain.models.view_templates import ViewTemplate, pairing_from_export, view_template
+from pretrain.models.view_templates import (
+    ViewTemplate,
+    objective_from_export,
+    pairing_from_export,
+    view_template,
+)
+from pretrain.objectives.base import Objective
 from pretrain.tasks.options import RowTask
 
 logger = logging.getLogger(__name__)
@@ -37,7 +43,7 @@ class Embeddings(NamedTuple):
     predictions: dict[tuple[str, str], np.ndarray]
     """(N, D) fp32 predictions by (source view, target view).
 
-    Without predictor tokens, a prediction is the embedding of the source view.
+    Without predictor tokens and a predictor MLP, a prediction is the embedding of the source view.
     """
     fits: np.ndarray
     """(N,) bool: whether all encodings of a row fit into the model's positions.
@@ -50,9 +56,9 @@ def embed_file(export: Path, file: str) -> None:
     """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export.
 
     The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` for each prediction by predictor
-    tokens. Row i of each array belongs to row i of the source. The file is named after the source; a number is appended
-    if a different source of the same name was embedded before. Raises UserError if the source cannot be read
-    or array names collide.
+    tokens or a predictor MLP. Row i of each array belongs to row i of the source. The file is named after the source; a
+    number is appended if a different source of the same name was embedded before. Raises UserError if the source cannot
+    be read or array names collide.
     """
     views = tuple(read_json(export / "jepa.json")["views"])
     source = _parse_source(file)
@@ -142,6 +148,7 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
     names, pairing = jepa["views"], pairing_from_export(jepa)
+    objective = load_objective(export, objective_from_export(jepa), model)
     tokens = [tokenizer.encode_batch(list(view_texts)) for view_texts in zip(*texts, strict=True)]
 
     limit = model.causal_lm.config.max_position_embeddings
@@ -163,9 +170,18 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     for source, target in pairing.edges(len(names)):
         if source not in by_source:
             front, back = (predictor, []) if pairing.prepended else ([], predictor)
-            by_source[source] = encode_view(source, front, back) if predictor else views[names[source]]
+            context = encode_view(source, front, back) if predictor else views[names[source]]
+            by_source[source] = _predict(objective, context)
         predictions[names[source], names[target]] = by_source[source]
     return Embeddings(views, predictions, fits)
+
+
+def _predict(objective: Objective, context: np.ndarray) -> np.ndarray:
+    """Return the predictions (N, D) from the embeddings of contexts (N, D); the same array if nothing changes."""
+    with torch.inference_mode():
+        embeddings = torch.from_numpy(context)
+        predictions = objective.predict(embeddings)
+    return context if predictions is embeddings else predictions.numpy()
 
 
 def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:

@@ -1,12 +1,12 @@
 """An export: a folder that transformers can load, with additional files for computing embeddings.
 
     config.json model.safetensors tokenizer.json ...    AutoModelForCausalLM / AutoTokenizer.from_pretrained
-    jepa.safetensors              `predictor.weight` (k, hidden width), embedding of the k predictor tokens; absent
-                                  if k = 0
+    jepa.safetensors              `predictor.weight` (k, hidden width), embedding of the k predictor tokens, and
+                                  `objective.*`, the weights of the objective; absent if there are neither
     jepa.json                     objective, layout, special tokens, corpus settings
     README.md                     description of the export, and code that embeds a view
 
-An export is sufficient to recompute the language-model loss and the auxiliary term.
+An export is sufficient to recompute the language-model loss and the auxiliary terms.
 """
 
 import os
@@ -20,12 +20,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.tokenizer import Tokenizer
+from data_prep.utils.console import UserError
 from data_prep.utils.files import copy_folder, write_json, write_text
 from pretrain.models.attention import resolve_attention
 from pretrain.models.families import register_family_from_folder
 from pretrain.models.language_model import LanguageModel
+from pretrain.objectives.base import Objective, build_objective
+from pretrain.objectives.configs import ObjectiveConfig
 
+ADDITIONAL_WEIGHTS = "jepa.safetensors"
 PREDICTOR_KEY = "predictor.weight"
+OBJECTIVE_PREFIX = "objective."
 
 
 def write_export(
@@ -58,8 +63,13 @@ def write_export(
         )
     model.tie_weights()
     model.save_pretrained(temporary)
-    if PREDICTOR_KEY in state:
-        save_file({PREDICTOR_KEY: state[PREDICTOR_KEY].contiguous()}, temporary / "jepa.safetensors")
+    additional = {
+        key: value.contiguous()
+        for key, value in state.items()
+        if key == PREDICTOR_KEY or key.startswith(OBJECTIVE_PREFIX)
+    }
+    if additional:
+        save_file(additional, temporary / ADDITIONAL_WEIGHTS)
     write_json(temporary / "jepa.json", jepa)
     if readme:
         write_text(temporary / "README.md", readme)
@@ -79,18 +89,43 @@ def load_language_model(folder: Path, attention_setting: str, device: torch.devi
     causal_lm = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True
     )
-    path = folder / "jepa.safetensors"
-    predictor_tokens = len(load_file(path)[PREDICTOR_KEY]) if path.exists() else 0
-    model = LanguageModel(causal_lm, predictor_tokens, attention)
+    model = LanguageModel(causal_lm, len(_additional_weights(folder).get(PREDICTOR_KEY, ())), attention)
     load_predictor(model, folder)
     return model.eval(), Tokenizer.load(folder)
 
 
+def load_objective(folder: Path, config: ObjectiveConfig, model: LanguageModel) -> Objective:
+    """Return the objective of an export with its weights, for inference with the model of the export.
+
+    Raises UserError if the export lacks weights of the objective.
+    """
+    objective = build_objective(config, model.shape)
+    if not load_objective_weights(objective, folder):
+        raise UserError(f"{folder} lacks the weights of the objective {config.name}; export the checkpoint again")
+    return objective.eval()
+
+
 def load_predictor(model: LanguageModel, folder: str | Path) -> None:
     """Copy the predictor embedding of an export into the model if their shapes match."""
-    path = Path(folder) / "jepa.safetensors"
-    if model.predictor is None or not path.exists():
-        return
-    weight = load_file(path)[PREDICTOR_KEY]
-    if weight.shape == model.predictor.weight.shape:
+    weight = _additional_weights(folder).get(PREDICTOR_KEY)
+    if model.predictor is not None and weight is not None and weight.shape == model.predictor.weight.shape:
         model.predictor.weight.data.copy_(weight)
+
+
+def load_objective_weights(objective: Objective, folder: str | Path) -> bool:
+    """Copy the weights of the objective from an export; return False, and copy none, if names or shapes differ."""
+    stored = {
+        key.removeprefix(OBJECTIVE_PREFIX): value
+        for key, value in _additional_weights(folder).items()
+        if key.startswith(OBJECTIVE_PREFIX)
+    }
+    own = objective.state_dict()
+    if {key: value.shape for key, value in stored.items()} != {key: value.shape for key, value in own.items()}:
+        return False
+    objective.load_state_dict(stored)
+    return True
+
+
+def _additional_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    path = Path(folder) / ADDITIONAL_WEIGHTS
+    return load_file(path) if path.exists() else {}

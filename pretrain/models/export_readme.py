@@ -36,7 +36,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 bos, sep, eos = tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id
 embeddings = model.get_input_embeddings()
-{predictor}
+{weights}
 
 @torch.no_grad()
 def embed(before, text, after, front=None, back=None):
@@ -53,40 +53,58 @@ def embed_record({arguments}):
     }}"""
 
 
+PREDICTOR = """scale = getattr(embeddings, "scalar_embed_scale", 1.0)
+predictor = load_file(f"{folder}/jepa.safetensors")["predictor.weight"] * scale
+"""
+
+PREDICTOR_MLP = """mlp = load_file(f"{folder}/jepa.safetensors")
+
+
+def predict(hidden):
+    for layer in "0", "2":
+        weight, bias = (mlp[f"objective.predictor.layers.{layer}.{part}"] for part in ("weight", "bias"))
+        hidden = torch.nn.functional.linear(torch.nn.functional.gelu(hidden) if layer == "2" else hidden, weight, bias)
+    return hidden
+"""
+
+
 def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> str:
     """Return the README from the contents of jepa.json, the model type and k."""
     views, pairing = list(jepa["views"]), pairing_from_export(jepa)
+    has_mlp = bool(jepa["objective"].get("predictor_mlp"))
     lines = [f'        "{view}": {_call(view, view_template(jepa, number))},' for number, view in enumerate(views)]
-    if predictor_tokens:
-        argument = f", {'front' if pairing.prepended else 'back'}=predictor"
+    if predictor_tokens or has_mlp:
+        argument = f", {'front' if pairing.prepended else 'back'}=predictor" if predictor_tokens else ""
         for source, target in pairing.edges(len(views)):
             call = _call(views[source], view_template(jepa, source), argument)
-            lines.append(f'        "{views[source]}_to_{views[target]}": {call},')
-    imports = "from safetensors.torch import load_file\n" if predictor_tokens else ""
+            lines.append(f'        "{views[source]}_to_{views[target]}": {f"predict({call})" if has_mlp else call},')
+    imports = "from safetensors.torch import load_file\n" if predictor_tokens or has_mlp else ""
     if family == "openelm":
         imports += (
             "import pretrain.models.openelm  # from the project that made this folder: transformers has no OpenELM\n"
         )
-    load = (
-        'scale = getattr(embeddings, "scalar_embed_scale", 1.0)\n'
-        'predictor = load_file(f"{folder}/jepa.safetensors")["predictor.weight"] * scale\n'
-    )
+    additional = []
+    if predictor_tokens:
+        additional.append("embedding of the predictor tokens")
+    if has_mlp:
+        additional.append("predictor MLP")
     return PAGE.format(
         run=jepa["run"],
         step=jepa["step"],
         objective=jepa["objective"]["name"],
         views=", ".join(f"`{view}`" for view in views),
-        predictor_file=" `jepa.safetensors` contains the embedding of the predictor tokens."
-        if predictor_tokens
-        else "",
+        predictor_file=f" `jepa.safetensors` contains the {' and the '.join(additional)}." if additional else "",
         in_context=IN_CONTEXT if pairing.in_context else "",
         predicted="The prediction of another view is the hidden state of the last token when the predictor tokens "
         f"{'precede' if pairing.prepended else 'follow'} the view. "
+        + ("A predictor MLP is applied to this hidden state. " if has_mlp else "")
         if predictor_tokens
+        else "The prediction of another view is computed from this embedding by the predictor MLP. "
+        if has_mlp
         else "",
         code=CODE.format(
             imports=imports,
-            predictor=load if predictor_tokens else "",
+            weights=(PREDICTOR if predictor_tokens else "") + (PREDICTOR_MLP if has_mlp else ""),
             arguments=", ".join(views),
             lines="\n".join(lines),
         ),

@@ -23,16 +23,25 @@ class Head(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.softcap, self.max_logits = softcap, max_logits
 
-    def forward(self, hidden: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the logits, or with labels the sum of the cross-entropies.
+    def forward(
+        self, hidden: torch.Tensor, label_ids: torch.Tensor | None = None, reference: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the logits, with labels the sum of the cross-entropies, or with a reference a divergence.
 
         Without labels, which is how transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar in
-        fp32, in nats.
+        fp32, in nats. With `reference` (M, D): the sum of KL(p || q), with the next-token distributions p of `reference`
+        and q of `hidden`, also a scalar; the gradient flows into `hidden` only.
         """
-        if label_ids is None:
-            return F.linear(hidden, self.weight, self.bias)
         max_logits = self.max_logits or MAX_LOGITS[hidden.device.type]
         chunk_size = max(1, max_logits // len(self.weight))
+        if reference is not None:
+            chunk_size = max(1, chunk_size // 2)  # a chunk has two sets of logits
+            divergence: torch.Tensor = _KlDivergence.apply(
+                hidden, reference, self.weight, self.bias, self.softcap, chunk_size, torch.is_grad_enabled()
+            )
+            return divergence
+        if label_ids is None:
+            return F.linear(hidden, self.weight, self.bias)
         loss: torch.Tensor = _CrossEntropy.apply(
             hidden, self.weight, self.bias, label_ids, self.softcap, chunk_size, torch.is_grad_enabled()
         )
@@ -113,6 +122,58 @@ class _CrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _KlDivergence(torch.autograd.Function):
+    """Autograd function for the sum of KL(softmax(reference logits) || softmax(logits)), chunk by chunk.
+
+    Like `_CrossEntropy`, its forward pass also computes the gradient. Weight, bias and reference are constants.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        reference: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+        chunk_size: int,
+        grad_enabled: bool,
+    ) -> torch.Tensor:
+        """Return the divergence, a scalar in fp32; shapes as in `_CrossEntropy`, reference (M, D)."""
+        grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
+        divergence = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            expected = _log_probabilities(F.linear(reference[chunk], weight, bias), softcap)[0]
+            found, slope = _log_probabilities(F.linear(hidden[chunk], weight, bias), softcap)
+            probabilities = expected.exp()
+            divergence += (probabilities * (expected - found)).sum()
+            if grad_hidden is not None:
+                gradient = found.exp_().sub_(probabilities)
+                if slope is not None:
+                    gradient *= slope
+                torch.mm(gradient.to(hidden.dtype), weight, out=grad_hidden[chunk])
+        ctx.save_for_backward(grad_hidden)
+        return divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_divergence: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the saved gradient times the gradient of the divergence."""
+        (gradient,) = ctx.saved_tensors
+        scaled = None if gradient is None else (gradient.float() * grad_divergence).to(gradient.dtype)
+        return scaled, None, None, None, None, None, None
+
+
+def _log_probabilities(logits: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the log-softmax in fp32 of soft-capped logits (m, V), and the slope of soft-capping (m, V) or None."""
+    scores = logits.float()
+    if softcap is None:
+        return scores.log_softmax(dim=1), None
+    capped = (scores / softcap).tanh_()
+    return (capped * softcap).log_softmax(dim=1), capped.square_().neg_().add_(1)
 
 
 def _loss_and_gradient(

@@ -15,6 +15,7 @@ from pretrain.data.batch import Batch
 from pretrain.models.attention import FULL_ATTENTION, SLIDING_ATTENTION, Mask, attention_mask
 from pretrain.models.families import register_family, register_family_from_folder
 from pretrain.models.head import Head
+from pretrain.objectives.base import ModelShape
 from pretrain.sections import Family
 
 VOCAB_SIZE_MULTIPLE = 64
@@ -184,6 +185,18 @@ class LanguageModel(nn.Module):
     def cross_entropy(self, hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
         """Return the sum of the cross-entropies of the next tokens, in nats: (M, D), (M,) -> scalar."""
         return self.causal_lm.lm_head(hidden, label_ids)
+
+    def kl_divergence(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Return the sum of KL(p || q) in nats, with the next-token distributions p of `reference` and q of `hidden`.
+
+        Both are (M, D). The gradient flows into `hidden` only, not into the head.
+        """
+        return self.causal_lm.lm_head(hidden, reference=reference)
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that an objective with weights needs."""
+        return ModelShape(self.hidden_size, self.causal_lm.config.num_hidden_layers)
 
     @property
     def device(self) -> torch.device:

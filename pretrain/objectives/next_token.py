@@ -1,39 +1,36 @@
 """Next-token prediction."""
 
+from collections.abc import Callable
+
 import torch
 
 from pretrain.data.batch import Batch
 from pretrain.data.loader import count_targets
-from pretrain.objectives.base import CrossEntropy, ObjectiveOutput
+from pretrain.objectives.base import ForwardPass, ModelShape, Objective, ObjectiveOutput, Term
 from pretrain.objectives.configs.next_token import Config
-from pretrain.objectives.pool import Gather, gather_pool, select_pair_embeddings
+from pretrain.objectives.pool import gather_pool, select_pair_embeddings
 
 
-def next_token_sum(hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy) -> torch.Tensor:
+def next_token_sum(
+    hidden: torch.Tensor, batch: Batch, cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """Return the sum of cross-entropies of the labelled positions, in nats; the head runs only on these positions."""
     return cross_entropy(hidden[batch.label_index], batch.label_ids)
 
 
-class NextToken:
+class NextToken(Objective):
     """The language-model loss alone."""
 
-    weights = {"lm": 1.0}
-    units = {"lm": count_targets}
+    def __init__(self) -> None:
+        super().__init__({"lm": Term(1.0, count_targets)})
 
-    def __call__(
-        self,
-        hidden: torch.Tensor,
-        batch: Batch,
-        cross_entropy: CrossEntropy,
-        gather: Gather,
-        *,
-        with_pool: bool = False,
-    ) -> ObjectiveOutput:
+    def forward(self, forward_pass: ForwardPass, *, with_pool: bool = False) -> ObjectiveOutput:
         """Return the term of a micro batch; see `Objective`."""
-        pool = gather_pool(*select_pair_embeddings(hidden, batch), batch, gather) if with_pool else None
-        return ObjectiveOutput({"lm": next_token_sum(hidden, batch, cross_entropy)}, pool)
+        batch, hidden = forward_pass.batch, forward_pass.hidden
+        pool = gather_pool(*select_pair_embeddings(hidden, batch), batch, forward_pass.gather) if with_pool else None
+        return ObjectiveOutput({"lm": next_token_sum(hidden, batch, forward_pass.head.cross_entropy)}, pool)
 
 
-def from_config(config: Config) -> NextToken:
+def from_config(config: Config, shape: ModelShape) -> NextToken:
     """Return the objective of a configuration."""
     return NextToken()

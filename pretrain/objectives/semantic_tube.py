@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from pretrain.data.batch import Batch
 from pretrain.data.loader import count_spans
 from pretrain.objectives.auxiliary import AuxiliaryObjective
+from pretrain.objectives.base import ForwardPass, ModelShape, Term
 from pretrain.objectives.configs.semantic_tube import Config
 from pretrain.objectives.pool import Pool
 from pretrain.objectives.regularizers import Regularizer, build_regularizers
@@ -31,15 +31,15 @@ class SemanticTube(AuxiliaryObjective):
     """The language-model loss plus `weight` times the curvature of the path of hidden states."""
 
     def __init__(self, weight: float, regularizers: Sequence[Regularizer] = ()):
-        super().__init__(weight, count_spans, regularizers)
+        super().__init__({"jepa": Term(weight, count_spans)}, regularizers)
 
-    def auxiliary_sum(
-        self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None
-    ) -> torch.Tensor:
+    def auxiliary_sums(
+        self, forward_pass: ForwardPass, prediction: torch.Tensor, target: torch.Tensor, pool: Pool | None
+    ) -> dict[str, torch.Tensor]:
         """Return this rank's sum of the tube distances of its spans."""
-        return tube_distance(hidden[batch.span_index].float()).sum()
+        return {"jepa": tube_distance(forward_pass.hidden[forward_pass.batch.span_index].float()).sum()}
 
 
-def from_config(config: Config) -> SemanticTube:
+def from_config(config: Config, shape: ModelShape) -> SemanticTube:
     """Return the objective of a configuration."""
     return SemanticTube(config.weight, build_regularizers(config.regularizers))

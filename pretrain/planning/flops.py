@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pretrain.models.language_model import LanguageModel
+from pretrain.objectives.base import Objective
 
 PEAK_BF16_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -48,11 +49,13 @@ class Parameters:
     tied: bool
     predictor: int
     """Embedding of the predictor tokens."""
+    objective: int = 0
+    """Weights of the objective."""
 
     @property
     def total(self) -> int:
         """Number of all parameters; tied ones count once."""
-        return self.layers + self.embedding + (0 if self.tied else self.head) + self.predictor
+        return self.layers + self.embedding + (0 if self.tied else self.head) + self.predictor + self.objective
 
     def flops(self, positions: float, targets: float) -> tuple[float, float]:
         """Return the FLOPs of the layers and of the output head, forward and backward.
@@ -63,13 +66,13 @@ class Parameters:
         return 6 * self.layers * positions, 6 * self.head * targets
 
 
-def count_parameters(model: LanguageModel) -> Parameters:
-    """Return the parameter counts of a model, which may be partitioned or on the meta device."""
+def count_parameters(model: LanguageModel, objective: Objective) -> Parameters:
+    """Return the parameter counts of a model and its objective, which may be partitioned or on the meta device."""
     embedding = model.vocab_size * model.hidden_size
     tied = bool(model.causal_lm.config.tie_word_embeddings)
     predictor = 0 if model.predictor is None else parameter_count(model.predictor)
     layers = parameter_count(model) - predictor - embedding * (1 if tied else 2)
-    return Parameters(layers, embedding, embedding, tied, predictor)
+    return Parameters(layers, embedding, embedding, tied, predictor, parameter_count(objective))
 
 
 def peak_flops() -> float | None:

@@ -6,22 +6,25 @@ folder.
 
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from data_prep.layout import Layout, make_layout
 from data_prep.tokenizer import Tokenizer, import_tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
-from pretrain.data.loader import Loader, count_pairs
+from pretrain.data.loader import Loader, Unit, count_pairs, loss_denominators
 from pretrain.data.order import Order
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.models.lora import adapter_sizes
+from pretrain.objectives.base import Objective, build_objective
 from pretrain.planning.flops import Parameters, count_parameters
 from pretrain.planning.memory import layer_widths
 from pretrain.planning.model import meta_model
@@ -72,6 +75,8 @@ class Step:
     tokens: float = 0
     """Corpus tokens."""
     pairs: float = 0
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """Count of each loss term."""
     without_pairs: Stream | None = None
     """The same records under objective.name=next_token; None if the run's objective has no pairs."""
     order: Order | None = None
@@ -86,8 +91,10 @@ class Plan:
     corpus: Corpus | None
     model: LanguageModel
     """On the meta device."""
+    objective: Objective
+    """On the meta device."""
     parameters: Parameters
-    """Parameter counts of the model without adapters."""
+    """Parameter counts of the model without adapters, and of the objective."""
     adapters: list[int]
     """Sizes of the parameters that model.lora adds."""
     step: Step
@@ -103,7 +110,9 @@ class Plan:
     @property
     def trained(self) -> int:
         """Number of trained parameters."""
-        return self.parameters.predictor + sum(self.adapters) if self.config.model.lora else self.total
+        if self.config.model.lora:
+            return self.parameters.predictor + self.parameters.objective + sum(self.adapters)
+        return self.total
 
     @property
     def rank_counts(self) -> list[int]:
@@ -115,9 +124,15 @@ class Plan:
         return sorted(divisors | ({largest} if largest < max(RANKS) else set()))
 
     @property
+    def flops_by_part(self) -> dict[str, float]:
+        """FLOPs of a step by part of the model."""
+        own = self.objective.flops(self.step.counts, self.parameters.head)
+        return self.step.stream.flops(self.parameters, self.model) | ({"objective": own} if own else {})
+
+    @property
     def flops(self) -> float:
         """FLOPs of a step."""
-        return sum(self.step.stream.flops(self.parameters, self.model).values())
+        return sum(self.flops_by_part.values())
 
 
 def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None) -> "Plan":
@@ -130,9 +145,13 @@ def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
     model = meta_model(config, tokenizer)
-    step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
+    with torch.device("meta"):
+        objective = build_objective(config.objective, model.shape)
+    units = objective.units
+    step = _planned_step(config, corpus, tokenizer, model, units) if corpus else _largest_step(config, units)
     adapters = adapter_sizes(model, config.model.lora) if config.model.lora else []
-    return Plan(config, corpus, model, count_parameters(model), adapters, step, zero, ranks)
+    parameters = count_parameters(model, objective)
+    return Plan(config, corpus, model, objective, parameters, adapters, step, zero, ranks)
 
 
 def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
@@ -156,7 +175,9 @@ def _future_tokenizer(config: RunConfig) -> Any:
     return SimpleNamespace(vocab_size=config.data.tokenizer.vocab_size, pad_id=0, bos_id=2, eos_id=3, sep_id=4)
 
 
-def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> Step:
+def _planned_step(
+    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, units: Mapping[str, Unit]
+) -> Step:
     """Return means over the steps of a few of the loader's windows, spread evenly over the first epoch."""
     data = config.data
     specials = special_ids(tokenizer, model.vocab_size)
@@ -170,6 +191,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
     )
     loader = make_loader(config, corpus, layout)
     sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     stream: Counter[str] = Counter()
     without_pairs: Counter[str] = Counter()
     windows = loader.order.windows(0)
@@ -186,6 +208,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
                 tokens=int(rows.lengths.sum()),
                 pairs=count_pairs(rows, layout),
             )
+            counts.update(loss_denominators(rows, layout, units))
             stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
             without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
     steps = sums.pop("steps")
@@ -197,6 +220,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
         steps,
         windows - len(planned),
         **{name: total / steps for name, total in sums.items()},
+        counts={name: total / steps for name, total in counts.items()},
         without_pairs=plain_mean if layout.read_outs else None,
         order=loader.order,
     )
@@ -225,8 +249,9 @@ def _visible_keys(layout: Layout, lengths: np.ndarray) -> int:
     return int((lengths * (lengths + 1) // 2 + lengths * ancestors).sum())
 
 
-def _largest_step(config: RunConfig) -> Step:
+def _largest_step(config: RunConfig, units: Mapping[str, Unit]) -> Step:
     """Return the upper bound of a step: each row is filled by one record, and every position is a target."""
     rows = config.train.global_batch_rows
     length = config.data.sequence_length
-    return Step(Stream(rows * length, rows * length, 0, rows * length * (length + 1) / 2))
+    targets = rows * length
+    return Step(Stream(targets, targets, 0, targets * (length + 1) / 2), counts=dict.fromkeys(units, float(targets)))

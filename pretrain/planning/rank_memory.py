@@ -8,7 +8,10 @@ from pretrain.planning.settings import gradient_accumulation_dtype
 
 def model_states_per_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
     """Return the model states of the plan under a ZeRO stage on `ranks` ranks."""
-    sizes = [*(parameter.numel() for parameter in plan.model.parameters()), *plan.adapters]
+    sizes = [
+        *(parameter.numel() for module in (plan.model, plan.objective) for parameter in module.parameters()),
+        *plan.adapters,
+    ]
     small = sum(size for size in sizes if size <= plan.zero.param_persistence_threshold)
     accumulated = 4 if gradient_accumulation_dtype(plan.config) in FP32_NAMES else 2
     return model_states(plan.total, plan.trained, small, plan.config.train.precision, stage, ranks, accumulated)
@@ -40,12 +43,16 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
     reduced = buffers[device]
     partly_used = buffers["cpu"] < buffers["cuda"]
     extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU the used part only"}[device] * partly_used
-    targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
+    part = train.micro_batch_rows / train.global_batch_rows
+    targets = plan.step.stream.targets * part
+    counts = {name: count * part for name, count in plan.step.counts.items()}
+    own = plan.objective.activation_bytes(counts, item_bytes)
     stored = activations(
         plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device
     )
     rows = [
         ("activations of the layers", stored.layers, stored.checkpointed_layers),
+        *([("activations of the objective", own, own)] if own else []),
         ("logits of the targets", stored.logits, stored.logits),
         ("gradient of the output head", stored.head, stored.head),
         (f"gradients to be reduced{extent}", reduced, reduced),

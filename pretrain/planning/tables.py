@@ -34,6 +34,7 @@ def _parameter_table(plan: Plan) -> Table:
     )
     head = [] if size.tied else [("output head", f"{size.head:,}")]
     predictor = [("predictor embedding", f"{size.predictor:,}")] if size.predictor else []
+    objective = [("weights of the objective", f"{size.objective:,}")] if size.objective else []
     adapters = [("adapters", f"{sum(plan.adapters):,}")] if plan.adapters else []
     trained = [("trained", f"{plan.trained:,}")] if plan.adapters else []
     return [
@@ -42,6 +43,7 @@ def _parameter_table(plan: Plan) -> Table:
         *head,
         ("layers", f"{size.layers:,}"),
         *predictor,
+        *objective,
         *adapters,
         ("total", f"{plan.total:,}"),
         *trained,
@@ -86,7 +88,7 @@ def _step_table(plan: Plan) -> Table:
     rows.append(_comparison_row("next-token targets", stream.targets, plain.targets if plain else None, ",.0f"))
     if plain:
         rows.append(("pairs", f"{step.pairs:,.0f}"))
-    flops = stream.flops(plan.parameters, plan.model)
+    flops = plan.flops_by_part
     plain_flops = plain.flops(plan.parameters, plan.model) if plain else {}
     rows += [_comparison_row(f"FLOPs, {part}", value, plain_flops.get(part), ".3g") for part, value in flops.items()]
     return [*rows, _comparison_row("FLOPs", sum(flops.values()), sum(plain_flops.values()), ".3g")]

@@ -141,10 +141,12 @@ class Study:
 
     def loss_terms(self) -> list[str]:
         """Return the terms of the objectives of all arms."""
-        from pretrain.objectives.base import build_objective  # imported late because it loads torch
+        from pretrain.objectives.base import ModelShape, build_objective  # imported late because it loads torch
 
+        any_shape = ModelShape(width=1, layers=1)  # the terms do not depend on it
         configs = [self.run_config(arm, self.config.seeds[0]) for arm in self.config.arms]
-        return list(dict.fromkeys(term for config in configs for term in build_objective(config.objective).weights))
+        objectives = [build_objective(config.objective, any_shape) for config in configs]
+        return list(dict.fromkeys(term for objective in objectives for term in objective.weights))
 
 
 def run_name(arm: str, seed: int) -> str:

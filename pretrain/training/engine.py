@@ -13,14 +13,15 @@ from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.models.attention import resolve_attention
-from pretrain.models.export import load_predictor
+from pretrain.models.export import load_objective_weights, load_predictor
 from pretrain.models.language_model import (
     LanguageModel,
     pretrained_causal_lm,
     random_causal_lm,
 )
+from pretrain.models.layer_states import LayerStates
 from pretrain.models.lora import add_adapters
-from pretrain.objectives.base import Objective, ObjectiveOutput
+from pretrain.objectives.base import ForwardPass, Objective, ObjectiveOutput, build_objective
 from pretrain.objectives.pool import Gather
 from pretrain.planning.flops import full_shape
 from pretrain.planning.model import check_model_fits_corpus, resolve_hf_config
@@ -42,22 +43,27 @@ class TrainingModule(nn.Module):
     def __init__(self, model: LanguageModel, objective: Objective, gather: Gather):
         super().__init__()
         self.model, self.objective, self.gather = model, objective, gather
+        self.layer_states = LayerStates(model, objective.layers)
 
     def forward(self, batch: Batch, with_pool: bool = False) -> ObjectiveOutput:
         """Return the loss terms of a micro batch."""
-        return self.objective(self.model(batch), batch, self.model.cross_entropy, self.gather, with_pool=with_pool)
+        with self.layer_states.record() as layers:
+            hidden = self.model(batch)
+        output: ObjectiveOutput = self.objective(
+            ForwardPass(batch, hidden, layers, self.model, self.gather), with_pool=with_pool
+        )
+        return output
 
 
 def build_engine(
     config: RunConfig,
     tokenizer: Tokenizer,
-    objective: Objective,
     world: World,
     *,
     resuming: bool = False,
     universal: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
-    """Build the model, partitioned from the start, and its optimizer.
+    """Build the model, partitioned from the start, the objective and the optimizer.
 
     `resuming` means that a checkpoint will be loaded, so no initial weights are read. `universal` means that this
     checkpoint was converted from a different number of ranks. Raises UserError if the batch sizes do not divide evenly,
@@ -79,8 +85,10 @@ def build_engine(
     model = LanguageModel(causal_lm, config.predictor_tokens, attention)
     if config.model.init_from:
         check_model_fits_corpus(config, model, tokenizer)
+    objective = _initial_objective(config, model)
     if init_folder:
         load_predictor(model, init_folder)
+        load_objective_weights(objective, init_folder)
     if config.model.lora:
         add_adapters(model, config.model.lora)
     if config.train.activation_checkpointing:
@@ -118,3 +126,13 @@ def build_engine(
             "experts: set it to 0, or set deepspeed.zero_optimization.stage to 1 or 2"
         )
     return engine
+
+
+def _initial_objective(config: RunConfig, model: LanguageModel) -> Objective:
+    """Return the objective; its weights depend on the seed alone and have the type of the model's weights.
+
+    Every rank creates them completely, and DeepSpeed partitions them later.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_objective(config.objective, model.shape).to(model.causal_lm.dtype)

@@ -207,7 +207,13 @@ class Trainer:
         embeddings = self._diagnose(pool)
         self.step_seconds = time.perf_counter() - started
         self.progress.seconds += self.step_seconds
-        self.throughput.add(step.rows, step.targets, self.step_seconds, data.pop_wait_seconds())
+        self.throughput.add(
+            step.rows,
+            step.targets,
+            self.step_seconds,
+            data.pop_wait_seconds(),
+            self.objective.flops(step.loss_denominators, self.throughput.parameters.head),
+        )
         if self.saver.in_progress and not consensus.saving:
             self.finish_save()
         values = gradients | (self._step_values(consensus.losses, score) if logged or not updated else {})

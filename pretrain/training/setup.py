@@ -13,7 +13,6 @@ from data_prep.utils.files import copy_folder, try_lock
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.models.language_model import LanguageModel, special_ids
-from pretrain.objectives.base import build_objective
 from pretrain.planning.flops import count_parameters, parameter_count
 from pretrain.planning.plan import make_loader
 from pretrain.planning.settings import engine_settings
@@ -120,11 +119,8 @@ def _build_trainer(
 ) -> Trainer:
     """Build the model, the engine and the loader. The state of the `newest` checkpoint is loaded later."""
     universal = newest is not None and newest.ranks != world.size
-    objective = build_objective(config.objective)
     engine = world.run_and_sync_errors(
-        lambda: build_engine(
-            config, corpus.tokenizer, objective, world, resuming=newest is not None, universal=universal
-        )
+        lambda: build_engine(config, corpus.tokenizer, world, resuming=newest is not None, universal=universal)
     )
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocab_size)
@@ -134,15 +130,17 @@ def _build_trainer(
         world=world,
         engine=engine,
         specials=specials,
-        objective=objective,
+        objective=engine.module.objective,
         stop=stop,
         loader=world.run_and_sync_errors(lambda: make_loader(config, corpus, layout)),
-        throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
+        throughput=Throughput(
+            count_parameters(model, engine.module.objective), world.size, config.data.sequence_length
+        ),
         validation=_validation(config, corpus, specials, world),
     )
     logger.info(
-        f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on "
-        f"{world.device.type}"
+        f"{parameter_count(engine.module):,} parameters, {len(corpus):,} records, "
+        f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}"
     )
     if trainer.validation is None:
         logger.info("note: the corpus has no validation split, so there is no validation")

@@ -5,7 +5,10 @@ from pretrain.planning.flops import Parameters, peak_flops
 
 
 class Throughput:
-    """Rates of the steps since the last report, without validation and checkpoints. MFU uses `Parameters.flops`."""
+    """Rates of the steps since the last report, without validation and checkpoints.
+
+    MFU uses `Parameters.flops` and `Objective.flops`.
+    """
 
     def __init__(self, parameters: Parameters, ranks: int, row_length: int):
         self.parameters = parameters
@@ -16,19 +19,21 @@ class Throughput:
 
     def _reset(self) -> None:
         self.records = self.tokens = self.positions = self.targets = self.slots = 0
-        self.seconds = self.waited = 0.0
+        self.seconds = self.waited = self.objective_flops = 0.0
 
-    def add(self, rows: Rows, targets: int, seconds: float, waited: float = 0.0) -> None:
+    def add(self, rows: Rows, targets: int, seconds: float, waited: float = 0.0, objective_flops: float = 0.0) -> None:
         """Count a step.
 
         `rows` is its global batch and `targets` the number of next-token targets in it. `seconds` is its duration, and
-        `waited` the part of it that was spent waiting for data.
+        `waited` the part of it that was spent waiting for data. `objective_flops` are the FLOPs of the
+        weights of the objective.
         """
         self.records += len(rows.records)
         self.tokens += int(rows.lengths.sum())
         self.positions += int(rows.segment_lengths.sum())
         self.targets += targets
         self.slots += rows.count * self.row_length
+        self.objective_flops += objective_flops
         self.seconds += seconds
         self.waited += waited
 
@@ -41,8 +46,7 @@ class Throughput:
             "throughput/data_wait_fraction": self.waited / self.seconds,
         }
         if self.peak is not None:
-            values["throughput/mfu"] = (
-                sum(self.parameters.flops(self.positions, self.targets)) / self.seconds / self.peak
-            )
+            flops = sum(self.parameters.flops(self.positions, self.targets)) + self.objective_flops
+            values["throughput/mfu"] = flops / self.seconds / self.peak
         self._reset()
         return values

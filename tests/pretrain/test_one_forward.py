@@ -13,9 +13,13 @@ from data_prep.layout import Layout, Pairing, make_layout
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.loader import Loader, Rows, count_pairs, loss_denominators
 from pretrain.models.language_model import LanguageModel
-from pretrain.objectives.base import total_loss
+from pretrain.models.layer_states import LayerStates
+from pretrain.objectives.base import ForwardPass, total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
+from pretrain.objectives.mlp import Mlp
 from pretrain.objectives.next_token import NextToken
+from pretrain.objectives.nextlat import NextLat
+from pretrain.objectives.nitp import Nitp
 from pretrain.objectives.pool import Gather
 from tests.reference import Ids, Reference
 from tests.row_plans import plan
@@ -60,24 +64,32 @@ class Result(NamedTuple):
     gradients: dict[str, torch.Tensor]
 
 
-def gradients(model: LanguageModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
+def gradients(
+    model: LanguageModel, loss: torch.Tensor, objective: torch.nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the gradient of each parameter of the model and of the objective that has one."""
+    parameters = dict(model.named_parameters())
+    if objective is not None:
+        parameters |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
+    for parameter in parameters.values():
+        parameter.grad = None
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
 
 
 def one_forward(model: LanguageModel, packed: Packed, objective) -> Result:
     divisors = loss_denominators(packed.rows, packed.layout, objective.units)
-    terms = objective(model(packed.batch), packed.batch, model.cross_entropy, ALONE).terms
+    with LayerStates(model, objective.layers).record() as layers:
+        hidden = model(packed.batch)
+    terms = objective(ForwardPass(packed.batch, hidden, layers, model, ALONE)).terms
     loss = total_loss(terms, divisors, objective.weights, ranks=1)
     losses = {"total": loss.item()} | {name: value.item() / divisors[name] for name, value in terms.items()}
-    return Result(losses, gradients(model, loss))
+    return Result(losses, gradients(model, loss, objective))
 
 
-def separate_forwards(model: LanguageModel, records, specials, **settings) -> Result:
+def make_reference(model: LanguageModel, specials, **settings) -> Reference:
     predictor = None if model.predictor is None else model.predictor.weight
-    paired = settings.pop("paired", None)
-    reference = Reference(
+    return Reference(
         model.causal_lm,
         predictor,
         Ids(specials.bos, specials.eos, specials.sep),
@@ -87,8 +99,14 @@ def separate_forwards(model: LanguageModel, records, specials, **settings) -> Re
         scale=model.hidden_size**0.5 if model.causal_lm.config.model_type == "gemma2" else 1.0,
         **settings,
     )
-    losses = reference.losses(records, paired)
-    return Result({name: value.item() for name, value in losses._asdict().items()}, gradients(model, losses.total))
+
+
+def separate_forwards(model: LanguageModel, records, specials, objective=None, **settings) -> Result:
+    paired = settings.pop("paired", None)
+    losses = make_reference(model, specials, **settings).losses(records, paired)
+    return Result(
+        {name: value.item() for name, value in losses._asdict().items()}, gradients(model, losses.total, objective)
+    )
 
 
 def error(result: Result, expected: Result) -> float:
@@ -242,6 +260,79 @@ def test_next_token_is_only_the_language_model_term(kind, lm_views, make_model, 
         model, records, specials, layout=kind, lm_views=lm_views, paired=[False] * len(records)
     )
     assert result.losses.keys() == {"total", "lm"}
+    assert error(result, expected) < TOLERANCE
+
+
+FAMILIES = ["llama", "gemma2", "olmo2", "openelm"]
+
+
+def submodule(objective: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """Return the weights below a submodule by their names in it."""
+    return {key.removeprefix(f"{name}."): value for key, value in objective.named_parameters() if key.startswith(name)}
+
+
+def documents_and_pairs(seed: int) -> list[tuple[list[int], ...]]:
+    """Return records of which some have one view only, as plain documents have."""
+    records: list[tuple[list[int], ...]] = list(random_records(seed=seed))
+    records[2], records[5] = (records[2][0], []), (records[5][0], [])
+    return records
+
+
+@pytest.mark.parametrize("lm_views", ["all", "last"])
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nitp_equals_separate_forwards(family, layer, kind, lm_views, make_model, write_corpus, specials):
+    records, model = documents_and_pairs(seed=21), make_model(0, family=family)
+    torch.manual_seed(1)
+    objective = Nitp(WEIGHT, layer, Mlp(model.hidden_size, 12, model.hidden_size))
+    layout = make_layout(kind, specials, lm_views=lm_views)
+    result = one_forward(
+        model, packed(write_corpus(records), specials, layout, np.zeros(len(records), bool)), objective
+    )
+    mlp = submodule(objective, "projector.layers")
+    reference = make_reference(model, specials, layout=kind, lm_views=lm_views, mlp=mlp)
+    lm = reference.losses(records, [False] * len(records)).lm
+    jepa = reference.nitp(records, layer)
+    total = lm + WEIGHT * jepa
+    losses = {"total": total.item(), "lm": lm.item(), "jepa": jepa.item()}
+    assert error(result, Result(losses, gradients(model, total, objective))) < TOLERANCE
+
+
+@pytest.mark.parametrize("lm_views", ["all", "last"])
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nextlat_equals_separate_forwards(family, kl_weight, kind, lm_views, make_model, write_corpus, specials):
+    records, model = documents_and_pairs(seed=22), make_model(0, family=family)
+    torch.manual_seed(1)
+    objective = NextLat(WEIGHT, kl_weight, model.hidden_size)
+    layout = make_layout(kind, specials, lm_views=lm_views)
+    result = one_forward(
+        model, packed(write_corpus(records), specials, layout, np.zeros(len(records), bool)), objective
+    )
+    mlp = submodule(objective, "dynamics.layers")
+    reference = make_reference(model, specials, layout=kind, lm_views=lm_views, mlp=mlp)
+    lm = reference.losses(records, [False] * len(records)).lm
+    jepa, kl = reference.nextlat(records, submodule(objective, "norm"))
+    total = lm + WEIGHT * jepa + kl_weight * kl
+    losses = {"total": total.item(), "lm": lm.item(), "jepa": jepa.item(), "kl": kl.item()}
+    assert result.losses.keys() == (losses.keys() if kl_weight else losses.keys() - {"kl"})
+    assert error(result, Result(losses, gradients(model, total, objective))) < TOLERANCE
+
+
+@pytest.mark.parametrize("distance", ["cosine", "info_nce"])
+@pytest.mark.parametrize(("k", "in_context"), [(0, False), (2, False), (1, True)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_predictor_mlp_equals_separate_forwards(family, k, in_context, distance, make_model, write_corpus, specials):
+    records, model = random_records(seed=23), make_model(k, family=family)
+    torch.manual_seed(1)
+    objective = jepa(distance, predictor=Mlp(model.hidden_size, 12, model.hidden_size))
+    layout = make_layout("joint", specials, pairing=Pairing(k, in_context=in_context))
+    result = one_forward(model, packed(write_corpus(records), specials, layout, np.ones(len(records), bool)), objective)
+    settings = {"layout": "joint", "distance": distance, "in_context": in_context}
+    mlp = submodule(objective, "predictor.layers")
+    expected = separate_forwards(model, records, specials, objective, mlp=mlp, **settings)
     assert error(result, expected) < TOLERANCE
 
 

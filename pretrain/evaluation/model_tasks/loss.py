@@ -8,9 +8,8 @@ from data_prep.task_rows import read_rows, write_views
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation.task_corpus import prepare_task_corpus
 from pretrain.evaluation.task_run import CheckpointTask
-from pretrain.models.export import load_language_model
+from pretrain.models.export import load_language_model, load_objective
 from pretrain.models.language_model import special_ids
-from pretrain.objectives.base import build_objective
 from pretrain.objectives.pool import Gather
 from pretrain.tasks.scoring import TaskResult
 from pretrain.training.distributed import World
@@ -34,7 +33,7 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]
     micro_step_rows = config.train.micro_batch_rows * ranks  # a contrastive term needs pools as large as in training
     validation = Validation(corpus, layouts, specials, config.data.sequence_length, len(corpus), micro_step_rows, world)
-    objective = build_objective(config.objective)
+    objective = load_objective(run.export, config.objective, model)
     module = TrainingModule(model, objective, Gather(world.all_gather, 0)).to(device)
     values = validation.run(module, objective.units)
     assert values is not None  # rank 0 always has them

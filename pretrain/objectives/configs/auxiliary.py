@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from pydantic import Field, field_validator
 
+from data_prep.layout import Pairing
 from pretrain.objectives.configs.base import ObjectiveConfig
 from pretrain.objectives.configs.regularizers import AnyRegularizerConfig, RegularizerConfig
 
@@ -59,3 +60,8 @@ class AuxiliaryConfig(RegularizedConfig):
 
     weight: float = Field(default=1.0, gt=0)
     """Weight of the auxiliary term (lambda)."""
+
+    @property
+    def pairing_of_regularizers(self) -> Pairing | None:
+        """Pairing of an objective in which only regularizers need pairs; None without regularizers."""
+        return Pairing() if self.regularizers else None

@@ -30,6 +30,11 @@ class ObjectiveConfig(Section):
         return False
 
     @property
+    def deepest_layer(self) -> int:
+        """Largest number of a layer whose hidden states the objective reads, apart from the last hidden states."""
+        return 0
+
+    @property
     def record_dropout(self) -> float:
         """Fraction of the records that are excluded from the pair term in an epoch."""
         return 0.0

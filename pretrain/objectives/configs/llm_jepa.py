@@ -25,6 +25,9 @@ class Config(AuxiliaryConfig):
     predictor_placement: Literal["append", "prepend"] = "append"
     """append: predictor tokens after the context. prepend: predictor tokens in front of a copy of the context. The copy
     takes up as many positions as the context."""
+    predictor_mlp: int = Field(default=0, ge=0)
+    """Hidden width of an MLP that turns the hidden state of the last predictor token (or of the last token of the
+    context) into the prediction, as in JEPA for vision. 0 (published form): no MLP."""
     direction: Literal["forward", "backward", "both"] = "forward"
     """forward: each view predicts the next one (the description predicts the regex). backward: each view predicts the
     previous one. both: each view predicts both the next one and the previous one."""
@@ -59,7 +62,7 @@ class Config(AuxiliaryConfig):
                     raise ValueError(f"target: in_context works only with {key}: {needed}, {IN_CONTEXT_NEEDS[key]}")
         if self.direction != "forward" and self._is_symmetric and not (self.direction == "both" and self.regularizers):
             raise ValueError(
-                "direction has an effect only with predictor tokens, info_nce or stop_gradient, "
+                "direction has an effect only with predictor tokens, predictor_mlp, info_nce or stop_gradient, "
                 "because otherwise the auxiliary term is symmetric; remove it"
             )
         return self
@@ -67,7 +70,8 @@ class Config(AuxiliaryConfig):
     @property
     def _is_symmetric(self) -> bool:
         """Whether exchanging prediction and target leaves the auxiliary term unchanged."""
-        return self.predictor_tokens == 0 and self.distance != "info_nce" and not self.stop_gradient
+        has_predictor = self.predictor_tokens > 0 or self.predictor_mlp > 0
+        return not has_predictor and self.distance != "info_nce" and not self.stop_gradient
 
     @property
     def pairing(self) -> Pairing:

@@ -27,4 +27,4 @@ class Config(AuxiliaryConfig):
     @property
     def pairing(self) -> Pairing | None:
         """Pairing of the views; None without regularizers."""
-        return Pairing() if self.regularizers else None  # only regularizers need pairs
+        return self.pairing_of_regularizers

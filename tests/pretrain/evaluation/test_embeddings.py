@@ -21,6 +21,7 @@ from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.models.export import write_export
 from pretrain.models.export_readme import render_readme
 from pretrain.models.view_templates import objective_from_export
+from pretrain.objectives.base import build_objective
 from pretrain.objectives.pool import select_pair_embeddings
 from tests.commands import tiny_config, write_config
 
@@ -32,6 +33,9 @@ OBJECTIVES = [
     {"name": "llm_jepa", "predictor_tokens": 1, "layout": "independent", "direction": "backward"},
     {"name": "llm_jepa", "predictor_tokens": 2, "predictor_placement": "prepend"},
     {"name": "llm_jepa", "predictor_tokens": 1, "target": "in_context"},
+    {"name": "llm_jepa", "predictor_tokens": 2, "predictor_mlp": 12},
+    {"name": "llm_jepa", "predictor_tokens": 0, "predictor_mlp": 12, "direction": "both"},
+    {"name": "nitp"},
     {"name": "regularized", "regularizers": [{"name": "coding_rate", "weight": 0.5}]},
     {
         "name": "llm_jepa",
@@ -43,13 +47,16 @@ OBJECTIVES = [
 ]
 
 
-def write_model_export(folder, prepared, model, tokens, jepa, family):
+def write_model_export(folder, prepared, model, tokens, jepa, family, objective=None):
     """Write an export of a model as the evaluation does, and return its folder."""
     skeleton = folder / "skeleton"
     model.causal_lm.config.save_pretrained(skeleton)
     for file in (prepared / "tokenizer").iterdir():
         (skeleton / file.name).write_bytes(file.read_bytes())
-    write_export(folder / "export", skeleton, model.state_dict(), jepa, render_readme(jepa, family, tokens))
+    state = model.state_dict()
+    if objective is not None:
+        state |= {f"objective.{name}": weight for name, weight in objective.state_dict().items()}
+    write_export(folder / "export", skeleton, state, jepa, render_readme(jepa, family, tokens))
     return folder / "export"
 
 
@@ -70,7 +77,8 @@ def test_embeddings_match_the_objective_and_the_readme(
     tokens = objective.get("predictor_tokens", 0)
     model = make_model(tokens, family=family)
     jepa = {"run": "tiny", "step": 7, "objective": objective, "views": list(VIEWS)}
-    export = write_model_export(tmp_path, prepared, model, tokens, jepa, family)
+    built = build_objective(objective_from_export(jepa), model.shape)
+    export = write_model_export(tmp_path, prepared, model, tokens, jepa, family, built)
     numbers = np.arange(8)
     texts = [
         tuple(corpus.tokenizer.decode(part) for part in corpus.tokens_by_view(number).values()) for number in numbers
@@ -83,7 +91,8 @@ def test_embeddings_match_the_objective_and_the_readme(
     compared = 0
     for batch in micro_batches(rows, corpus, layout, specials, 256, micro_batch_rows=rows.count, rank=0, ranks=1):
         with torch.no_grad():
-            prediction, target = select_pair_embeddings(model(batch), batch)
+            context, target = select_pair_embeddings(model(batch), batch)
+            prediction = built.predict(context)
         for place in batch.pair_valid.nonzero().flatten().tolist():
             record = batch.pair_record[place]
             source, goal = VIEWS if batch.pair_direction[place] == FORWARD else VIEWS[::-1]

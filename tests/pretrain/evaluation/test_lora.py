@@ -74,6 +74,7 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
             pretrained,
             name="adapted",
             model={"init_from": str(export), "lora": {"rank": 2, "alpha": 8}},
+            objective={"name": "llm_jepa", "predictor_mlp": 24},
             train__steps=6,
             checkpoint={"every": 3},
         ),
@@ -85,6 +86,10 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key in before if "proj" in key}
+    halfway, end = (load_file(export_checkpoint(run_dir, step) / "jepa.safetensors") for step in (3, 6))
+    assert len(end) == 5 and not any(torch.equal(halfway[key], end[key]) for key in end), (
+        "the predictor embedding and the weights of the objective should be trained"
+    )
     model, _ = load_language_model(result, "auto", torch.device("cpu"))
     full_bytes = min_checkpoint_bytes(model)
     add_adapters(model, LORA)

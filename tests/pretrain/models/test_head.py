@@ -38,6 +38,27 @@ def test_chunks_have_the_value_and_gradients_of_all_logits_at_once(labels_at_onc
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("rows_at_once", [1, 14, 74, 1000])
+def test_the_divergence_has_the_value_and_gradient_of_all_logits_at_once(rows_at_once, softcap, bias):
+    layer = linear(bias)
+    hidden, reference = (torch.randn(LABELS, WIDTH, requires_grad=True) for _ in range(2))
+    found, expected = (
+        (states @ layer.weight.T + (0 if layer.bias is None else layer.bias)) for states in (hidden, reference)
+    )
+    if softcap is not None:
+        found, expected = (softcap * torch.tanh(logits / softcap) for logits in (found, expected))
+    full = F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="sum", log_target=True)
+    value = Head(layer, softcap, max_logits=rows_at_once * VOCABULARY)(hidden, reference=reference)
+    torch.testing.assert_close(value, full)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * value, hidden)[0], 3 * torch.autograd.grad(full, hidden)[0], rtol=1e-5, atol=1e-6
+    )
+    again = Head(layer, softcap)(hidden, reference=reference)
+    assert torch.autograd.grad(again, [reference, layer.weight], allow_unused=True) == (None, None)
+
+
 def test_no_tensor_exceeds_the_limit_of_logits():
     """Check every tensor that an operation of the forward or backward pass creates."""
     layer, labels, hidden = (

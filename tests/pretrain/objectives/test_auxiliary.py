@@ -1,6 +1,7 @@
 """Objectives by name, their weight schedule, regularizers against slow references, and Semantic Tube Prediction."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pretrain.config import load_config
 from pretrain.data.batch import assemble
 from pretrain.data.loader import Loader, count_ends, count_pairs, count_spans, count_targets
 from pretrain.models.head import Head
-from pretrain.objectives.base import build_objective, total_loss
+from pretrain.objectives.base import ForwardPass, ModelShape, build_objective, total_loss
 from pretrain.objectives.configs import objective_configs
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularizers import coding_rate_gap, sigreg, vicreg
@@ -49,7 +50,7 @@ def test_objectives_are_found_by_the_names_of_their_files():
     ],
 )
 def test_a_configuration_builds_its_objective(overrides, terms):
-    objective = build_objective(load_config(DEMO, overrides).objective)
+    objective = build_objective(load_config(DEMO, overrides).objective, ModelShape(16, 4))
     assert objective.weights == terms
     unit = count_ends if "regularized" in overrides[0] else count_pairs
     units = {name: unit for name in terms} | {"lm": count_targets}
@@ -144,7 +145,7 @@ def test_targets_in_context_are_validated_in_context_and_encoded_separately(spec
         (["objective={name: regularized}"], "objective: regularizers is empty: add one, or choose next_token"),
         (
             ["objective={name: llm_jepa, predictor_tokens: 0, direction: backward}"],
-            "objective: direction has an effect only with predictor tokens, info_nce or",
+            "objective: direction has an effect only with predictor tokens, predictor_mlp, info_nce or",
         ),
         (
             ["objective.regularizers=[{name: vicreg, weight: 1, projections: 3}]"],
@@ -291,7 +292,7 @@ def test_the_tube_term_of_packed_rows_matches_separate_documents(kind, form, cor
     model, layout = make_model(0), make_layout(kind, specials, spans=form)
     rows = Loader(corpus, layout, 128, seed=5).next_rows(4)
     batch = assemble(rows, corpus, layout, specials, 128, 0)
-    packed = SemanticTube(0.02)(model(batch), batch, model.cross_entropy, ALONE).terms["jepa"]
+    packed = SemanticTube(0.02)(ForwardPass(batch, model(batch), {}, model, ALONE)).terms["jepa"]
     expected = []
     tokens = batch.token_ids.flatten().tolist()
     for span in batch.span_index.tolist():
@@ -327,8 +328,8 @@ def test_no_value_is_fetched_from_the_device(objective, corpus, specials):
     batch = assemble(rows, corpus, layout, specials, 192, 40).to(torch.device("meta"))
     hidden = torch.empty(2 * 192, 16, device="meta", requires_grad=True)
     head = Head(torch.nn.Linear(16, 512, bias=False, device="meta"), None, max_logits=4096)
-    built = build_objective(config)
-    terms = built(hidden, batch, head, ALONE).terms
+    built = build_objective(config, ModelShape(16, 4))
+    terms = built(ForwardPass(batch, hidden, {}, SimpleNamespace(cross_entropy=head), ALONE)).terms
     total_loss(terms, dict.fromkeys(terms, 7), built.weights, ranks=1).backward()
     assert terms.keys() == built.weights.keys() and hidden.grad.is_meta
 
@@ -338,6 +339,7 @@ def test_the_tube_of_bf16_states_is_computed_in_fp32(corpus, specials):
     rows = Loader(corpus, layout, 128, seed=5).next_rows(2)
     batch = assemble(rows, corpus, layout, specials, 128, 0)
     hidden = torch.randn(256, 16).bfloat16()
-    value = SemanticTube(0.02)(hidden, batch, lambda *arguments: torch.zeros(()), ALONE).terms["jepa"].item()
+    head = SimpleNamespace(cross_entropy=lambda *arguments: torch.zeros(()))
+    value = SemanticTube(0.02)(ForwardPass(batch, hidden, {}, head, ALONE)).terms["jepa"].item()
     expected = sum(tube_distance(hidden.double(), span) for span in batch.span_index.tolist())
     assert value == pytest.approx(expected.item(), rel=1e-6)

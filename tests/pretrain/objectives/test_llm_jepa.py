@@ -7,7 +7,7 @@ from data_prep.layout import BACKWARD, FORWARD
 from pretrain.config import load_config
 from pretrain.data.batch import Batch
 from pretrain.data.loader import count_pairs, count_targets
-from pretrain.objectives.base import build_objective
+from pretrain.objectives.base import ForwardPass, ModelShape, build_objective
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularizers import coding_rate_gap, sigreg, vicreg
@@ -22,14 +22,14 @@ DIRECTIONS = [FORWARD, FORWARD, BACKWARD, FORWARD, FORWARD, BACKWARD, BACKWARD, 
 
 
 def build(settings: str) -> LlmJepa:
-    return build_objective(
-        load_config(ROOT / "configs" / "demo.yaml", [f"objective={{name: llm_jepa, {settings}}}"]).objective
-    )
+    config = load_config(ROOT / "configs" / "demo.yaml", [f"objective={{name: llm_jepa, {settings}}}"])
+    return build_objective(config.objective, ModelShape(WIDTH, 4))
 
 
-def fake_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return a stand-in for the loss of the head that depends on each label and hidden state."""
-    return (hidden.square().sum(dim=1) * (1 + labels)).sum()
+class FakeHead:
+    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return a stand-in for the loss of the head that depends on each label and hidden state."""
+        return (hidden.square().sum(dim=1) * (1 + labels)).sum()
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_each_distance_and_its_gradient_equal_the_reference(
     settings, distance, temperature, stop_gradient, batch, hidden
 ):
     terms = build(f"{settings}, stop_gradient: {str(stop_gradient).lower()}")(
-        hidden, batch, fake_cross_entropy, ALONE
+        ForwardPass(batch, hidden, {}, FakeHead(), ALONE)
     ).terms
     reference = Reference(None, None, Ids(0, 0, 0), "joint", distance=distance, temperature=temperature)
     pairs = []
@@ -135,7 +135,7 @@ def test_a_regularizer_acts_on_predictions_and_targets_separately(settings, loss
     assert objective.units == {"lm": count_targets, "jepa": count_pairs, name: count_pairs}
     clouds = hidden[batch.prediction_index[:PAIRS]], hidden[batch.target_index[:PAIRS]]
     expected = PAIRS * sum(loss(cloud) for cloud in clouds)
-    found = objective(hidden, batch, fake_cross_entropy, ALONE).terms[name]
+    found = objective(ForwardPass(batch, hidden, {}, FakeHead(), ALONE)).terms[name]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
 
@@ -150,8 +150,8 @@ def test_a_regularizer_acts_on_predictions_and_targets_separately(settings, loss
 )
 def test_pairs_are_gathered_only_if_a_term_or_the_caller_needs_them(settings, needs_pool, batch, hidden):
     objective = build(settings)
-    assert (objective(hidden, batch, fake_cross_entropy, ALONE).pool is not None) == needs_pool
-    pool = objective(hidden, batch, fake_cross_entropy, ALONE, with_pool=True).pool
+    assert (objective(ForwardPass(batch, hidden, {}, FakeHead(), ALONE)).pool is not None) == needs_pool
+    pool = objective(ForwardPass(batch, hidden, {}, FakeHead(), ALONE), with_pool=True).pool
     assert torch.equal(pool.prediction, hidden[batch.prediction_index]) and torch.equal(
         pool.target, hidden[batch.target_index]
     )

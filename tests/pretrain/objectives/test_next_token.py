@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from data_prep.layout import Pairing, make_layout
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.loader import Loader, Rows
-from pretrain.objectives.base import total_loss
+from pretrain.objectives.base import ForwardPass, total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken, next_token_sum
 from pretrain.objectives.pool import Gather
@@ -36,12 +36,13 @@ def test_the_term_equals_the_cross_entropy_of_full_logits(batch, make_model):
 def test_the_head_gets_only_labelled_positions(batch, make_model):
     model, head_inputs = make_model(1), []
 
-    def cross_entropy(hidden, label_ids):
-        head_inputs.append(hidden)
-        return model.cross_entropy(hidden, label_ids)
+    class Head:
+        def cross_entropy(self, hidden, label_ids):
+            head_inputs.append(hidden)
+            return model.cross_entropy(hidden, label_ids)
 
     with torch.no_grad():
-        NextToken()(model(batch), batch, cross_entropy, ALONE)
+        NextToken()(ForwardPass(batch, model(batch), {}, Head(), ALONE))
     assert [len(hidden) for hidden in head_inputs] == [len(batch.label_index)]
 
 
@@ -53,7 +54,7 @@ def test_rows_without_a_label_have_loss_0_and_gradient_0(corpus, specials, make_
     model = make_model(1)
     for distance in ("cosine", "info_nce"):
         objective = LlmJepa(1.0, distance)
-        terms = objective(model(empty), empty, model.cross_entropy, ALONE).terms
+        terms = objective(ForwardPass(empty, model(empty), {}, model, ALONE)).terms
         assert [value.item() for value in terms.values()] == [0, 0]
         model.zero_grad()
         total_loss(terms, {"lm": 0, "jepa": 0}, objective.weights, ranks=2).backward()
@@ -70,8 +71,8 @@ def test_a_pool_is_gathered_on_request(batch, make_model):
             (LlmJepa(1.0, "cosine"), False),
             (LlmJepa(1.0, "info_nce"), True),
         ):
-            assert (objective(hidden, batch, model.cross_entropy, ALONE).pool is not None) == needs_pool
-            pool = objective(hidden, batch, model.cross_entropy, ALONE, with_pool=True).pool
+            assert (objective(ForwardPass(batch, hidden, {}, model, ALONE)).pool is not None) == needs_pool
+            pool = objective(ForwardPass(batch, hidden, {}, model, ALONE), with_pool=True).pool
             torch.testing.assert_close(pool.prediction, hidden[batch.prediction_index])
             torch.testing.assert_close(pool.target, hidden[batch.target_index])
 

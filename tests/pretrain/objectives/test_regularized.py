@@ -7,7 +7,7 @@ import torch
 from data_prep.layout import make_layout
 from pretrain.data.batch import micro_batches
 from pretrain.data.loader import Loader, count_ends, count_targets, loss_denominators
-from pretrain.objectives.base import total_loss
+from pretrain.objectives.base import ForwardPass, total_loss
 from pretrain.objectives.configs.regularizers import CodingRateConfig, SigregConfig, VicregConfig
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularized import Regularized
@@ -52,7 +52,7 @@ def packed_on_ranks(model, corpus, layout, specials, ranks: int) -> tuple[dict[s
     losses: dict[str, float] = dict.fromkeys(objective.units, 0.0)
     total: dict[str, torch.Tensor] = {}
     for rank, batch in enumerate(batches):
-        terms = objective(model(batch), batch, model.cross_entropy, Gather(all_gather, rank)).terms
+        terms = objective(ForwardPass(batch, model(batch), {}, model, Gather(all_gather, rank))).terms
         assert terms.keys() == losses.keys()
         for name, value in terms.items():
             losses[name] += value.item() / counts[name]
@@ -104,7 +104,7 @@ def test_documents_alone_have_only_first_ends(make_model, write_corpus, specials
     [batch] = micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=4, rank=0, ranks=1)
     model, alone = make_model(0), Gather(lambda mine: mine, 0)
     regularizers = build_regularizers([*CONFIGS, SigregConfig(name="sigreg", weight=1.0)])
-    terms = Regularized(regularizers)(model(batch), batch, model.cross_entropy, alone).terms
+    terms = Regularized(regularizers)(ForwardPass(batch, model(batch), {}, model, alone)).terms
     ends = model(batch)[batch.end_index[batch.end_valid]]
     assert terms["coding_rate"].item() / 6 == pytest.approx(
         coding_rate_gap(ends, torch.ones(6, dtype=torch.bool), 0.05).item(), rel=1e-5

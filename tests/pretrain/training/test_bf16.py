@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pretrain.evaluation.export import export_checkpoint
@@ -19,7 +20,13 @@ from pretrain.training.checkpoint import consolidate
 from tests.commands import ROOT, ranks_command, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests" / "pretrain" / "training" / "several_runs.py"
-FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
+OBJECTIVES = {
+    "llama": {"name": "llm_jepa", "distance": "info_nce", "weight": 0.5},
+    "gemma2": {"name": "nextlat", "kl_weight": 0.5},
+    "olmo2": {"name": "nitp"},
+    "openelm": {"name": "llm_jepa", "weight": 0.5, "predictor_mlp": 24},
+}
+FAMILIES = tuple(OBJECTIVES)
 STEPS = 4
 
 
@@ -43,6 +50,7 @@ def folder(prepared, tmp_path_factory):
                     data__sources=[],
                     data__tokenizer={"vocab_size": 512},
                     model={"family": family, "shape": shape},
+                    objective=OBJECTIVES[family],
                     checkpoint={"every": STEPS // 2},
                     monitor__loggers=[],
                     train={
@@ -97,14 +105,14 @@ def test_the_export_has_the_fp32_weights_of_the_checkpoint(folder, family):
     export = export_checkpoint(run_dir, STEPS)
     register_family_from_folder(export)
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, local_files_only=True)
-    weights = {
-        name: weight
-        for name, weight in consolidate(run_dir / "checkpoints" / step_name(STEPS)).items()
-        if name.startswith("causal_lm.")
-    }
-    exported = model.state_dict()
+    weights = consolidate(run_dir / "checkpoints" / step_name(STEPS))
+    exported = {f"causal_lm.{name}": weight for name, weight in model.state_dict().items()}
+    if (export / "jepa.safetensors").exists():
+        exported |= load_file(export / "jepa.safetensors")
+    assert weights.keys() <= exported.keys()
+    assert any(name.startswith("objective.") for name in weights) == (family != "llama")
     for name, weight in weights.items():
-        assert torch.equal(exported[name.removeprefix("causal_lm.")], weight), name
+        assert torch.equal(exported[name], weight), name
     assert any((weight != weight.bfloat16()).any() for weight in weights.values()), (
         "every weight is exact in bf16: the export may hold rounded copies"
     )

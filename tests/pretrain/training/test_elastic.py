@@ -20,6 +20,8 @@ from tests.commands import (
 from tests.pretrain.training.pause_points import release_file
 
 STEPS = 24
+OBJECTIVE = {"name": "nitp", "regularizers": [{"name": "coding_rate", "weight": 0.1}]}
+"""An objective with weights, a hidden state of an inner layer, and pairs of all ranks."""
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 ROWS = 8
 CHAIN = (1, 2, 4, 1)
@@ -43,6 +45,7 @@ def story(tmp_path_factory, request) -> dict:
         train__global_batch_rows=ROWS,
         checkpoint={"every": 50},
         monitor__log_every=1,
+        objective=OBJECTIVE,
         deepspeed={"zero_optimization": {"stage": request.param}},
     )
     fixed = write_config(folder, values | {"name": "fixed", "train": values["train"] | {"micro_batch_rows": ROWS // 2}})

@@ -23,8 +23,11 @@ SUMS = {
     "l2-both": JEPA | {"distance": "l2", "direction": "both", "predictor_placement": "prepend"},
     "tube": {"name": "semantic_tube", "weight": 0.5, "form": "sub_span"},
     "in-context": JEPA | {"target": "in_context", "dropout": 0.3},
+    "predictor-mlp": JEPA | {"predictor_mlp": 24, "stop_gradient": True},
+    "nitp": {"name": "nitp"},
+    "nextlat": {"name": "nextlat", "kl_weight": 0.5},
 }
-"""Objectives that are sums over pairs or spans."""
+"""Objectives that are sums over pairs, spans or targets."""
 POOLED = {
     "info_nce": JEPA | {"distance": "info_nce", "dropout": 0.3},
     "regularized": JEPA | {"distance": "mse", "regularizers": REGULARIZERS},

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pretrain.config import load_config
 from pretrain.data.batch import assemble
 from pretrain.data.corpus import Corpus
-from pretrain.data.loader import Loader
+from pretrain.data.loader import Loader, loss_denominators
 from pretrain.models.language_model import LanguageModel, build_model_config, random_causal_lm, special_ids
 from pretrain.objectives.base import ObjectiveOutput, build_objective
 from pretrain.objectives.pool import Gather
@@ -32,6 +32,8 @@ RUNS = {  # ranks, rows of a micro batch (8 rows per step), changes
     "stage1": (2, 2, {"deepspeed": {"zero_optimization": {"stage": 1}}}),
     "stage2": (2, 2, {"deepspeed": {"zero_optimization": {"stage": 2}}}),
     "recomputed": (2, 2, {"deepspeed": PARTITIONED, "train__activation_checkpointing": True}),
+    "nitp": (2, 2, {"deepspeed": PARTITIONED, "objective": {"name": "nitp", "weight": 0.3}}),
+    "nextlat": (2, 4, {"objective": {"name": "nextlat"}}),
     "bf16": (2, 2, {"train__precision": "bf16"}),
     "dropout": (2, 2, {"model__shape__attention_dropout": 0.2}),
 }
@@ -40,7 +42,7 @@ NEVER = 10**6
 
 With 0, ZeRO stage 3 would gather complete layers and sum the gradient norm in a different order (see test_layers.py).
 """
-IN_FP32 = ["r1-m8", "r1-m4", "r2-m4", "r2-m2", "stage1", "stage2", "recomputed"]
+IN_FP32 = ["r1-m8", "r1-m4", "r2-m4", "r2-m2", "stage1", "stage2", "recomputed", "nitp", "nextlat"]
 
 
 def metrics(folder, name) -> list[dict[str, float]]:
@@ -62,7 +64,7 @@ def folder(tmp_path_factory):
             **{
                 "name": name,
                 "train__micro_batch_rows": micro,
-                "objective__distance": "cosine",
+                **({} if "objective" in changes else {"objective__distance": "cosine"}),
                 "checkpoint": {"every": 2},
                 "monitor__loggers": ["tensorboard"] * (name == "r1-m8"),
             }
@@ -92,21 +94,25 @@ def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
     corpus = Corpus(config.data.path, "train")
     shape = build_model_config("llama", config.model.shape, corpus.tokenizer, config.data.sequence_length)
     model = LanguageModel(random_causal_lm(shape, "sdpa", torch.float32), config.predictor_tokens, "sdpa")
-    keys = model.load_state_dict(consolidate(folder / "runs" / name / "checkpoints" / step_name(2)), strict=False)
-    assert set(keys.missing_keys) <= {"causal_lm.lm_head.weight"} and not keys.unexpected_keys
+    objective = build_objective(config.objective, model.shape)
+    module = TrainingModule(model, objective, Gather(lambda tensor: tensor, 0))
+    state = consolidate(folder / "runs" / name / "checkpoints" / step_name(2))
+    keys = module.load_state_dict(
+        {key if key.startswith("objective.") else f"model.{key}": value for key, value in state.items()}, strict=False
+    )
+    assert set(keys.missing_keys) <= {"model.causal_lm.lm_head.weight"} and not keys.unexpected_keys
     specials = special_ids(corpus.tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views)
     loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=0.0, epochs=None)
     rows = [loader.next_rows(8) for _ in range(3)][-1]
     batch = assemble(rows, corpus, layout, specials, config.data.sequence_length, int(rows.paired.sum()))
-    objective = build_objective(config.objective)
-    terms = TrainingModule(model, objective, Gather(lambda tensor: tensor, 0))(batch).terms
-    counts = {"lm": len(batch.label_ids), "jepa": int(batch.pair_valid.sum())}
+    terms = module(batch).terms
+    counts = loss_denominators(rows, layout, objective.units)
     flat_gradients = {}
     for term, value in terms.items():
         gradients = torch.autograd.grad(
             objective.weights[term] * value / counts[term],
-            list(model.parameters()),
+            list(module.parameters()),
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,

@@ -15,6 +15,8 @@ from pretrain.training.layers import compile_layers, enable_activation_checkpoin
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
+WITH_WEIGHTS = ({"name": "nitp"}, {"name": "nextlat", "kl_weight": 0.5})
+"""Objectives that have weights and read hidden states of inner layers."""
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 REPLICATED = {"zero_optimization": {"stage": 1}}
 
@@ -30,6 +32,15 @@ def folder(tmp_path_factory):
             config_of(folder, "plain"),
             config_of(folder, "recomputed", train__activation_checkpointing=True),
             config_of(folder, "by-module", monitor__gradients_every=10**6),
+            *(
+                config_of(folder, f"{objective['name']}-{kind}", objective=objective, **changes)
+                for objective in WITH_WEIGHTS
+                for kind, changes in {
+                    "plain": {},
+                    "recomputed": {"train__activation_checkpointing": True},
+                    "by-module": {"monitor__gradients_every": 10**6},
+                }.items()
+            ),
         )
     )
     return folder
@@ -74,6 +85,12 @@ def test_recomputed_layers_give_the_same_losses_and_gradient_norms(folder):
 def test_completely_gathered_layers_give_the_same_losses_and_gradient_norms(folder):
     # layers are gathered completely unless monitor.gradients_every needs their modules
     assert_same_losses(folder, "plain", "by-module", 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "by-module"])
+@pytest.mark.parametrize("objective", WITH_WEIGHTS, ids=lambda objective: objective["name"])
+def test_an_objective_with_weights_and_inner_layers_is_the_same_with_any_execution(folder, objective, kind):
+    assert_same_losses(folder, f"{objective['name']}-plain", f"{objective['name']}-{kind}", 1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +146,10 @@ def test_compiled_layers_give_the_same_losses_and_are_compiled_once(folder):
     runs = {
         "compiled": {"train__compile": True},
         "compiled-recomputed": {"train__compile": True, "train__activation_checkpointing": True},
+        **{
+            f"{objective['name']}-compiled": {"train__compile": True, "objective": objective}
+            for objective in WITH_WEIGHTS
+        },
         "compiled-replicated": {"train__compile": True, "deepspeed": REPLICATED, "monitor__gradients_every": 3},
     }
     replicated = config_of(folder, "replicated", deepspeed=REPLICATED, monitor__gradients_every=3)
@@ -140,6 +161,8 @@ def test_compiled_layers_give_the_same_losses_and_are_compiled_once(folder):
     assert_same_losses(folder, "plain", "compiled", 1e-4)
     assert_same_losses(folder, "plain", "compiled-recomputed", 1e-4)
     assert_same_losses(folder, "replicated", "compiled-replicated", 1e-4)
+    for objective in WITH_WEIGHTS:
+        assert_same_losses(folder, f"{objective['name']}-plain", f"{objective['name']}-compiled", 1e-4)
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 from tests.pretrain.training.pause_points import release_file
 
 STEPS = 60
+OBJECTIVE = {"name": "nitp", "regularizers": [{"name": "coding_rate", "weight": 0.1}]}
+"""An objective with weights, a hidden state of an inner layer, and pairs of all ranks."""
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 
 
@@ -46,6 +48,7 @@ def story(tmp_path_factory):
             folder,
             name=name,
             train__steps=STEPS,
+            objective=OBJECTIVE,
             train__micro_batch_rows=2,
             checkpoint={"every": 10, "keep": 3},
             model__shape__attention_dropout=0.1,

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from pretrain.data.loader import Loader, count_targets, loss_denominators
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask
 from pretrain.objectives import auxiliary, llm_jepa
-from pretrain.objectives.base import build_objective, total_loss
+from pretrain.objectives.base import ForwardPass, build_objective, total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather, Pool
@@ -79,7 +80,7 @@ def test_trap_01_labels_are_not_overwritten_by_a_collator(write_corpus, specials
 
     def check_only_answers_are_trained():
         packed = pack(corpus, specials, lm_views="last")
-        terms = NextToken()(model(packed.batch), packed.batch, model.cross_entropy, ONE_RANK).terms
+        terms = NextToken()(ForwardPass(packed.batch, model(packed.batch), {}, model, ONE_RANK)).terms
         reference = Reference(
             model.causal_lm, None, Ids(specials.bos, specials.eos, specials.sep), "joint", lm_views="last"
         )
@@ -221,7 +222,7 @@ def test_trap_09_predictor_tokens_are_not_rows_of_the_tied_output_layer(tokenize
         model = make_model(2)
         specials = language_model.special_ids(tokenizer, model.vocab_size)
         batch = pack(corpus, specials, pairing=Pairing(2)).batch
-        LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ONE_RANK).terms["jepa"].backward()
+        LlmJepa(1.0, "cosine")(ForwardPass(batch, model(batch), {}, model, ONE_RANK)).terms["jepa"].backward()
         output_layer = model.causal_lm.lm_head.weight
         assert output_layer is model.causal_lm.get_input_embeddings().weight, "the test needs tied embeddings"
         trained = set(output_layer.grad.abs().sum(dim=1).nonzero().flatten().tolist())
@@ -266,7 +267,9 @@ def contrastive_loss(model, rows, corpus, layout, specials, ranks: int) -> float
                 call = next(calls)
                 return torch.cat([sent[call] for sent in sent_by_rank])
 
-            value = objective(model(batch), batch, model.cross_entropy, Gather(all_gather, rank)).terms["jepa"].item()
+            value = (
+                objective(ForwardPass(batch, model(batch), {}, model, Gather(all_gather, rank))).terms["jepa"].item()
+            )
             losses += [] if sending else [value]
     return sum(losses)
 
@@ -308,7 +311,8 @@ def test_trap_11_distances_are_computed_in_fp32(write_corpus, specials, pack):
 
     def check_distances():
         for distance, values in expected.items():
-            terms = LlmJepa(1.0, distance)(hidden, batch, lambda hidden, label_ids: hidden.sum(), ONE_RANK).terms
+            head = SimpleNamespace(cross_entropy=lambda hidden, label_ids: hidden.sum())
+            terms = LlmJepa(1.0, distance)(ForwardPass(batch, hidden, {}, head, ONE_RANK)).terms
             assert terms["jepa"].item() == pytest.approx(values.sum().item(), rel=1e-3), (
                 f"{distance} is rounded to bf16"
             )
@@ -345,11 +349,13 @@ def test_trap_12_an_option_has_an_effect_or_is_refused_in_every_combination(corp
     def outcome(*overrides: str) -> list[float]:
         """Return the loss of two rows and the gradient norms, halfway through a run with these overrides."""
         config = load_config(ROOT / "configs" / "demo.yaml", list(overrides)).objective
-        layout, objective = config.make_layout(specials, 2, "all"), build_objective(config)
+        layout = config.make_layout(specials, 2, "all")
         rows = Loader(corpus, layout, ROW, seed=0, dropout=config.record_dropout).next_rows(2)
         [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=1)
-        model, counts = make_model(layout.predictor_tokens), loss_denominators(rows, layout, objective.units)
-        terms = objective(model(batch), batch, model.cross_entropy, ONE_RANK).terms
+        model = make_model(layout.predictor_tokens)
+        objective = build_objective(config, model.shape)
+        counts = loss_denominators(rows, layout, objective.units)
+        terms = objective(ForwardPass(batch, model(batch), {}, model, ONE_RANK)).terms
         weights = {
             term: weight * (1.0 if term == "lm" else config.factor(0.5)) for term, weight in objective.weights.items()
         }

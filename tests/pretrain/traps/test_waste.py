@@ -16,7 +16,7 @@ from pretrain.data.loader import Loader, Rows, count_targets, loss_denominators
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask
 from pretrain.objectives import auxiliary
-from pretrain.objectives.base import total_loss
+from pretrain.objectives.base import ForwardPass, total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather
 from pretrain.planning.flops import Parameters
@@ -142,7 +142,7 @@ def test_trap_21_logits_are_computed_for_labels_only(corpus, specials, make_mode
 
     def check_rows_of_logits():
         with OperatorCounter(width=model.vocab_size) as counter:
-            terms = LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ONE_RANK).terms
+            terms = LlmJepa(1.0, "cosine")(ForwardPass(batch, model(batch), {}, model, ONE_RANK)).terms
             torch.autograd.grad(terms["lm"], model.causal_lm.get_input_embeddings().weight)
         assert counter.rows == len(batch.label_index) < batch.token_ids.numel() / 2, f"{counter.rows} rows of logits"
 
@@ -202,7 +202,7 @@ def test_trap_23_the_host_does_not_wait_for_the_device_once_per_record(distance,
         for rows, batch, layout in steps:
             counts = loss_denominators(rows, layout, objective.units)
             with OperatorCounter() as counter:
-                terms = objective(model(batch), batch, model.cross_entropy, ONE_RANK).terms
+                terms = objective(ForwardPass(batch, model(batch), {}, model, ONE_RANK)).terms
                 total_loss(terms, counts, objective.weights, ranks=1).backward()
             assert counter.syncs == 0, f"{counter.syncs} syncs for {len(rows.records)} records"
 
