@@ -84,9 +84,12 @@ def main() -> None:
         for arm in arguments.arms
         if (arm, seed, rate) not in finished
     ]
-    with ThreadPoolExecutor(arguments.jobs) as executor:
+    executor = ThreadPoolExecutor(arguments.jobs)
+    try:
         for result in [executor.submit(run, *pending, arguments, data, lock) for pending in pending_runs]:
             result.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
     print(table(read_json_lines(arguments.results)))
 
 
@@ -111,6 +114,7 @@ def run(arm: str, seed: int, rate: float | None, arguments: argparse.Namespace, 
         f"train.global_batch_rows={rows}",
         f"train.micro_batch_rows={rows}",
         "checkpoint.every=1000000",
+        "evaluation.tasks=[]",
         "monitor.loggers=[]",
     )
     run_command("launcher/evaluate.py", folder, "--task", "nl_rx", f"task.test={arguments.test}")
