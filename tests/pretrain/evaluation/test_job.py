@@ -40,6 +40,7 @@ def run_dir(tmp_path_factory):
         train__micro_batch_rows=4,
         objective__distance="cosine",
         objective__predictor_tokens=2,
+        objective__predictor_mlp=24,
         checkpoint={"every": 10, "keep": 1},
         monitor__validate_every=10,
         evaluation={"every": 10, "tasks": [{"name": "loss", "test": str(pairs)}]},

@@ -14,11 +14,11 @@ for argument in sys.argv[1:]:
     if argument.startswith("--local_rank"):
         continue
     config = load_config(argument)
-    model = set_up(config, world).engine.module.model
+    module = set_up(config, world).engine.module
     state = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters():
         assert parameter.numel() == 0, f"{name} is not partitioned"
         with deepspeed.zero.GatheredParameters(parameter):
-            state[name] = parameter.detach().clone()
-    state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+            state[name.removeprefix("model.")] = parameter.detach().clone()
+    state |= {name.removeprefix("model."): buffer.clone() for name, buffer in module.named_buffers()}
     save_file(state, config.run_dir / f"initial-{world.rank}.safetensors")

@@ -34,6 +34,7 @@ def folder(prepared, tmp_path_factory):
                     data__tokenizer={"vocab_size": 512},
                     model={"family": family, "shape": shape(family)},
                     objective__predictor_tokens=12,
+                    objective__predictor_mlp=24,
                     train__precision=precision,
                 ),
             )
@@ -71,6 +72,12 @@ def test_initial_weights_are_the_same_on_any_number_of_ranks(folder, family):
 def test_each_weight_has_the_standard_deviation_of_its_family(folder, tokenizer, family):
     state = load_initial(folder, f"{family}-fp32-r1")
     config, parameters, buffers = create_plain(tokenizer, family)
+    layers = {
+        name: state.pop(f"objective.predictor.layers.{name}") for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+    }
+    for name, started in layers.items():  # torch's default: uniform up to the inverse root of the number of inputs
+        inputs = config.hidden_size if name.startswith("0.") else 24
+        assert 0.8 < started.abs().max() * inputs**0.5 <= 1, name
     assert state.keys() == {f"causal_lm.{name}" for name in (*parameters, *buffers)} | {"predictor.weight"}
     for name, expected in parameters.items():
         started = state[f"causal_lm.{name}"]

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from pretrain.models import head
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import build_model_config, random_causal_lm, special_ids
 from pretrain.models.lora import add_adapters
+from pretrain.objectives.base import ForwardPass, Objective, build_objective
+from pretrain.objectives.llm_jepa import LlmJepa
+from pretrain.objectives.pool import select_pair_embeddings
 from pretrain.planning.memory import activations
 from pretrain.sections import LoraConfig
 from pretrain.training.main import main
-from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_lora import WITHOUT_PEFT
 from tests.pretrain.training.test_launchers import INVALID_CONFIGS, write_invalid_config
 
@@ -128,6 +132,74 @@ def test_the_jepa_term_adds_target_copies_and_predictor_tokens(folder, plan):
     plain = plan(**EPOCH, objective={"name": "next_token", "weight": 0.5})
     assert len(plain["positions"]) == 1 and "pairs" not in plain
     assert any(name.endswith("ignored with objective.name=next_token: weight") for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("objective", "layers", "head_products"),
+    [
+        ({"name": "nitp"}, [(32, 32), (32, 32)], 0),
+        ({"name": "nextlat"}, [(64, 32), (32, 32), (32, 32)], 0),
+        ({"name": "nextlat", "kl_weight": 0.5}, [(64, 32), (32, 32), (32, 32)], 6),
+        ({"name": "llm_jepa", "predictor_mlp": 24}, [(32, 24), (24, 32)], 0),
+    ],
+)
+def test_the_weights_of_an_objective_and_their_flops_are_counted(plan, objective, layers, head_products):
+    rows = plan(1, **EPOCH, objective=objective)
+    weights = sum(inputs * outputs for inputs, outputs in layers)
+    norm = 2 * 64 * (objective["name"] == "nextlat")
+    assert number(rows["weights of the objective"][0]) == weights + sum(outputs for _, outputs in layers) + norm
+    has_pairs = objective["name"] == "llm_jepa"
+    plain = plan(1, **EPOCH, objective={"name": "llm_jepa" if has_pairs else "next_token"})
+    assert number(rows["total"][0]) == number(plain["total"][0]) + number(rows["weights of the objective"][0])
+    assert "activations of the objective" in rows and "activations of the objective" not in plain
+    targets = number(rows["pairs" if has_pairs else "next-token targets"][0])
+    expected = 6 * targets * weights + head_products * targets * 448 * 32
+    # the printed number of pairs is rounded
+    assert number(rows["FLOPs, objective"][0]) == pytest.approx(expected, rel=0.04 if has_pairs else 0.01)
+    assert number(rows["FLOPs"][0]) == pytest.approx(number(plain["FLOPs"][0]) + expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "{name: nitp}",
+        "{name: nextlat}",
+        "{name: nextlat, kl_weight: 0.5}",
+        "{name: llm_jepa, predictor_mlp: 96, weight: 0.5}",
+    ],
+)
+def test_the_activation_estimate_of_an_objective_is_close(make_model, objective, precision, dtype):
+    """Compare with the tensors that autograd keeps; for llm_jepa, with those that it keeps because of the MLP."""
+    model, rows = make_model(1, dtype=dtype), 2000
+    index = torch.arange(rows)
+    batch = SimpleNamespace(
+        label_index=index, prediction_index=index, target_index=index + 1, pair_valid=torch.ones(rows, dtype=torch.bool)
+    )
+    states = [torch.randn(rows + 1, model.hidden_size, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+    def kept_bytes(built: Objective) -> int:
+        known = {tensor.untyped_storage().data_ptr() for tensor in (*states, *model.parameters(), *built.parameters())}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in known and tensor.is_floating_point():
+                kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layers = {number: states[number] for number in built.layers}
+            context, target = select_pair_embeddings(states[2], batch)
+            built.auxiliary_sums(
+                ForwardPass(batch, states[2], layers, model, None), built.predict(context), target, None
+            )
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    config = load_config(ROOT / "configs" / "demo.yaml", [f"objective={objective}"]).objective
+    built = build_objective(config, model.shape).to(dtype)
+    held = kept_bytes(built) - (kept_bytes(LlmJepa(0.5, "cosine")) if config.name == "llm_jepa" else 0)
+    counts = dict.fromkeys(built.weights, float(rows))
+    assert built.activation_bytes(counts, dtype.itemsize) == pytest.approx(held, rel=0.2)
 
 
 def test_the_plan_matches_the_run(folder, plan):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import Tokenizer, train
 from pretrain.config import load_config
+from pretrain.evaluation.export import export_checkpoint
 from pretrain.models.language_model import build_model_config, random_causal_lm
 from pretrain.run_folder import step_name
-from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.commands import prepare_corpus, ranks_command, read_complete_lines, run_command, tiny_config, write_config
 from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 
 LOST = "model.layers.1.mlp.up_proj.weight"
@@ -115,6 +116,28 @@ def test_a_run_resumes_without_its_init_from_folder(folder):
     assert "finished at step 4" in run_from(folder, "moved", start="gone", **changes).stdout
     assert_same_checkpoints(folder / "expected", checkpoints / step_name(4))
     assert "parameters" in run_command(["python", "launcher/run.py", folder / "moved.yaml", "--dry-run"]).stdout
+
+
+def test_an_export_continues_with_the_weights_of_its_objective(folder):
+    def validation(name: str) -> dict[str, float]:
+        last = read_complete_lines(folder / "runs" / name / "metrics.jsonl")[-1]
+        return {tag: last[tag] for tag in last if tag.startswith("validation/loss/")}
+
+    changes = {"objective": {"name": "nextlat", "kl_weight": 0.5}, "train__learning_rate": 1e-2}
+    run_from(folder, "first", train__steps=4, **changes)
+    export = export_checkpoint(folder / "runs" / "first", 4)
+    unchanged = {"start": str(export), "train__learning_rate": 1e-12}
+    run_from(folder, "next", **changes | unchanged)
+    assert validation("next") == pytest.approx(validation("first"), rel=1e-4)
+    run_from(folder, "other", **changes | unchanged | {"objective": {"name": "nextlat"}, "seed": 4})
+    assert validation("other")["validation/loss/jepa"] == pytest.approx(
+        validation("first")["validation/loss/jepa"], rel=1e-4
+    )
+    # an objective without these weights starts from random ones
+    run_from(folder, "fresh", **changes | unchanged | {"objective": {"name": "nitp"}})
+    assert validation("fresh")["validation/loss/lm"] == pytest.approx(
+        validation("first")["validation/loss/lm"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])

@@ -109,6 +109,10 @@ INVALID_CONFIGS = {
         {"objective__distance": "cosine", "objective__temperature": 0.1},
         "temperature has an effect only with distance info_nce",
     ),
+    "layer that the model lacks": (
+        {"objective": {"name": "nitp", "layer": 3}},
+        "objective.layer is 3, but the model has 2 layers",
+    ),
     "computed key": ({"deepspeed": {"train_batch_size": 8}}, "set train.global_batch_rows instead"),
     "DeepSpeed key without effect": (
         {"deepspeed": {"activation_checkpointing": {}}},
