@@ -40,7 +40,7 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
     reduced = buffers[device]
     partly_used = buffers["cpu"] < buffers["cuda"]
     extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU the used part only"}[device] * partly_used
-    targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
+    targets = plan.step.max_targets * train.micro_batch_rows / train.global_batch_rows
     stored = activations(
         plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device
     )
