@@ -107,7 +107,7 @@ class RegularizedConfig(ObjectiveConfig):
         """Return the fraction of the records without pairs; 1 if the factor is 0 just after a consumed fraction.
 
         The records are chosen before the step is counted. A step in which the factor becomes 0 may therefore have
-        pairs without weight, and a step in which it rises from 0 may have none. With a budget in steps, the pairs and
+        pairs without weight, and a step in which it rises from 0 may lack pairs. With a budget in steps, the pairs and
         the weight agree if the fractions are multiples of a step.
         """
         return 1.0 if self._is_off_after(fraction) else self.loss_dropout(fraction)

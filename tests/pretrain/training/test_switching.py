@@ -37,7 +37,9 @@ def folder(tmp_path_factory):
         write_run(folder, "switched", objective__active=[0, SWITCH / STEPS]),
     ]
     prepare_corpus(paths[0])
-    run_command(ranks_command(2, TESTS / "several_runs.py", *paths))
+    done = run_command(ranks_command(2, TESTS / "several_runs.py", *paths))
+    assert done.stdout.count("are switched") == 1
+    assert f"the terms other than lm are switched off from step {SWITCH + 1} on" in done.stdout
     return folder
 
 
@@ -58,7 +60,7 @@ def metrics(folder, name):
     return read_complete_lines(folder / "runs" / name / "metrics.jsonl")
 
 
-def test_the_steps_before_the_switch_are_those_of_a_run_without_it(folder):
+def test_up_to_the_switch_the_run_equals_a_run_without_it(folder):
     plain, switched = metrics(folder, "plain"), metrics(folder, "switched")
     assert [line["step"] for line in switched] == list(range(1, STEPS + 1))
     for one, other in zip(plain[:SWITCH], switched[:SWITCH], strict=True):
