@@ -142,7 +142,7 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
         )
         tags = union_tags(model)
         location = [part for part in first["loc"] if part not in tags]  # pydantic's path includes the union tags
-        parts = [str(part) for part in location if not re.match(r"(function|tagged-union)\b", str(part))]
+        parts = [str(part) for part in location if not re.match(r"(function|tagged-union|float|list)\b", str(part))]
         key = ".".join([where] * bool(where) + parts)
         if first["type"] == "extra_forbidden":
             dotted_keys = [f"{where}.{name}" if where else name for name in known_keys(model)]

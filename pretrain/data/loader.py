@@ -1,4 +1,4 @@
-"""The stream of packed rows: order, loss dropout and packing, with a state of three integers.
+"""The stream of packed rows: order, loss dropout and packing, with a state of a few numbers.
 
 Every rank computes the same packing from the record lengths alone. It therefore knows the counts of the whole
 global batch without communication, and reads only the tokens of its own rows.
@@ -6,6 +6,7 @@ global batch without communication, and reads only the tokens of its own rows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,13 +132,24 @@ def plan_rows(
     )
 
 
+class Consumed(NamedTuple):
+    """Counters of a stream of rows, over all ranks. Means of several steps need not be integers."""
+
+    steps: float = 0
+    records: float = 0
+    tokens: float = 0
+    """Corpus tokens."""
+
+
 class Loader:
     """A stream of rows that is endless or `epochs` long and can be resumed at any row.
 
     `weights` lists the number of occurrences per epoch of the records of each source; default: as in the manifest.
     `dropout` is the fraction of records that are excluded from the pair loss in a pass over their source. They are
-    drawn from seed, pass and record, and the space of their pair segments is used by other records. Raises UserError if
-    the epochs contain no records.
+    drawn from seed, pass and record, and the space of their pair segments is used by other records. If the dropout
+    changes during the run, `dropout_at` returns it for what has been consumed before a step; 1 excludes all records. At
+    a change, the remaining records of the window are planned anew, so each record still occurs once. Raises UserError
+    if the epochs contain no records.
     """
 
     def __init__(
@@ -149,10 +161,12 @@ class Loader:
         *,
         weights: Sequence[float] | None = None,
         dropout: float = 0.0,
+        dropout_at: Callable[[Consumed], float] | None = None,
         epochs: int | None = None,
     ):
         self.corpus, self.layout, self.row_length = corpus, layout, row_length
         self.seed, self.dropout, self.epochs = seed, dropout, epochs
+        self._dropout_at = dropout_at
         weights = source_weights(corpus.manifest) if weights is None else weights
         self.order = Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed)
         if self.order.records_in_epochs(epochs or 1000) == 0:
@@ -161,21 +175,34 @@ class Loader:
                 "raise data.sources.N.weight of its sources"
             )
         self.epoch = self.window = self.row = 0
-        self._planned: tuple[int, int] | None = None
-        self._rows: Rows
+        self.consumed = Consumed()
+        self._plans: list[tuple[float, int]] = []  # dropout and first row of each plan of this window
+        self._replayed = 0  # number of these plans that are computed
+        self._rows: Rows  # of the last computed plan
 
     @property
     def records(self) -> int:
         """Number of records in all epochs; 0 if the stream is endless."""
         return self.order.records_in_epochs(self.epochs) if self.epochs else 0
 
-    def state(self) -> dict[str, int]:
-        """Return the position in the stream; it is the same on every rank and for any number of ranks."""
-        return {"epoch": self.epoch, "window": self.window, "row": self.row}
+    def state(self) -> dict[str, Any]:
+        """Return the position in the stream; it is the same on every rank and for any number of ranks.
 
-    def load_state(self, state: dict[str, int]) -> None:
-        """Continue from a `state()`."""
+        `plans` lists the dropout and the first row of each plan of the window.
+        """
+        plans = [list(plan) for plan in self._plans]
+        return {"epoch": self.epoch, "window": self.window, "row": self.row, "plans": plans}
+
+    def load_state(self, state: Mapping[str, Any], consumed: Consumed = Consumed()) -> None:  # noqa: B008 (immutable)
+        """Continue from a `state()`. `consumed` counts what was returned before it.
+
+        A state of an earlier version has no plans: the dropout was constant.
+        """
         self.epoch, self.window, self.row = state["epoch"], state["window"], state["row"]
+        plans = state.get("plans", [(self.dropout, 0)] if self.row else [])
+        self._plans = [(dropout, first) for dropout, first in plans]
+        self._replayed = 0
+        self.consumed = consumed
 
     @property
     def exhausted(self) -> bool:
@@ -189,39 +216,81 @@ class Loader:
         """
         parts: list[Rows] = []
         missing = count
+        dropout = self._current_dropout()
         while missing and not self.exhausted:
+            if not self._plans or self._plans[-1][0] != dropout:
+                self._plans.append((dropout, self.row))
             rows = self._plan()
-            if self.row and self.row >= rows.count:
-                raise ValueError(
-                    f"the state of the loader is row {self.row} of a window of {rows.count} rows: it was saved by a "
-                    "version with a different packing"
-                )
-            take = min(missing, rows.count - self.row)
-            parts.append(rows.select(self.row, self.row + take))
+            first = self.row - self._plans[-1][1]
+            take = min(missing, rows.count - first)
+            parts.append(rows.select(first, first + take))
             missing -= take
             self.row += take
-            if self.row == rows.count:
+            if first + take == rows.count:
                 self._next_window()
         if not parts:
             raise ValueError("the loader is exhausted")
-        return Rows.join(parts, count)
+        joined = Rows.join(parts, count)
+        steps, records, tokens = self.consumed
+        self.consumed = Consumed(steps + 1, records + len(joined.records), tokens + int(joined.lengths.sum()))
+        return joined
+
+    def _current_dropout(self) -> float:
+        if self._dropout_at is None or not self.layout.read_outs:  # without pairs it makes no difference
+            return self.dropout
+        return self._dropout_at(self.consumed)
 
     def _next_window(self) -> None:
-        self.row = 0
+        self.row = self._replayed = 0
+        self._plans = []
         self.window += 1
         if self.window == self.order.windows(self.epoch):
             self.window = 0
             self.epoch += 1
 
     def _plan(self) -> Rows:
-        if self._planned != (self.epoch, self.window):
-            records, passes = self.order.window(self.epoch, self.window)
-            random_bits = draw_random_bits(records, self.seed, passes)
-            paired = (random_bits >= np.uint64(self.dropout * 2**64)) & bool(self.layout.read_outs)
+        """Return the rows of the last plan of the window; the first of them is the row at which the plan begins.
+
+        Each plan packs the records of the rows that the previous plan has not returned.
+        """
+        while self._replayed < len(self._plans):
+            number = self._replayed
+            dropout, first = self._plans[number]
+            if number == 0:
+                records, passes = self.order.window(self.epoch, self.window)
+                random_bits = draw_random_bits(records, self.seed, passes)
+            else:
+                returned = self._check_row(first, self._plans[number - 1][1])
+                remaining = self._rows.select(returned, self._rows.count)
+                records, random_bits = remaining.records, remaining.random_bits
+            paired = _drawn_pairs(random_bits, dropout) & bool(self.layout.read_outs)
             rows = plan_rows(self.corpus, records, self.layout, self.row_length, paired, random_bits)
-            self._rows = _shuffled(rows, np.random.default_rng([self.seed, self.epoch, self.window, 1]))
-            self._planned = (self.epoch, self.window)
+            rng = np.random.default_rng([self.seed, self.epoch, self.window, 1, *([number] if number else [])])
+            self._rows = _shuffled(rows, rng)
+            self._replayed += 1
+        self._check_row(self.row, self._plans[-1][1])
         return self._rows
+
+    def _check_row(self, row: int, first: int) -> int:
+        """Return the number of returned rows of a plan. Raises ValueError if it has no such row."""
+        returned = row - first
+        if row and returned >= self._rows.count:
+            raise ValueError(
+                f"the state of the loader is row {row} of a window of {first + self._rows.count} rows: it was saved by "
+                "a version with a different packing"
+            )
+        return returned
+
+
+def _drawn_pairs(random_bits: np.ndarray, dropout: float) -> np.ndarray:
+    """Return the pair flags of records with these random numbers; a higher dropout excludes the same records and more.
+
+    1 excludes all, because 2**64 is not a uint64.
+    """
+    if dropout >= 1:
+        return np.zeros(len(random_bits), bool)
+    drawn: np.ndarray = random_bits >= np.uint64(dropout * 2**64)
+    return drawn
 
 
 def _shuffled(rows: Rows, rng: np.random.Generator) -> Rows:

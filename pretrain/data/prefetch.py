@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class StepData:
     loss_denominators: dict[str, int]
     """Count that normalises each loss term; see `loss_denominators` in pretrain/data/loader.py."""
     batches: list[Batch]
-    state: dict[str, int]
+    state: dict[str, Any]
     """State of the loader after this step."""
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from pretrain.data.loader import Consumed
 from pretrain.sections import TrainConfig
 
 
@@ -24,15 +25,20 @@ class Progress:
         """Return the counters by name."""
         return asdict(self)
 
+    @property
+    def consumed(self) -> Consumed:
+        """Counters of the data so far."""
+        return Consumed(self.step, self.records, self.tokens)
 
-def consumed_fraction(progress: Progress, train: TrainConfig, total_epoch_records: int) -> float:
+
+def consumed_fraction(consumed: Consumed, train: TrainConfig, total_epoch_records: int) -> float:
     """Return the consumed fraction of the budget; the run ends at 1.
 
     `total_epoch_records` is the number of records in train.epochs epochs.
     """
     if train.steps is not None:
-        return progress.step / train.steps
+        return consumed.steps / train.steps
     if train.tokens is not None:
-        return progress.tokens / train.tokens
+        return consumed.tokens / train.tokens
     budget = train.records if train.records is not None else total_epoch_records
-    return progress.records / budget
+    return consumed.records / budget

@@ -6,8 +6,8 @@ folder.
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +20,12 @@ from data_prep.layout import Layout, make_layout
 from data_prep.tokenizer import Tokenizer, import_tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
-from pretrain.data.loader import Loader, Unit, count_pairs, loss_denominators
+from pretrain.data.loader import Consumed, Loader, Unit, count_pairs, loss_denominators
 from pretrain.data.order import Order
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.models.lora import adapter_sizes
 from pretrain.objectives.base import Objective, build_objective
+from pretrain.planning.budget import consumed_fraction
 from pretrain.planning.flops import Parameters, count_parameters
 from pretrain.planning.memory import layer_widths
 from pretrain.planning.model import meta_model
@@ -34,6 +35,10 @@ RANKS = (1, 8, 64)
 """Numbers of ranks to compare if there is no launcher and they divide the global batch."""
 PLANNED_WINDOWS = 4
 """Largest number of windows of the first epoch from which the mean values of a step are computed."""
+PLAIN, TERM = "next_token ", "term "
+"""Prefixes of the names of counts: under objective.name=next_token, and for loss terms."""
+SCHEDULE_POINTS = 10_000
+"""Number of points, spread evenly over the budget, at which the dropout of the records is evaluated."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,19 @@ class Stream:
 
 @dataclass(frozen=True)
 class Step:
-    """A global batch: means over planned steps, or upper bounds if there is no corpus."""
+    """A global batch: means over planned steps, or upper bounds if there is no corpus.
+
+    If the dropout of the records changes during the run, the means are over all steps of the run.
+    """
 
     stream: Stream
+    counts: Mapping[str, float]
+    """Count of each loss term."""
+    max_counts: Mapping[str, float]
+    """Count of each loss term at the dropout that leaves the most."""
+    dropout_levels: dict[float, float] = field(default_factory=dict)
+    """Fraction of the budget at each dropout of the records; 1 means that the terms on pairs are switched off. Empty
+    without pairs."""
     planned: int = 0
     """Number of steps planned for these means."""
     skipped_windows: int = 0
@@ -75,8 +90,6 @@ class Step:
     tokens: float = 0
     """Corpus tokens."""
     pairs: float = 0
-    counts: Mapping[str, float] = field(default_factory=dict)
-    """Count of each loss term."""
     without_pairs: Stream | None = None
     """The same records under objective.name=next_token; None if the run's objective has no pairs."""
     order: Order | None = None
@@ -138,7 +151,8 @@ class Plan:
 def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None) -> "Plan":
     """Return the plan of a run. Raises UserError.
 
-    With a corpus, the values of a step are means over the steps of a few windows of the first epoch.
+    With a corpus, the values of a step are means over the steps of a few windows of the first epoch. If the terms on
+    pairs are switched off in a part of the run, or their dropout changes, the means account for the whole run.
     """
     settings = engine_settings(config, ranks)
     check_zero_options(settings)
@@ -156,13 +170,33 @@ def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None
 
 def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
     """Return the loader of the training split. Raises UserError if the weights of the sources leave no record."""
+    objective, train = config.objective, config.train
+    loader = _constant_loader(
+        config,
+        corpus,
+        layout,
+        objective.loss_dropout(0.0),
+        lambda consumed: objective.record_dropout(consumed_fraction(consumed, train, loader.records)),
+    )
+    return loader
+
+
+def _constant_loader(
+    config: RunConfig,
+    corpus: Corpus,
+    layout: Layout,
+    dropout: float,
+    dropout_at: Callable[[Consumed], float] | None = None,
+) -> Loader:
+    """Return the loader of the training split with a constant dropout, or with `dropout_at`."""
     return Loader(
         corpus,
         layout,
         config.data.sequence_length,
         config.seed,
         weights=source_weights(corpus.manifest, config.data.sources),
-        dropout=config.objective.record_dropout,
+        dropout=dropout,
+        dropout_at=dropout_at,
         epochs=config.train.epochs,
     )
 
@@ -178,7 +212,11 @@ def _future_tokenizer(config: RunConfig) -> Any:
 def _planned_step(
     config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, units: Mapping[str, Unit]
 ) -> Step:
-    """Return means over the steps of a few of the loader's windows, spread evenly over the first epoch."""
+    """Return means over the steps of a few of the loader's windows, spread evenly over the first epoch.
+
+    If the dropout changes during the run, steps with the lowest and the highest dropout are planned, and the values of
+    a record are interpolated between them.
+    """
     data = config.data
     specials = special_ids(tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views)
@@ -189,17 +227,47 @@ def _planned_step(
         lm_views=data.lm_views,
         train_end_token=data.train_end_token,
     )
-    loader = make_loader(config, corpus, layout)
-    sums: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    stream: Counter[str] = Counter()
-    without_pairs: Counter[str] = Counter()
-    windows = loader.order.windows(0)
+    levels = dropout_levels(config) if layout.read_outs else {0.0: 1.0}
+    loaders = [_constant_loader(config, corpus, layout, level) for level in sorted({min(levels), max(levels)})]
+    order = loaders[0].order
+    windows = order.windows(0)
     planned = sorted({round(part * (windows - 1) / (PLANNED_WINDOWS - 1)) for part in range(PLANNED_WINDOWS)})
-    for window in planned:
+    samples = [_sample_steps(loader, planned, config.train.global_batch_rows, plain, units) for loader in loaders]
+    steps = {level: _step_at(level, min(levels), max(levels), samples) for level in levels}
+    mean = _mean_over_run(config, levels, steps)
+    return Step(
+        _stream_in(mean, ""),
+        {name: mean[TERM + name] for name in units},
+        {name: max(step[TERM + name] for step in steps.values()) for name in units},
+        levels if layout.read_outs else {},
+        sum(sample["steps"] for sample in samples),
+        windows - len(planned),
+        **{name: mean[name] for name in ("records", "tokens", "pairs")},
+        without_pairs=_stream_in(mean, PLAIN) if layout.read_outs else None,
+        order=order,
+    )
+
+
+def dropout_levels(config: RunConfig) -> dict[float, float]:
+    """Return the fraction of the budget at each dropout of the records; exact for short budgets in steps."""
+    points = min(config.train.steps or SCHEDULE_POINTS, SCHEDULE_POINTS)
+    counts = Counter(config.objective.record_dropout(point / points) for point in range(points))
+    return {level: count / points for level, count in counts.items()}
+
+
+def _sample_steps(
+    loader: Loader, windows: list[int], rows_per_step: int, plain: Layout, units: Mapping[str, Unit]
+) -> Counter[str]:
+    """Return the number of steps in these windows of the first epoch, and the sums of their counts.
+
+    The names of a Stream's counts in the layout `plain` have the prefix PLAIN, and the names of loss terms TERM.
+    """
+    layout = loader.layout
+    sums: Counter[str] = Counter()
+    for window in windows:
         loader.load_state({"epoch": 0, "window": window, "row": 0})
         while (loader.epoch, loader.window) == (0, window):
-            rows = loader.next_rows(config.train.global_batch_rows)
+            rows = loader.next_rows(rows_per_step)
             if loader.exhausted and sums["steps"]:
                 break  # the last step of a run is skipped, because it is not full
             sums.update(
@@ -208,22 +276,50 @@ def _planned_step(
                 tokens=int(rows.lengths.sum()),
                 pairs=count_pairs(rows, layout),
             )
-            counts.update(loss_denominators(rows, layout, units))
-            stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
-            without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
-    steps = sums.pop("steps")
-    mean, plain_mean = (
-        Stream(**{name: total / steps for name, total in counts.items()}) for counts in (stream, without_pairs)
-    )
-    return Step(
-        mean,
-        steps,
-        windows - len(planned),
-        **{name: total / steps for name, total in sums.items()},
-        counts={name: total / steps for name, total in counts.items()},
-        without_pairs=plain_mean if layout.read_outs else None,
-        order=loader.order,
-    )
+            sums.update(_stream(layout, rows.lengths, rows.segment_lengths))
+            without_pairs = _stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired))
+            sums.update({PLAIN + name: count for name, count in without_pairs.items()})
+            sums.update({TERM + name: count for name, count in loss_denominators(rows, layout, units).items()})
+    return sums
+
+
+def _step_at(level: float, lowest: float, highest: float, samples: list[Counter[str]]) -> dict[str, float]:
+    """Return the mean counts of a step at a dropout, from samples at the lowest and the highest dropout.
+
+    The values of a record and the filled positions of a step are linear in the dropout.
+    """
+    means = [{name: total / sample["steps"] for name, total in sample.items()} for sample in samples]
+    if level in (lowest, highest):
+        return means[level != lowest]
+    low, high = means
+    part = (level - lowest) / (highest - lowest)
+
+    def between(at_lowest: float, at_highest: float) -> float:
+        return at_lowest + part * (at_highest - at_lowest)
+
+    per_record = {name: between(low[name] / low["records"], high[name] / high["records"]) for name in low}
+    records = between(low["positions"], high["positions"]) / per_record["positions"]
+    return {name: value * records for name, value in per_record.items()}
+
+
+def _mean_over_run(
+    config: RunConfig, levels: Mapping[float, float], steps: Mapping[float, dict[str, float]]
+) -> dict[str, float]:
+    """Return the mean counts of a step of the run, from its steps at each dropout and their fractions of the budget."""
+    if len(levels) == 1:
+        (only,) = steps.values()
+        return only
+    unit = "tokens" if config.train.tokens is not None else "records"  # train.epochs counts records
+    numbers = {
+        level: share / (1 if config.train.steps is not None else steps[level][unit]) for level, share in levels.items()
+    }
+    total = sum(numbers.values())
+    names = next(iter(steps.values()))
+    return {name: sum(numbers[level] * step[name] for level, step in steps.items()) / total for name in names}
+
+
+def _stream_in(counts: Mapping[str, float], prefix: str) -> Stream:
+    return Stream(**{one.name: counts[prefix + one.name] for one in fields(Stream)})
 
 
 def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
@@ -254,4 +350,5 @@ def _largest_step(config: RunConfig, units: Mapping[str, Unit]) -> Step:
     rows = config.train.global_batch_rows
     length = config.data.sequence_length
     targets = rows * length
-    return Step(Stream(targets, targets, 0, targets * (length + 1) / 2), counts=dict.fromkeys(units, float(targets)))
+    counts = dict.fromkeys(units, float(targets))
+    return Step(Stream(targets, targets, 0, targets * (length + 1) / 2), counts, counts)

@@ -44,8 +44,8 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
     partly_used = buffers["cpu"] < buffers["cuda"]
     extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU the used part only"}[device] * partly_used
     part = train.micro_batch_rows / train.global_batch_rows
-    targets = plan.step.stream.targets * part
-    counts = {name: count * part for name, count in plan.step.counts.items()}
+    counts = {name: count * part for name, count in plan.step.max_counts.items()}
+    targets = counts["lm"]
     own = plan.objective.activation_bytes(counts, item_bytes)
     stored = activations(
         plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device

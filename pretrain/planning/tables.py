@@ -3,7 +3,8 @@
 import math
 
 from pretrain.data.corpus import Corpus
-from pretrain.planning.budget import Progress, consumed_fraction
+from pretrain.data.loader import Consumed
+from pretrain.planning.budget import consumed_fraction
 from pretrain.planning.flops import peak_flops
 from pretrain.planning.plan import Plan
 from pretrain.planning.rank_memory import model_states_per_rank, non_state_memory, reduce_buffers
@@ -106,7 +107,7 @@ def _budget_table(plan: Plan) -> Table:
         return [*rows, ("steps", "unknown")]
     # without a corpus, a full row has at most as many tokens as positions
     records, tokens = (step.records, step.tokens) if corpus else (0, step.stream.positions)
-    one_step = Progress(1, records, tokens)  # type: ignore[arg-type]  # means, so not integers
+    one_step = Consumed(1, records, tokens)
     epoch_records = step.order.records_in_epochs(train.epochs) if train.epochs and step.order else 0
     exact = round(1 / consumed_fraction(one_step, train, epoch_records), 6)  # rounded, because 1 / (1 / 49) is above 49
     steps = math.ceil(exact)

@@ -14,7 +14,7 @@ be added to a study later.
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_prep.utils.console import UserError
@@ -66,7 +66,7 @@ class Matching:
         try:
             self.base = load_base_config(study)
             plan = self._plan(self.base)
-            self.base_step_tokens = plan.step.tokens
+            self.base_step_tokens = self._in_tokens(plan).step.tokens
             self.base_tokens = budget_tokens(plan)
             self.arms = {name: self._arm(name, corpora[name]) for name in study.config.arms}
         finally:
@@ -104,7 +104,7 @@ class Matching:
     def _arm(self, name: str, overrides: dict[str, Any]) -> Arm:
         study = self.study
         notes: list[str] = []
-        plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
+        plan = self._in_tokens(self._plan(study.run_config(name, study.config.seeds[0], overrides)))
         if study.config.matched_by != "none":
             overrides = overrides | finetuning_of_base(plan.config, self.base)
             sets_rows = any(f"train.{key}" in study.config.arms[name] for key in ROWS)
@@ -112,7 +112,7 @@ class Matching:
             if rows:
                 unmatched = plan
                 overrides = overrides | rows
-                plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
+                plan = self._in_tokens(self._plan(study.run_config(name, study.config.seeds[0], overrides)))
                 notes.append(_describe_change(unmatched, plan, self.base_step_tokens))
             if abs(plan.step.tokens / self.base_step_tokens - 1) > CLOSE:
                 notes.append(
@@ -120,6 +120,11 @@ class Matching:
                     f"{self.base_step_tokens:,.0f}, so the arms differ in batch size too; "
                     "raise train.micro_batch_rows in the base for a closer match"
                 )
+        if study.config.matched_by == "seconds" and len(plan.step.dropout_levels) > 1:
+            notes.append(
+                "WARNING: the speed is measured in a few steps, but the number of pairs changes during the run; "
+                "matched_by: flops accounts for this"
+            )
         return Arm(name, overrides, plan.config, plan.step.tokens, plan.flops, budget_tokens(plan), notes)
 
     def _plan(self, config: RunConfig) -> Plan:
@@ -129,6 +134,18 @@ class Matching:
             return make_plan(config, corpus)
         except UserError as error:
             raise UserError(f"{config.name}: {error}") from None
+
+    def _in_tokens(self, plan: Plan) -> Plan:
+        """Return the plan with the mean step of a budget in tokens, which matched runs have.
+
+        It differs only if the steps change during the run: then a fraction of the tokens is a different fraction of the
+        steps.
+        """
+        if self.study.config.matched_by == "none" or len(plan.step.dropout_levels) < 2:
+            return plan
+        budget = dict.fromkeys(BUDGETS) | {"tokens": budget_tokens(plan)}
+        config = plan.config.model_copy(update={"train": plan.config.train.model_copy(update=budget)})
+        return replace(plan, step=make_plan(config, plan.corpus).step)
 
 
 class _OncePerText(logging.Filter):

@@ -40,6 +40,8 @@ def dry_run(config: RunConfig) -> None:
         )
     if plan.step.skipped_windows:
         logger.info(f"note: means of a step are over {plan.step.planned:,} steps, spread evenly over the first epoch")
+    if len(plan.step.dropout_levels) > 1:
+        logger.info(f"note: {_averaging(plan.step.dropout_levels)}")
     for table in plan_tables(plan):
         print_table(table)
     print(
@@ -56,6 +58,14 @@ def checked_plan(config: RunConfig, ranks: int | None) -> Plan:
     engine_settings(config, ranks)
     _check_start(config, corpus, ranks)
     return make_plan(config, corpus, ranks)
+
+
+def _averaging(dropout_levels: dict[float, float]) -> str:
+    """Return how the values of a step are averaged if the dropout of the records changes during the run."""
+    dropouts = [level for level in dropout_levels if level < 1]
+    changes = f", with objective.dropout from {min(dropouts):.2f} to {max(dropouts):.2f}" * (len(dropouts) > 1)
+    active = 1 - dropout_levels.get(1.0, 0.0)
+    return f"means of a step are over the whole run; the terms on pairs are active in {active:.0%} of it{changes}"
 
 
 def _rank_and_ranks() -> tuple[int, int | None]:

@@ -244,7 +244,7 @@ class Trainer:
     @property
     def fraction(self) -> float:
         """Consumed fraction of the budget."""
-        return consumed_fraction(self.progress, self.config.train, self.loader.records)
+        return consumed_fraction(self.progress.consumed, self.config.train, self.loader.records)
 
     @property
     def at_end(self) -> bool:
@@ -388,7 +388,7 @@ class Trainer:
         """Return the progress counters and the epoch."""
         return self.progress.state() | {"epoch": self.progress.records / self.loader.order.epoch_records}
 
-    def _save(self, loader_state: dict[str, int]) -> None:
+    def _save(self, loader_state: dict[str, Any]) -> None:
         self.call_hooks(lambda hook: hook.before_save(self))
         with self.watchdog.extended_timeout():
             state = {
@@ -414,7 +414,7 @@ class Trainer:
     def resume(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
         self.progress = Progress(**state["progress"])
-        self.loader.load_state(state["loader"])
+        self.loader.load_state(state["loader"], self.progress.consumed)
         self.unlogged = state["owed"]
         for hook in self.hooks:
             hook.load_state(state)

@@ -17,16 +17,28 @@ EMBEDDING_GROUPS = {"embedding": "", "embedding_in_context": "in context: "}
 
 
 class ProgressLines(Hook):
-    """A hook that logs a line for some steps (monitor.log_every) and for each validation."""
+    """A hook that logs a line for some steps (monitor.log_every), for each validation, and if terms are switched."""
+
+    def start(self, run: "Trainer") -> None:
+        """Note whether the terms other than lm are switched off in the next step."""
+        self._off = _is_off(run)
 
     def after_step(self, run: "Trainer", report: StepReport) -> None:
-        """Log the progress line of a step."""
+        """Log the progress line of a step, and whether the terms are switched in the next step."""
         if report.progress_line:
             logger.info(progress_line(run.progress, run.fraction, report.values, run.objective.units))
+        was_off, self._off = self._off, _is_off(run)
+        if self._off != was_off and not run.at_end:
+            state = "off" if self._off else "on"
+            logger.info(f"the terms other than lm are switched {state} from step {run.progress.step + 1} on")
 
     def after_validation(self, run: "Trainer", values: dict[str, float]) -> None:
         """Log the line of a validation."""
         logger.info(validation_line(run.progress, values, run.objective.units))
+
+
+def _is_off(run: "Trainer") -> bool:
+    return run.config.objective.record_dropout(run.fraction) == 1
 
 
 def progress_line(progress: Progress, fraction: float, values: dict[str, float], terms: Iterable[str]) -> str:

@@ -34,10 +34,16 @@ class ObjectiveConfig(Section):
         """Largest number of a layer whose hidden states the objective reads, apart from the last hidden states."""
         return 0
 
-    @property
-    def record_dropout(self) -> float:
-        """Fraction of the records that are excluded from the pair term in an epoch."""
+    def loss_dropout(self, fraction: float) -> float:
+        """Return the loss dropout when `fraction` of the budget is used."""
         return 0.0
+
+    def record_dropout(self, fraction: float) -> float:
+        """Return the fraction of the records without pairs in a step that begins at a consumed fraction of the budget.
+
+        1 means that no record has pairs, because the terms are switched off.
+        """
+        return self.loss_dropout(fraction)
 
     def make_layout(
         self,

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.layout import MAX_PREDICTOR_TOKENS, Pairing
-from pretrain.objectives.configs.auxiliary import AuxiliaryConfig
+from pretrain.objectives.configs.auxiliary import AuxiliaryConfig, Points, check_points, interpolate
 
 IN_CONTEXT_NEEDS = {
     "layout": "because a view has a context only in a text with the other views",
@@ -13,6 +13,8 @@ IN_CONTEXT_NEEDS = {
     "predictor_placement": "because prepended predictor tokens need a copy of the context",
 }
 """Reasons why a target in context needs the value of a key."""
+DROPOUT_LEVELS = 64
+"""Number of levels of a scheduled dropout between 0 and 1. The rows are planned anew for each."""
 
 
 class Config(AuxiliaryConfig):
@@ -43,8 +45,18 @@ class Config(AuxiliaryConfig):
     """Temperature of info_nce. Default: 0.07."""
     stop_gradient: bool = False
     """Whether to stop the gradient into the target embedding. The published form does not stop it."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Loss dropout: the fraction of records that are excluded from the pair terms in an epoch."""
+    dropout: float | Points = 0.0
+    """Loss dropout: the fraction of records that are excluded from the pair terms in an epoch. Points (consumed
+    fraction of the budget, dropout) are a schedule with linear interpolation, in steps of 1/64."""
+
+    @field_validator("dropout")
+    @classmethod
+    def _check_dropout(cls, dropout: float | Points) -> float | Points:
+        if isinstance(dropout, list):
+            check_points(dropout, "dropout")
+        if any(not 0 <= value < 1 for value in _dropouts(dropout)):
+            raise ValueError("must be at least 0 and less than 1")
+        return dropout
 
     @model_validator(mode="after")
     def _check_effective(self) -> "Config":
@@ -80,7 +92,13 @@ class Config(AuxiliaryConfig):
             self.predictor_tokens, self.predictor_placement, self.direction, in_context=self.target == "in_context"
         )
 
-    @property
-    def record_dropout(self) -> float:
-        """Fraction of the records that loss dropout excludes."""
-        return self.dropout
+    def loss_dropout(self, fraction: float) -> float:
+        """Return the fraction of the records that loss dropout excludes."""
+        if isinstance(self.dropout, float):
+            return self.dropout
+        rounded = round(DROPOUT_LEVELS * interpolate(self.dropout, fraction)) / DROPOUT_LEVELS
+        return min(rounded, max(_dropouts(self.dropout)))  # below 1, so never switched off by rounding
+
+
+def _dropouts(dropout: float | Points) -> list[float]:
+    return [dropout] if isinstance(dropout, float) else [value for _, value in dropout]

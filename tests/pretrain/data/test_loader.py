@@ -1,4 +1,4 @@
-"""The loader yields each record once per epoch and the same rows on any number of ranks; three integers resume it."""
+"""The loader yields each record once per epoch and the same rows on any number of ranks; a small state resumes it."""
 
 import json
 import zlib
@@ -90,7 +90,7 @@ def test_records_follow_each_other_within_a_row(large, layout):
         assert positions[members].sum() <= ROW
 
 
-def test_a_state_of_three_integers_resumes_anywhere(large, layout):
+def test_a_small_state_resumes_anywhere(large, layout):
     """Resume within windows and at the edges of windows and epochs, from a state as a checkpoint stores it."""
     loader = Loader(large, layout, ROW, seed=2, dropout=0.25)
     states, stream = [], []
@@ -103,6 +103,7 @@ def test_a_state_of_three_integers_resumes_anywhere(large, layout):
     assert len(edges) == 5 and all(states[edge]["row"] == 0 for edge in edges)
     for first in [0, 1, 17, len(states) // 3, *edges, *(edge - 1 for edge in edges), len(states) - 20]:
         state = json.loads(json.dumps(states[first]))
+        assert state.pop("plans") == ([[0.25, 0]] if state["row"] else [])
         assert sorted(state) == ["epoch", "row", "window"] and all(type(value) is int for value in state.values())
         resumed = Loader(large, layout, ROW, seed=2, dropout=0.25)
         resumed.load_state(state)
@@ -110,6 +111,95 @@ def test_a_state_of_three_integers_resumes_anywhere(large, layout):
         assert equal_rows(resumed.next_rows(count), Rows.join(stream[first : first + count], count))
         if first + count < len(states):
             assert resumed.state() == states[first + count]
+
+
+def switching(*changes: tuple[int, float]):
+    """Return a dropout that changes after numbers of steps. `changes` are (steps, dropout) in order."""
+    return lambda consumed: next(dropout for steps, dropout in reversed(changes) if consumed.steps >= steps)
+
+
+CHANGES = ((0, 0.25), (3, 0.5), (4, 1.0), (10, 0.0), (31, 0.75), (40, 1.0))
+"""Changes of the dropout in three epochs of the corpus, with eight rows per step. 1 excludes all records."""
+
+
+def test_each_record_occurs_once_per_epoch_however_often_the_dropout_changes(corpus, layout):
+    loader = Loader(corpus, layout, 128, seed=6, dropout_at=switching(*CHANGES), epochs=3)
+    steps = []
+    while not loader.exhausted:
+        steps.append(loader.next_rows(8))
+    assert len(steps) > CHANGES[-1][0] + 2
+    assert loader.consumed.steps == len(steps) and loader.consumed.records == 3 * len(corpus)
+    assert loader.consumed.tokens == sum(step.lengths.sum() for step in steps)
+    records = np.concatenate([step.records for step in steps])
+    assert [sorted(epoch.tolist()) for epoch in np.split(records, 3)] == [list(range(len(corpus)))] * 3
+    for number, step in enumerate(steps):
+        dropout = switching(*CHANGES)(loader.consumed._replace(steps=number))
+        expected = step.random_bits.astype(float) >= dropout * 2**64
+        np.testing.assert_array_equal(step.paired, expected if dropout < 1 else np.zeros(len(step.records), bool))
+        np.testing.assert_array_equal(step.segment_lengths, layout.segment_lengths(step.lengths, step.paired))
+        for row in range(step.count):
+            lengths = step.segment_lengths[step.row == row].sum(axis=1)
+            np.testing.assert_array_equal(step.start[step.row == row], np.cumsum(lengths) - lengths)
+            assert lengths.sum() <= 128
+
+
+def test_a_run_resumes_after_each_step_of_a_changing_dropout(corpus, layout):
+    def fresh_loader() -> Loader:
+        return Loader(corpus, layout, 128, seed=6, dropout_at=switching(*CHANGES))
+
+    loader, states, steps = fresh_loader(), [], []
+    for _ in range(45):
+        states.append((json.dumps(loader.state()), loader.consumed))
+        steps.append(loader.next_rows(8))
+    assert json.loads(states[12][0])["plans"] == [[0.25, 0], [0.5, 24], [1.0, 32], [0.0, 80]]
+    assert max(len(json.loads(state)["plans"]) for state, _ in states) == 4
+    for number, (state, consumed) in enumerate(states):
+        resumed = fresh_loader()
+        resumed.load_state(json.loads(state), consumed)
+        assert equal_rows(resumed.next_rows(8), steps[number])
+        if number + 1 < len(states):
+            assert equal_rows(resumed.next_rows(8), steps[number + 1])
+
+
+def test_a_window_may_be_longer_than_the_run(large, layout):
+    constant, switched = (
+        Loader(large, layout, ROW, seed=1, dropout_at=dropout_at)
+        for dropout_at in (None, switching((0, 0.0), (3, 1.0)))
+    )
+    for _ in range(3):
+        assert equal_rows(switched.next_rows(20), constant.next_rows(20))
+    with_pairs, without = constant.next_rows(20), switched.next_rows(20)
+    assert with_pairs.paired.all() and not without.paired.any()
+    assert len(without.records) > 1.25 * len(with_pairs.records)
+    assert (switched.epoch, switched.window) == (0, 0)
+    order = switched.order.window(0, 0)[0]
+    assert np.isin(without.records, order).all()
+
+
+def test_a_constant_dropout_function_changes_nothing(corpus, layout):
+    one = Loader(corpus, layout, 128, seed=6, dropout=0.3)
+    other = Loader(corpus, layout, 128, seed=6, dropout_at=lambda consumed: 0.3)
+    assert equal_rows(one.next_rows(500), other.next_rows(500)) and one.state() == other.state()
+
+
+def test_without_pairs_the_dropout_makes_no_difference(corpus, specials):
+    plain = make_layout("joint", specials)
+    one, other = (Loader(corpus, plain, 128, seed=6, dropout_at=at) for at in (None, switching((0, 0.0), (1, 1.0))))
+    for _ in range(3):
+        assert equal_rows(one.next_rows(8), other.next_rows(8))
+
+
+def test_a_state_of_an_earlier_version_continues_with_its_constant_dropout(corpus, layout):
+    loader = Loader(corpus, layout, 128, seed=6, dropout=0.25, epochs=1)
+    loader.next_rows(24)
+    state, consumed = {key: value for key, value in loader.state().items() if key != "plans"}, loader.consumed
+    rows = loader.next_rows(8)
+    resumed = Loader(corpus, layout, 128, seed=6, dropout=0.25, dropout_at=switching((0, 1.0), (4, 0.25)), epochs=1)
+    resumed.load_state(state, consumed)
+    first = resumed.next_rows(8)
+    assert resumed.state()["plans"] == [[0.25, 0], [1.0, 24]] and not first.paired.any()
+    resumed.load_state(state, consumed._replace(steps=4))
+    assert equal_rows(resumed.next_rows(8), rows)
 
 
 def test_a_used_loader_can_be_reset(corpus, layout):
@@ -283,15 +373,16 @@ def test_the_random_bits_of_a_record_differ_between_passes(write_corpus, layout)
     seed=st.integers(0, 1000),
     parts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 6])), max_size=4),
     dropout=st.sampled_from([0.0, 0.4]),
+    switch=st.sampled_from([0, 1, 2, 5, 1000]),
     longest=st.integers(1, 20),
     epochs=st.integers(1, 3),
 )
 def test_interruptions_on_any_number_of_ranks_lose_and_repeat_nothing(
-    write_corpus, layout, specials, sources, seed, parts, dropout, longest, epochs
+    write_corpus, layout, specials, sources, seed, parts, dropout, switch, longest, epochs
 ):
     """Run a few steps at a time on some number of ranks, and then run to the end.
 
-    Each part uses a fresh loader with the state as a checkpoint stores it.
+    Each part uses a fresh loader with the state as a checkpoint stores it. After `switch` steps there are no pairs.
     """
     total, rng = sum(records for records, _ in sources), np.random.default_rng(seed)
     records = [
@@ -304,15 +395,12 @@ def test_interruptions_on_any_number_of_ranks_lose_and_repeat_nothing(
     if Order(weighted_sources, seed).records_in_epochs(epochs) == 0:
         return
 
-    def fresh_loader(state: dict | None) -> Loader:
-        loader = Loader(corpus, layout, 128, seed, weights=weights, dropout=dropout, epochs=epochs)
-        if state:
-            loader.load_state(json.loads(json.dumps(state)))
-        return loader
+    def fresh_loader() -> Loader:
+        dropout_at = switching((0, dropout), (switch, 1.0))
+        return Loader(corpus, layout, 128, seed, weights=weights, dropout_at=dropout_at, epochs=epochs)
 
-    state, taken, read = None, [], []
+    loader, taken, read = fresh_loader(), [], []
     for steps, ranks in [*parts, (10**6, 2)]:
-        loader = fresh_loader(state)
         while steps and not loader.exhausted:
             rows = loader.next_rows(6)
             taken += list(zip(rows.records.tolist(), rows.paired.tolist(), strict=True))
@@ -322,8 +410,12 @@ def test_interruptions_on_any_number_of_ranks_lose_and_repeat_nothing(
                 ):
                     read += batch.token_ids[batch.token_ids != specials.pad].tolist()
             steps -= 1
-        state = loader.state()
-    uninterrupted = fresh_loader(None).next_rows(10_000)
+        interrupted, loader = loader, fresh_loader()
+        loader.load_state(json.loads(json.dumps(interrupted.state())), interrupted.consumed)
+    loader, steps = fresh_loader(), []
+    while not loader.exhausted:
+        steps.append(loader.next_rows(6))
+    uninterrupted = Rows.join(steps, 6 * len(steps))
     assert taken == list(zip(uninterrupted.records.tolist(), uninterrupted.paired.tolist(), strict=True))
     counts = np.bincount(uninterrupted.records, minlength=total)
     for source in corpus.sources:
@@ -355,6 +447,10 @@ def test_a_position_after_the_last_row_of_a_window_is_an_error(corpus, layout):
     loader.load_state({"epoch": 0, "window": 0, "row": 10**6})
     with pytest.raises(ValueError, match=r"row 1000000 of a window of \d+ rows"):
         loader.next_rows(1)
+    for plans in ([[0.0, 0], [1.0, 10**6]], [[0.0, 0], [1.0, 8]]):
+        loader.load_state({"epoch": 0, "window": 0, "row": 10**6, "plans": plans})
+        with pytest.raises(ValueError, match=r"row 1000000 of a window of \d+ rows"):
+            loader.next_rows(1)
 
 
 def test_no_records_give_no_rows(corpus, layout):

@@ -165,6 +165,17 @@ def test_targets_in_context_are_validated_in_context_and_encoded_separately(spec
             ["objective.weight_schedule=[[0, 0], [1, 0]]"],
             "objective.weight_schedule: factors must not be negative, and at least one must be above 0",
         ),
+        (["objective.active=[0.5, 0.5]"], "objective.active: must be two increasing fractions between 0 and 1"),
+        (["objective.active=[0, 1.5]"], "objective.active: must be two increasing fractions between 0 and 1"),
+        (
+            ["objective.active=[0, 0.25]", "objective.weight_schedule=[[0.1, 0], [0.25, 0], [0.5, 1]]"],
+            "objective: active has no effect because weight_schedule is 0 from 0 to 0.25; change one of them",
+        ),
+        (["objective.dropout=1.0"], "objective.dropout: must be at least 0 and less than 1"),
+        (["objective.dropout=[[0, 0.5], [1, 1]]"], "objective.dropout: must be at least 0 and less than 1"),
+        (["objective.dropout=[[0.5, 0], [0.2, 0.5]]"], "objective.dropout: must be points (fraction, dropout) with"),
+        (["objective.dropout=[]"], "objective.dropout: must be points (fraction, dropout) with"),
+        (["objective.dropout=high"], "objective.dropout: Input should be a valid number"),
     ],
 )
 def test_an_invalid_or_ineffective_setting_is_an_error(overrides, expected):
@@ -189,6 +200,49 @@ def test_the_weight_follows_its_piecewise_linear_schedule():
         == load_config(DEMO, ["objective.name=next_token"]).objective.factor(0.3)
         == 1
     )
+
+
+def test_terms_are_switched_off_outside_of_their_part_of_the_budget():
+    active = load_config(DEMO, ["objective.active=[0.25, 0.5]", "objective.weight_schedule=[[0, 0], [1, 1]]"]).objective
+    assert [active.factor(fraction) for fraction in (0.2, 0.25, 0.26, 0.5, 0.51)] == [0, 0, 0.26, 0.5, 0]
+    assert [active.record_dropout(fraction) for fraction in (0, 0.24, 0.25, 0.49, 0.5, 0.9)] == [1, 1, 0, 0, 1, 1]
+    until_the_end = load_config(DEMO, ["objective.active=[0.5, 1]"]).objective
+    assert until_the_end.factor(1.0) == until_the_end.factor(1.02) == 1, "the last step may exceed the budget"
+
+
+@pytest.mark.parametrize("steps", [7, 100, 360])
+def test_pairs_and_weights_of_a_step_agree_if_the_budget_is_in_steps(steps):
+    for last in range(1, steps):
+        config = load_config(DEMO, [f"objective.active=[0, {last / steps}]"]).objective
+        with_weight = [config.factor((step + 1) / steps) == 1 for step in range(steps)]
+        with_pairs = [config.record_dropout(step / steps) == 0 for step in range(steps)]
+        assert with_weight == with_pairs == [step < last for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "off"),
+    [
+        ("[[0, 0], [0.1, 1]]", []),
+        ("[[0.1, 0], [0.2, 1]]", [0.0]),
+        ("[[0, 0], [0.3, 0], [0.6, 1]]", [0.0, 0.1, 0.2]),
+        ("[[0.2, 1], [0.5, 0]]", [0.5, 0.6, 0.9]),
+        ("[[0.2, 1], [0.3, 0], [0.6, 0], [0.7, 2]]", [0.3, 0.5]),
+    ],
+)
+def test_records_have_no_pairs_where_the_scheduled_factor_stays_0(schedule, off):
+    config = load_config(DEMO, [f"objective.weight_schedule={schedule}", "objective.dropout=0.25"]).objective
+    fractions = (0.0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.9)
+    assert {fraction: config.record_dropout(fraction) for fraction in fractions} == {
+        fraction: 1.0 if fraction in off else 0.25 for fraction in fractions
+    }
+
+
+def test_a_scheduled_dropout_has_at_most_64_levels_and_stays_below_1():
+    config = load_config(DEMO, ["objective.dropout=[[0.2, 0.5], [0.4, 0], [0.6, 0.999]]"]).objective
+    dropouts = [config.record_dropout(step / 1000) for step in range(1000)]
+    assert dropouts[0] == dropouts[200] == 0.5 and dropouts[400] == 0 and dropouts[300] == 0.25
+    assert dropouts[600] == dropouts[999] == 0.999
+    assert len(set(dropouts)) <= 65 and all(dropout * 64 % 1 == 0 or dropout == 0.999 for dropout in dropouts)
 
 
 @pytest.mark.parametrize("count", [2, 3, 15])

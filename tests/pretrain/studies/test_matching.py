@@ -5,7 +5,8 @@ import yaml
 
 from data_prep.layout import SpecialTokenIds
 from pretrain.data.corpus import Corpus
-from pretrain.planning.plan import make_loader
+from pretrain.planning.budget import consumed_fraction
+from pretrain.planning.plan import make_loader, make_plan
 from pretrain.studies.corpora import assign_corpora
 from pretrain.studies.matching import Matching, load_base_config
 from pretrain.studies.plan import make_runs
@@ -74,6 +75,34 @@ def test_cheaper_arms_read_more_tokens_if_matched_by_flops(make_study):
     )
     for run in runs.values():
         assert run.flops == pytest.approx(runs["plain"].flops, rel=1e-3)
+
+
+@pytest.mark.parametrize("matched_by", ["tokens", "flops", "none"])
+def test_arms_whose_terms_are_switched_off_are_matched_over_the_whole_run(make_study, folder, matched_by):
+    """Compare with the steps of the loader up to the end of each run."""
+    base = (folder / "base.yaml").read_text().replace(f"steps: {STEPS}", f"steps: {4 * STEPS}")
+    (folder / "long.yaml").write_text(base)
+    arms = {"plain": {"objective.name": "next_token"}, "early": {"objective.active": [0, 0.25]}, "jepa": {}}
+    matching = match(make_study(base="long.yaml", arms=arms, matched_by=matched_by))
+    runs = {run.arm: run for run in make_runs(matching.study, matching, {})}
+    for name, run in runs.items():
+        config = run.config
+        corpus = Corpus(config.data.path, "train")
+        loader = make_loader(config, corpus, config.make_layout(SpecialTokenIds(0, 2, 3, 4, 500), corpus.views))
+        positions = 0
+        while consumed_fraction(loader.consumed, config.train, loader.records) < 1:
+            positions += loader.next_rows(config.train.global_batch_rows).segment_lengths.sum()
+        steps, _, tokens = loader.consumed
+        assert matching.arms[name].tokens_per_step == pytest.approx(tokens / steps, rel=0.02), name
+        plan = make_plan(config, corpus)
+        assert plan.step.stream.positions == pytest.approx(positions / steps, rel=0.02), name
+        assert run.flops == pytest.approx(plan.flops * steps, rel=0.03), name
+
+
+def test_a_study_matched_by_seconds_warns_about_steps_that_change(make_study):
+    matching = match(make_study(arms=ARMS | {"early": {"objective.active": [0, 0.25]}}, matched_by="seconds"))
+    assert any("the number of pairs changes during the run" in note for note in matching.arms["early"].notes)
+    assert not any("the number of pairs" in note for note in matching.arms["jepa"].notes)
 
 
 def test_faster_arms_read_more_tokens_if_matched_by_seconds(make_study):

@@ -6,6 +6,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -15,7 +16,7 @@ from pretrain.config import load_config
 from pretrain.data import order
 from pretrain.data.batch import assemble
 from pretrain.data.corpus import Corpus
-from pretrain.data.loader import Loader
+from pretrain.data.loader import Consumed, Loader
 from pretrain.models import head
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import build_model_config, random_causal_lm, special_ids
@@ -23,7 +24,9 @@ from pretrain.models.lora import add_adapters
 from pretrain.objectives.base import ForwardPass, Objective, build_objective
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import select_pair_embeddings
+from pretrain.planning.budget import consumed_fraction
 from pretrain.planning.memory import activations
+from pretrain.planning.plan import make_loader, make_plan
 from pretrain.sections import LoraConfig
 from pretrain.training.main import main
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
@@ -119,6 +122,62 @@ def test_the_plan_of_a_step_matches_the_loader_and_the_mask(folder, plan):
     assert number(rows["padding"][0]) / 100 == pytest.approx(1 - expected["positions"] / planned / (8 * 128), abs=0.001)
 
 
+SCHEDULES = {
+    "the first quarter": {"active": [0, 0.25]},
+    "from the middle on": {"weight_schedule": [[0.5, 0], [0.6, 1]], "dropout": 0.25},
+    "rising dropout": {"dropout": [[0, 0], [0.8, 0.9]], "active": [0, 0.8]},
+}
+
+
+@pytest.mark.parametrize("budget", [{"steps": 120}, {"tokens": 90_000}, {"records": 2300}, {"epochs": 4}], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_plan_is_the_mean_over_a_run_whose_terms_are_switched(folder, plan, schedule, budget):
+    """Compare with the steps of the loader up to the end of the run."""
+    changes = {f"objective__{key}": value for key, value in SCHEDULES[schedule].items()}
+    ((unit, amount),) = budget.items()
+    plan(**changes | {"train__steps": None, f"train__{unit}": amount})
+    config = load_config(folder / "planned.yaml")
+    corpus = Corpus(config.data.path, "train")
+    planned = make_plan(config, corpus)
+    layout = config.make_layout(special_ids(corpus.tokenizer, 448), corpus.views)
+    loader = make_loader(config, corpus, layout)
+    steps = []
+    while consumed_fraction(loader.consumed, config.train, loader.records) < 1:
+        steps.append(loader.next_rows(8))
+    pairs = [int(step.paired.sum()) for step in steps]
+    assert 0 in pairs and len(steps) > 90, "the test needs a switch"
+    one_step = Consumed(1, planned.step.records, planned.step.tokens)
+    expected_steps = 1 / consumed_fraction(one_step, config.train, loader.records)
+    assert expected_steps == pytest.approx(len(steps), abs=1, rel=0.01)
+    assert expected_steps * planned.step.records == pytest.approx(loader.consumed.records, rel=0.02)
+    assert expected_steps * planned.step.tokens == pytest.approx(loader.consumed.tokens, rel=0.02)
+    # a step may begin before the switch and end after it, and each epoch draws other records
+    assert expected_steps * planned.step.pairs == pytest.approx(sum(pairs), rel=0.04)
+    assert expected_steps * planned.step.stream.positions == pytest.approx(
+        sum(step.segment_lengths.sum() for step in steps), rel=0.02
+    )
+    targets = [layout.count_lm_targets(step.lengths, step.segment_lengths).sum() for step in steps]
+    assert expected_steps * planned.step.stream.targets == pytest.approx(sum(targets), rel=0.02)
+    without_pairs = [count for count, number in zip(targets, pairs, strict=True) if not number]
+    assert planned.step.max_counts["lm"] == pytest.approx(np.mean(without_pairs), rel=0.03)
+
+
+def test_the_printed_plan_names_the_part_with_pairs_and_totals_the_whole_run(folder, plan):
+    rows = plan(train__steps=100, objective__active=[0, 0.25])
+    assert "note: means of a step are over the whole run; the terms on pairs are active in 25% of it" in rows
+    always, never = plan(train__steps=100), plan(train__steps=100, objective={"name": "next_token"})
+    for name in ("records", "corpus tokens", "total FLOPs"):
+        mixed = 0.25 * number(always[name][0]) + 0.75 * number(never[name][0])
+        assert number(rows[name][0]) == pytest.approx(mixed, rel=0.015), name
+    assert number(rows["pairs"][0]) == pytest.approx(0.25 * number(always["pairs"][0]), abs=0.5)
+    rising = plan(objective__dropout=[[0, 0], [1, 0.5]], train__steps=640)
+    (note,) = (name for name in rising if name.startswith("note: means of a step"))
+    assert note.endswith("are active in 100% of it, with objective.dropout from 0.00 to 0.50")
+    assert not any(name.startswith("note: means of a step") for name in always)
+    tube = plan(objective={"name": "semantic_tube", "weight": 0.02, "active": [0, 0.25]})
+    assert not any(name.startswith("note: means of a step") for name in tube), "its steps do not change"
+
+
 def test_the_jepa_term_adds_target_copies_and_predictor_tokens(folder, plan):
     rows = plan(**EPOCH)
     shards = Corpus(folder / "corpus", "train").manifest["splits"]["train"]["shards"]
@@ -170,7 +229,7 @@ def test_the_weights_of_an_objective_and_their_flops_are_counted(plan, objective
     ],
 )
 def test_the_activation_estimate_of_an_objective_is_close(make_model, objective, precision, dtype):
-    """Compare with the tensors that autograd keeps; for llm_jepa, with those that it keeps because of the MLP."""
+    """Compare with the tensors that autograd keeps; for llm_jepa, with the difference that the MLP makes."""
     model, rows = make_model(1, dtype=dtype), 2000
     index = torch.arange(rows)
     batch = SimpleNamespace(

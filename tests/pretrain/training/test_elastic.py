@@ -20,8 +20,8 @@ from tests.commands import (
 from tests.pretrain.training.pause_points import release_file
 
 STEPS = 24
-OBJECTIVE = {"name": "nitp", "regularizers": [{"name": "coding_rate", "weight": 0.1}]}
-"""An objective with weights, a hidden state of an inner layer, and pairs of all ranks."""
+OBJECTIVE = {"name": "nitp", "regularizers": [{"name": "coding_rate", "weight": 0.1}], "active": [0, 0.55]}
+"""An objective with weights, a hidden state of an inner layer, and pairs of all ranks in a part of the run."""
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 ROWS = 8
 CHAIN = (1, 2, 4, 1)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pretrain.planning.budget import Progress, consumed_fraction
+from pretrain.data.loader import Consumed
+from pretrain.planning.budget import consumed_fraction
 from pretrain.sections import TrainConfig
 from pretrain.training.schedule import learning_rate
 
@@ -44,6 +45,6 @@ def test_the_stable_phase_ends_where_the_decay_begins():
 )
 def test_each_budget_counts_its_own_unit(budget, fraction):
     assert (
-        consumed_fraction(Progress(step=10, tokens=500, records=300), train(**budget), total_epoch_records=200)
+        consumed_fraction(Consumed(steps=10, tokens=500, records=300), train(**budget), total_epoch_records=200)
         == fraction
     )

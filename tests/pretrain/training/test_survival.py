@@ -23,8 +23,8 @@ from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 from tests.pretrain.training.pause_points import release_file
 
 STEPS = 60
-OBJECTIVE = {"name": "nitp", "regularizers": [{"name": "coding_rate", "weight": 0.1}]}
-"""An objective with weights, a hidden state of an inner layer, and pairs of all ranks."""
+OBJECTIVE = {"name": "nitp", "regularizers": [{"name": "coding_rate", "weight": 0.1}], "active": [0, 0.55]}
+"""An objective with weights, a hidden state of an inner layer, and pairs of all ranks in a part of the run."""
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 
 

@@ -336,6 +336,7 @@ OPTIONS = {
     "direction": "both",
     "weight": 3.0,
     "weight_schedule": "[[0, 0.5]]",
+    "active": "[0, 0.4]",
     "regularizers": "[{name: vicreg, weight: 1}]",
     "form": "sub_span",
 }
@@ -350,7 +351,7 @@ def test_trap_12_an_option_has_an_effect_or_is_refused_in_every_combination(corp
         """Return the loss of two rows and the gradient norms, halfway through a run with these overrides."""
         config = load_config(ROOT / "configs" / "demo.yaml", list(overrides)).objective
         layout = config.make_layout(specials, 2, "all")
-        rows = Loader(corpus, layout, ROW, seed=0, dropout=config.record_dropout).next_rows(2)
+        rows = Loader(corpus, layout, ROW, seed=0, dropout=config.record_dropout(0.5)).next_rows(2)
         [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=1)
         model = make_model(layout.predictor_tokens)
         objective = build_objective(config, model.shape)
@@ -375,7 +376,7 @@ def test_trap_12_an_option_has_an_effect_or_is_refused_in_every_combination(corp
 
     def dropout_in_one_layout_only(patch):
         patch.setattr(
-            llm_jepa.Config, "record_dropout", property(lambda self: self.dropout if self.layout == "joint" else 0.0)
+            llm_jepa.Config, "loss_dropout", lambda self, fraction: self.dropout if self.layout == "joint" else 0.0
         )
 
     def pool_without_detached_targets(patch):

@@ -78,7 +78,7 @@ def dropout_in_the_loss(patch: pytest.MonkeyPatch) -> None:
             )
 
     patch.setattr(loop, "micro_batches", micro_batches)
-    patch.setattr(llm_jepa.Config, "record_dropout", property(lambda self: 0.0))
+    patch.setattr(llm_jepa.Config, "loss_dropout", lambda self, fraction: 0.0)
 
 
 def deleted_at_start(patch: pytest.MonkeyPatch) -> None:
