@@ -10,7 +10,7 @@ from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import micro_batches
 from pretrain.data.loader import Rows, draw_random_bits, plan_rows
-from pretrain.models.export import load_language_model
+from pretrain.models.export import load_language_model, load_objective
 from pretrain.models.language_model import special_ids
 from pretrain.objectives.pool import select_pair_embeddings
 from pretrain.report.cost import open_corpus
@@ -79,7 +79,9 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
         raise UserError("the records have only one view")
     corpus = open_corpus(run, config, "validation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = load_language_model(run.folder / "export" / step_name(steps[-1]), config.model.attention, device)
+    export = run.folder / "export" / step_name(steps[-1])
+    model, _ = load_language_model(export, config.model.attention, device)
+    objective = load_objective(export, config.objective, model).to(device)
     model = model.to(device)
     specials = special_ids(corpus.tokenizer, model.vocab_size)
     layout = config.validation_layouts(specials, corpus.views)["embedding"]
@@ -100,9 +102,8 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
         rows, corpus, layout, specials, config.data.sequence_length, micro_batch_rows=ROWS, rank=0, ranks=1
     ):
         batch = batch.to(device)
-        for collected, selected in zip(
-            (predictions, targets), select_pair_embeddings(model(batch), batch), strict=True
-        ):
+        context, target = select_pair_embeddings(model(batch), batch)
+        for collected, selected in zip((predictions, targets), (objective.predict(context), target), strict=True):
             collected.append(selected[batch.pair_valid].cpu().numpy())
     return ("prediction", "target"), np.concatenate(predictions), np.concatenate(targets)
 

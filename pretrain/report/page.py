@@ -180,7 +180,11 @@ def html(summaries: Summaries) -> str:
         legend=[(name, plots.arm_variable(number), _dash(number)) for number, name in enumerate(summaries.arms)],
         forest=Markup(plots.forest(summaries)),
         curves=_curves(summaries),
-        diagnostics=Markup(_diagnostics(summaries)),
+        diagnostics=[
+            Markup(chart)
+            for group, suffix in (("embedding", ""), ("embedding_in_context", ", in context"))
+            if (chart := _diagnostics(summaries, group, suffix))
+        ],
         monitors=MONITORS,
         embeddings=Markup(plots.embeddings(pictures)) if pictures else "",
         pictures=pictures,
@@ -228,12 +232,13 @@ def _curves(summaries: Summaries) -> list[dict[str, Any]]:
     return [curve for curve in drawn if curve["svg"]]
 
 
-def _diagnostics(summaries: Summaries) -> str:
-    prefix = (
-        "validation/embedding/"
-        if any(run.curve("validation/embedding/paired_cosine") for run in summaries.comparison.runs)
-        else "embedding/"
-    )
+def _diagnostics(summaries: Summaries, group: str, suffix: str) -> str:
+    """Return charts of the embedding monitors of a group of metric tags; "" if no run has them.
+
+    `suffix` ends the title of each chart.
+    """
+    validated = any(run.curve(f"validation/{group}/paired_cosine") for run in summaries.comparison.runs)
+    prefix = f"validation/{group}/" if validated else f"{group}/"
     titles = {
         "paired_cosine": ("cosine of a pair", "cosine"),
         "shuffled_cosine": ("cosine of unrelated views", "cosine"),
@@ -241,7 +246,8 @@ def _diagnostics(summaries: Summaries) -> str:
         "effective_rank": ("effective rank", "dimensions"),
     }
     return plots.diagnostics(
-        summaries, {title: (unit, _bands_of(summaries, prefix + name)) for name, (title, unit) in titles.items()}
+        summaries,
+        {title + suffix: (unit, _bands_of(summaries, prefix + name)) for name, (title, unit) in titles.items()},
     )
 
 

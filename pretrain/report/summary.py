@@ -1,6 +1,6 @@
 """Summary of each arm: the metric and its test, amounts consumed, cost per token, and collapse of the embeddings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,6 +59,9 @@ class Summary:
     seconds_ratio: Spread | None
     """Seconds per corpus token, relative to the baseline: the ratio of means, and the extremes over seeds."""
     monitors: dict[str, Spread] = field(default_factory=dict)
+    """Embedding monitors with targets that are encoded separately."""
+    in_context_monitors: dict[str, Spread] = field(default_factory=dict)
+    """Embedding monitors of targets in context; empty if the arm has none."""
     collapsed: list[int] = field(default_factory=list)
     """Seeds whose embeddings have collapsed."""
 
@@ -135,7 +138,8 @@ def summarize(comparison: Comparison) -> Summaries:
             flops.get(name),
             flops[name] / flops[comparison.baseline] if flops and comparison.baseline else None,
             _seconds_ratio(arm, baseline_arm) if baseline_arm else None,
-            {tag: monitors for tag in MONITORS if (monitors := spread(monitor(run, tag) for run in finished))},
+            _monitors(finished, "embedding"),
+            _monitors(finished, "embedding_in_context"),
             [run.seed for run in finished if _collapsed(run)],
         )
     return Summaries(comparison, arms, settings, problem, _scores(comparison), _losses(arms, comparison.loss_terms))
@@ -199,9 +203,12 @@ def _seconds_ratio(arm: Arm, baseline: Arm) -> Spread | None:
     )
 
 
-def monitor(run: Run, name: str) -> float | None:
-    """Return the last value of an embedding monitor: from validation, or else from the last logged micro step."""
-    return run.value(f"validation/embedding/{name}", f"embedding/{name}")
+def _monitors(runs: Sequence[Run], group: str) -> dict[str, Spread]:
+    """Return the last value of each embedding monitor: from validation, or else from the last logged micro step."""
+    spreads = {
+        name: spread(run.value(f"validation/{group}/{name}", f"{group}/{name}") for run in runs) for name in MONITORS
+    }
+    return {name: values for name, values in spreads.items() if values}
 
 
 def _collapsed(run: Run) -> bool:

@@ -140,6 +140,19 @@ def test_collapse_is_judged_for_every_objective_with_pairs(study_with_values):
     assert "The embeddings of pairs (seed 1) have collapsed" in text, "a tube objective has no pairs"
 
 
+def test_targets_in_context_have_a_row_and_charts(study_with_values):
+    study = study_with_values({"plain": {1: 0.7}, "pairs": {1: 0.7}})
+    found = {"paired_cosine": 0.93, "shuffled_cosine": 0.04, "retrieval_at_1": 0.875, "effective_rank": 17.5}
+    change_lines(
+        study / "arm1-1" / "metrics.jsonl",
+        lambda line: line.update({f"validation/embedding_in_context/{name}": value for name, value in found.items()}),
+    )
+    _, page = render_report(study)
+    row = re.search(r"<tr><td>pairs, targets in context</td>(.*?)</tr>", page)[1]
+    assert re.findall(r"<td>([\d.]*)</td>", row) == ["0.9300", "0.0400", "0.8750", "17.5", ""]
+    assert "plain, targets in context" not in page
+
+
 def test_embeddings_of_the_export_are_shown_if_the_corpus_is_missing(study_with_values):
     study = study_with_values({"plain": {1: 0.7}, "other": {1: 0.7}})
     random = np.random.default_rng(0)
