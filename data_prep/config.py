@@ -299,6 +299,7 @@ class TaskFiles(BaseModel):
 
     name: str
     test: LocalPath | TaskSource | None = None
+    validation: LocalPath | TaskSource | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -328,15 +329,16 @@ class TaskTest(Section):
 
 
 def evaluation_tests(data: DataConfig, evaluation: Any) -> list[TaskTest]:
-    """Return the test rows that the `evaluation` section of a configuration names.
+    """Return the test and validation rows that the `evaluation` section of a configuration names.
 
     Raises UserError if a key is misspelt.
     """
     tasks = validate(EvaluationFiles, evaluation, "evaluation").tasks if evaluation is not None else []
     tests = [
-        TaskTest(task=task.name, key=f"evaluation.tasks.{number}.test", source=task_source(data, task.test))
+        TaskTest(task=task.name, key=f"evaluation.tasks.{number}.{key}", source=task_source(data, source))
         for number, task in enumerate(tasks)
-        if task.test is not None
+        for key, source in (("test", task.test), ("validation", task.validation))
+        if source is not None
     ]
     distinct = {(test.task, test.source.model_dump_json()): test for test in reversed(tests)}
     return list(reversed(distinct.values()))

@@ -1,5 +1,6 @@
 """The configuration of a run: the `data` section of data_prep and the sections that training adds."""
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -94,6 +95,16 @@ class RunConfig(Section):
         if objective.spans == "views" and (len(views) == 1 or objective.layout != "joint"):
             raise ValueError(
                 "objective.form: views needs two views in one text: set several data.views and objective.layout=joint"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_active_steps(self) -> "RunConfig":
+        steps = self.train.steps
+        active = getattr(self.objective, "active", None)
+        if steps is not None and active is not None and math.floor(active[1] * steps) <= math.floor(active[0] * steps):
+            raise ValueError(
+                f"objective.active is {list(active)}, but no step of train.steps={steps} ends there; widen it"
             )
         return self
 

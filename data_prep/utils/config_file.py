@@ -207,7 +207,9 @@ def _with_list_index(key: str) -> str:
 
 def similar_key(key: str, known: typing.Iterable[str]) -> str | None:
     """Return the known key that `key` is probably a misspelling of; None if there is no similar one."""
-    return next(iter(difflib.get_close_matches(_with_list_index(key), list(known), n=1, cutoff=SIMILARITY)), None)
+    names, key = list(known), _with_list_index(key)
+    longer = [name for name in names if name.startswith(f"{key}_")]
+    return longer[0] if len(longer) == 1 else next(iter(difflib.get_close_matches(key, names, 1, SIMILARITY)), None)
 
 
 def unknown_key(key: str, known: typing.Iterable[str], where: str = "") -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json
 from pretrain.config import load_config
-from pretrain.models.export import PREDICTOR_KEY, write_export
+from pretrain.models.export import OBJECTIVE_PREFIX, PREDICTOR_KEY, write_export
 from pretrain.models.export_readme import render_readme
 from pretrain.models.lora import merge_adapters
 from pretrain.run_folder import MODEL_DIR, step_name
@@ -40,7 +40,7 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
         "sequence_length": config.data.sequence_length,
     }
     family = read_json(run_dir / MODEL_DIR / "config.json")["model_type"]
-    write_export(
-        folder, run_dir / MODEL_DIR, state, jepa, render_readme(jepa, family, len(state.get(PREDICTOR_KEY, ())))
-    )
+    has_weights = any(key.startswith(OBJECTIVE_PREFIX) for key in state)
+    readme = render_readme(jepa, family, len(state.get(PREDICTOR_KEY, ())), has_weights)
+    write_export(folder, run_dir / MODEL_DIR, state, jepa, readme)
     return folder

@@ -57,7 +57,7 @@ def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> di
     task's files and the overrides, such as a seed.
     """
     paths = [source if isinstance(source, str) else source.path for source in (*task.sources.values(), *task.paths)]
-    settings = task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
+    settings = task.model_dump(mode="json", exclude_none=True, exclude={"name", "label", "validation"}) | {
         "files": {str(file): sha256_file(file) for path in paths if path is not None for file in _files(Path(path))},
         "overrides": sorted(word for word in overrides if not word.startswith("task.")),
     }

@@ -53,23 +53,23 @@ def embed_record({arguments}):
     }}"""
 
 
-PREDICTOR = """scale = getattr(embeddings, "scalar_embed_scale", 1.0)
-predictor = load_file(f"{folder}/jepa.safetensors")["predictor.weight"] * scale
+ADDITIONAL = """weights = load_file(f"{folder}/jepa.safetensors")
 """
 
-PREDICTOR_MLP = """mlp = load_file(f"{folder}/jepa.safetensors")
+PREDICTOR = """predictor = weights["predictor.weight"] * getattr(embeddings, "scalar_embed_scale", 1.0)
+"""
 
+PREDICTOR_MLP = """
 
 def predict(hidden):
-    for layer in "0", "2":
-        weight, bias = (mlp[f"objective.predictor.layers.{layer}.{part}"] for part in ("weight", "bias"))
-        hidden = torch.nn.functional.linear(torch.nn.functional.gelu(hidden) if layer == "2" else hidden, weight, bias)
-    return hidden
+    mlp = {name.removeprefix("objective.predictor.layers."): weight for name, weight in weights.items()}
+    inner = torch.nn.functional.linear(hidden, mlp["0.weight"], mlp["0.bias"])
+    return torch.nn.functional.linear(torch.nn.functional.gelu(inner), mlp["2.weight"], mlp["2.bias"])
 """
 
 
-def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> str:
-    """Return the README from the contents of jepa.json, the model type and k."""
+def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int, has_weights: bool = False) -> str:
+    """Return the README from the contents of jepa.json, the model type, k, and whether the objective has weights."""
     views, pairing = list(jepa["views"]), pairing_from_export(jepa)
     has_mlp = bool(jepa["objective"].get("predictor_mlp"))
     lines = [f'        "{view}": {_call(view, view_template(jepa, number))},' for number, view in enumerate(views)]
@@ -85,9 +85,11 @@ def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> s
         )
     additional = []
     if predictor_tokens:
-        additional.append("embedding of the predictor tokens")
+        additional.append("embeddings of the predictor tokens")
     if has_mlp:
-        additional.append("predictor MLP")
+        additional.append("weights of the predictor MLP")
+    elif has_weights:
+        additional.append("weights of the objective, which only training needs")
     return PAGE.format(
         run=jepa["run"],
         step=jepa["step"],
@@ -104,7 +106,9 @@ def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> s
         else "",
         code=CODE.format(
             imports=imports,
-            weights=(PREDICTOR if predictor_tokens else "") + (PREDICTOR_MLP if has_mlp else ""),
+            weights=(ADDITIONAL if predictor_tokens or has_mlp else "")
+            + (PREDICTOR if predictor_tokens else "")
+            + (PREDICTOR_MLP if has_mlp else ""),
             arguments=", ".join(views),
             lines="\n".join(lines),
         ),

@@ -28,6 +28,9 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
         {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     )
     model.causal_lm.requires_grad_(False)
+    # Under ZeRO stage 3, DeepSpeed releases the weights of a layer before the backward pass needs them if the input of
+    # the layer does not require a gradient.
+    model.causal_lm.enable_input_require_grads()
     # peft declares lora_alpha as an int, but accepts any number.
     adapters = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layer_names)  # type: ignore[arg-type]
     peft.inject_adapter_in_model(adapters, transformer)

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from data_prep.utils.console import UserError
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Unit
 from pretrain.objectives.configs import ObjectiveConfig
@@ -16,7 +17,7 @@ from pretrain.objectives.pool import Gather, Pool
 
 
 class OutputHead(Protocol):
-    """Functions of the language model that an objective may call, besides reading hidden states."""
+    """Functions of the language model that an objective may call."""
 
     def cross_entropy(self, hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
         """Return the sum of the cross-entropies of the next tokens, in nats: (M, D), (M,) -> scalar."""
@@ -110,10 +111,16 @@ class Objective(nn.Module, ABC):
 def build_objective(config: ObjectiveConfig, shape: ModelShape) -> Objective:
     """Return the objective of a configuration, by calling `from_config` of the module `pretrain.objectives.NAME`.
 
-    The weights are initialised from torch's generator.
+    The weights are initialised from torch's generator. Raises UserError if the model lacks a layer that the objective
+    reads.
     """
     module = importlib.import_module(f"pretrain.objectives.{config.name}")
     objective: Objective = module.from_config(config, shape)
+    if missing := [number for number in objective.layers if not 0 <= number <= shape.layers]:
+        raise UserError(
+            f"objective: {config.name} reads the hidden states of layer {missing[0]}, but the model has {shape.layers} "
+            "layers; choose one of them"
+        )
     return objective
 
 

@@ -17,16 +17,6 @@ def resolve_hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -
 
     A resumed run has a copy of the configuration in that folder, and no longer needs the folder. Raises UserError.
     """
-    hf_config = _hf_config(config, tokenizer, resuming)
-    if config.objective.deepest_layer > hf_config.num_hidden_layers:
-        raise UserError(
-            f"objective.layer is {config.objective.deepest_layer}, but the model has {hf_config.num_hidden_layers} "
-            "layers; choose one of them"
-        )
-    return hf_config
-
-
-def _hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -> PretrainedConfig:
     model = config.model
     if model.init_from is not None and resuming and (config.run_dir / MODEL_DIR).exists():
         return pretrained_config(config.run_dir / MODEL_DIR)

@@ -91,7 +91,7 @@ class Step:
     """Corpus tokens."""
     pairs: float = 0
     without_pairs: Stream | None = None
-    """The same records under objective.name=next_token; None if the run's objective has no pairs."""
+    """The same records under objective.name=next_token; None if this is the run's objective."""
     order: Order | None = None
     """Order of the records; None without a corpus."""
 
@@ -243,7 +243,7 @@ def _planned_step(
         sum(sample["steps"] for sample in samples),
         windows - len(planned),
         **{name: mean[name] for name in ("records", "tokens", "pairs")},
-        without_pairs=_stream_in(mean, PLAIN) if layout.read_outs else None,
+        without_pairs=_stream_in(mean, PLAIN) if config.objective.name != "next_token" else None,
         order=order,
     )
 

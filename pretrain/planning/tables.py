@@ -87,7 +87,7 @@ def _step_table(plan: Plan) -> Table:
             ("padding", f"{1 - stream.positions / (train.global_batch_rows * plan.config.data.sequence_length):.1%}")
         )
     rows.append(_comparison_row("next-token targets", stream.targets, plain.targets if plain else None, ",.0f"))
-    if plain:
+    if step.pairs:
         rows.append(("pairs", f"{step.pairs:,.0f}"))
     flops = plan.flops_by_part
     plain_flops = plain.flops(plan.parameters, plan.model) if plain else {}

@@ -5,7 +5,7 @@ import json
 import lzma
 import tarfile
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,10 @@ class Comparison:
     """Text on how the metric was chosen; it completes "The metric M was ..."."""
     matched_by: str | None
     """Amount that is equal in all arms of the study: tokens, flops, seconds or none; None if there is no study."""
+    primary: str | None = None
+    """Arm of the primary comparison."""
+    tune: dict[str, Any] | None = None
+    """Tuning of the arms as study.json records it; None if they were not tuned."""
 
     @property
     def runs(self) -> list[Run]:
@@ -133,7 +137,9 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
                 f"{path}: no run has the metric {metric}; available: {known_metrics(runs)}. Choose one with --metric, "
                 "or fix metric in the study file and start the study again; finished runs are kept"
             )
-    return _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
+    comparison = _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
+    primary = study.get("primary") if comparison.baseline == study_baseline else None
+    return replace(comparison, primary=primary, tune=study.get("tune"))
 
 
 def _extracted(archive: Path) -> Path:

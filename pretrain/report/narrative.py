@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from pretrain.report.arms import NOT_SET, differing_keys, flatten, shorten, training_settings
+from pretrain.report.arms import NOT_SET, STUDY, differing_keys, flatten, shorten, training_settings
 from pretrain.report.overfitting import Overfitting
 from pretrain.report.runs import finetune_settings, parse_scoring_version
 from pretrain.report.statistics import POWER, PairedTest, Verdict, format_seeds
@@ -62,6 +62,15 @@ def headline(all_arms: Summaries) -> str:
         )
     if len(tests) == 1:
         return verdict(all_arms, next(iter(tests)))
+    if comparison.primary in tests:
+        others = {name: test for name, test in tests.items() if name != comparison.primary}
+        return f"{verdict(all_arms, comparison.primary)} {_summary(all_arms, others)}"
+    return _summary(all_arms, tests)
+
+
+def _summary(all_arms: Summaries, tests: dict[str, PairedTest]) -> str:
+    """Return the verdicts on several arms in one sentence."""
+    comparison = all_arms.comparison
     by_verdict = {kind: [name for name, test in tests.items() if test.verdict == kind] for kind in get_args(Verdict)}
     parts = []
     for word in ("helps", "hurts"):
@@ -73,6 +82,41 @@ def headline(all_arms: Summaries) -> str:
     if names := by_verdict["no verdict"]:
         parts.append(f"there is no verdict for {join_names(names)}")
     return f"Compared with {comparison.baseline} in {comparison.metric}: {'; '.join(parts)}."
+
+
+def tuning_sentences(all_arms: Summaries) -> list[str]:
+    """Return how the arms were tuned, or that they were not; empty if there is nothing to compare."""
+    tune = all_arms.comparison.tune
+    if len(all_arms.arms) < 2:
+        return []
+    if tune is None:
+        return [
+            "The arms were not tuned: all have the settings of the base, such as its learning rate, which may suit one "
+            "arm better than another."
+        ]
+    if "trials" not in tune:
+        return ["The tuning of the arms is not finished."]
+    counts = {arm: len(trials) for arm, trials in tune["trials"].items()}
+    plan = tune["plans"][-1]
+    keys = join_names(list(dict.fromkeys(key for grid in plan["grids"].values() for key in grid)))
+    effort = (
+        f"{next(iter(counts.values()))} trials each"
+        if len(set(counts.values())) == 1
+        else f"different numbers of trials ({', '.join(f'{arm} {count}' for arm, count in counts.items())})"
+    )
+    sentences = [
+        f"The arms were tuned with {effort} of {keys}, by {plan['metric']} on {plan['rows']['origin']}, with "
+        f"{format_seeds(plan['seeds'])}. The compared runs have other seeds."
+    ]
+    if len(tune["plans"]) > 1:
+        sentences.append(
+            f"The plan of the tuning was changed {len(tune['plans']) - 1} time(s) after {tune['plans'][0]['time']}."
+        )
+    at_edge = {arm: keys for arm, keys in tune["at_edge"].items() if keys}
+    if at_edge:
+        listed = join_names([f"{arm} ({', '.join(keys)})" for arm, keys in at_edge.items()])
+        sentences.append(f"The best value is at the edge of the range that was tried for {listed}.")
+    return sentences
 
 
 def join_names(names: list[str]) -> str:
@@ -93,8 +137,8 @@ def verdict(all_arms: Summaries, name: str) -> str:
     if test.p is None:
         return f"{name}: no difference from {baseline} found in {metric}: {test.reason} ({len(test.seeds)} seeds)."
     numbers = f"{format_number(test.mean, True)} over {len(test.seeds)} seeds, {_interval_and_p(test)}"
-    if all_arms.num_tested_arms > 1:
-        numbers += f" after correction for {all_arms.num_tested_arms} arms"
+    if test.arms > 1:
+        numbers += f" after correction for {test.arms} arms"
     if test.verdict == "no difference found":
         return (
             f"{name}: no difference from {baseline} found in {metric} ({numbers}). With this number of seeds and this "
@@ -237,6 +281,11 @@ def _metric(all_arms: Summaries) -> list[str]:
     sentences = []
     if not comparison.metric_origin.startswith("chosen"):
         sentences.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
+    if comparison.primary is not None:
+        sentences.append(
+            f"{comparison.primary} was named as the primary comparison in {STUDY}, so its p is not corrected for the "
+            "other arms."
+        )
     if all_arms.num_tested_arms > 1:
         sentences.append(
             f"{all_arms.num_tested_arms} arms are compared with one baseline, and p and intervals are corrected for "

@@ -13,6 +13,7 @@ from pretrain.report.curves import Band, metric_bands, tag_bands
 from pretrain.report.embeddings import EmbeddingProjection, picture
 from pretrain.report.examples import worst_examples
 from pretrain.report.overfitting import Overfitting, overfitting
+from pretrain.report.sensitivity import WITHIN, KeyScores, sensitivity
 from pretrain.report.summary import MONITORS, Spread, Summaries, Summary, spread
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,14 @@ PAST = [
     "metric change from there to the end",
 ]
 """Column headings of the table on overfitting."""
+SENSITIVITY = ["key", "arm", "best value", "score", "good values", "width", "spread", "values tried"]
+"""Column headings of the table on sensitivity."""
+SENSITIVITY_REMARK = (
+    "These are the scores of the tuning, on its rows. Good values are the best value and the values around it whose mean "
+    f"scores are within {WITHIN:g} of the best. Their width is the ratio of the largest and the smallest, and the "
+    "spread is the standard deviation of all scores at them. Other tuned keys have their best values."
+)
+"""Remark on the table on sensitivity."""
 AUXILIARY_TERMS = (
     "Auxiliary terms are unweighted. Their unit depends on the objective, so compare them only between arms with the "
     "same objective."
@@ -127,6 +136,8 @@ def _amount(value: float | None) -> str:
 def markdown(summaries: Summaries) -> str:
     """Return the Markdown report: the verdict, the table of arms, the caveats, and the further tables."""
     lines = [f"# {_plain(summaries.comparison.title)}", "", f"**{_plain(narrative.headline(summaries))}**", ""]
+    if tuning := narrative.tuning_sentences(summaries):
+        lines += [_plain(" ".join(tuning)), ""]
     if len(summaries.tests) > 1:
         lines += [*(f"- {_plain(narrative.verdict(summaries, name))}" for name in summaries.tests), ""]
     heads = columns(summaries)
@@ -137,6 +148,8 @@ def markdown(summaries: Summaries) -> str:
         remarks.append(f"FLOPs are not counted: {summaries.flops_unavailable_reason}.")
     if remarks:
         lines += ["", *(f"- {_plain(remark)}" for remark in remarks)]
+    if measured := sensitivity(summaries.comparison):
+        lines += ["", "## Sensitivity", "", *_table(SENSITIVITY, sensitivity_rows(measured)), "", SENSITIVITY_REMARK]
     if summaries.scores:
         lines += ["", "## All scores", "", *_table(["metric", *summaries.arms], rows_by_arm(summaries.scores))]
     if summaries.losses:
@@ -164,6 +177,24 @@ def _plain(text: str) -> str:
     return text
 
 
+def sensitivity_rows(measured: dict[str, list[KeyScores]]) -> list[list[str]]:
+    """Return a row for each tuned key and arm; the column headings are SENSITIVITY."""
+    return [
+        [
+            key,
+            scores.arm,
+            f"{scores.best:g}" + " (edge)" * scores.at_edge,
+            narrative.format_number(scores.means[scores.values.index(scores.best)]),
+            f"{scores.values[scores.good[0]]:g} to {scores.values[scores.good[-1]]:g}",
+            f"× {scores.width:.3g}",
+            narrative.format_number(scores.spread),
+            str(len(scores.values)),
+        ]
+        for key, arms in measured.items()
+        for scores in arms
+    ]
+
+
 def html(summaries: Summaries) -> str:
     """Return the HTML page. Logs a message before each slow part."""
     comparison = summaries.comparison
@@ -171,6 +202,7 @@ def html(summaries: Summaries) -> str:
     pictures, no_picture = _pictures(summaries)
     logger.info("drawing charts")
     past = overfitting(summaries)
+    measured = sensitivity(comparison)
     return ENVIRONMENT.get_template("page.html.jinja").render(
         comparison=comparison,
         narrative=narrative,
@@ -195,6 +227,11 @@ def html(summaries: Summaries) -> str:
         losses=rows_by_arm(summaries.losses),
         loss_heads=["term", *summaries.arms],
         loss_remark=AUXILIARY_TERMS,
+        tuning=narrative.tuning_sentences(summaries),
+        sensitivity=sensitivity_rows(measured),
+        sensitivity_heads=SENSITIVITY,
+        sensitivity_remark=SENSITIVITY_REMARK,
+        sensitivity_chart=Markup(plots.sensitivity(summaries, measured)),
         past=past,
         past_heads=PAST,
         past_rows=past_rows(past) if past else [],

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from pretrain.report.curves import Band
 from pretrain.report.embeddings import EmbeddingProjection
+from pretrain.report.sensitivity import KeyScores
 from pretrain.report.summary import Summaries
 
 INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
@@ -102,6 +103,36 @@ def diagnostics(summaries: Summaries, tags: dict[str, tuple[str, Callable[[str],
         _label_amount(axis, "tokens", max(float(band.x.max()) for band in panel_bands.values()))
         axis.set_title(title)
         axis.set_ylabel(unit)
+    return _svg(figure)
+
+
+def sensitivity(summaries: Summaries, measured: dict[str, list[KeyScores]]) -> str:
+    """Plot the score against each tuned key, one panel each, with a line for each arm; "" if there is none."""
+    if not measured:
+        return ""
+    numbers = {name: number for number, name in enumerate(summaries.arms)}
+    columns = min(len(measured), 3)
+    rows = -(-len(measured) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(measured) :]:
+        axis.set_visible(False)
+    for axis, (key, arms) in zip(axes.flat, measured.items(), strict=False):
+        for scores in arms:
+            color, dash = arm_style(numbers[scores.arm])
+            axis.plot(scores.values, scores.means, color=color, linestyle=dash, label=scores.arm)
+            good = [scores.values[index] for index in scores.good]
+            axis.plot(good, [scores.means[index] for index in scores.good], color=color, linewidth=5, alpha=0.35)
+            for value, points in zip(scores.values, scores.scores, strict=True):
+                axis.plot([value] * len(points), points, color=color, linestyle="none", marker="o", markersize=3.5)
+        if all(value > 0 for scores in arms for value in scores.values):
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            ticks = sorted({value for scores in arms for value in scores.values})
+            axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axis.set_title(key)
+        axis.set_ylabel(summaries.comparison.metric.name)
+        if len(arms) <= LABELLED:
+            axis.legend(frameon=False, fontsize=8.5)
     return _svg(figure)
 
 

@@ -56,6 +56,12 @@ class Run:
         return self.objective != "next_token" if config is None else config.pairing is not None
 
     @property
+    def switched_off(self) -> bool:
+        """Whether the terms of the objective are switched off at the end of the run."""
+        config = self._objective_config
+        return config is not None and config.factor(1.0) == 0
+
+    @property
     def embedding_group(self) -> str:
         """Group of metric tags for the embeddings that the pair term compares."""
         return self._objective_config.embedding_group if self._objective_config else "embedding"

@@ -48,6 +48,8 @@ class PairedTest:
     high: float | None = None
     min_detectable: float | None = None
     """Smallest true difference that the test finds with 80% power, given its seeds, arms and spread."""
+    arms: int = 1
+    """Number of arms that were tested together; p and interval are corrected for it."""
     reason: str = ""
     """Reason why the arm was not tested; empty if it was tested."""
 
@@ -91,6 +93,7 @@ def compare(
             low,
             high,
             min_detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)),
+            len(tested),
         )
     return {name: results[name] for name in arms}
 

@@ -61,7 +61,7 @@ class Summary:
     monitors: dict[str, Spread] = field(default_factory=dict)
     """Embedding monitors with targets that are encoded separately."""
     in_context_monitors: dict[str, Spread] = field(default_factory=dict)
-    """Embedding monitors of targets in context; empty if the arm has none."""
+    """Embedding monitors of targets in context, if the arm has such targets."""
     collapsed: list[int] = field(default_factory=list)
     """Seeds whose embeddings have collapsed."""
 
@@ -105,8 +105,8 @@ class Summaries:
 
     @property
     def num_tested_arms(self) -> int:
-        """Number of arms that could be tested; p and intervals are corrected for it."""
-        return sum(test.corrected_p is not None for test in self.tests.values())
+        """Number of arms that were tested together; their p and intervals are corrected for it."""
+        return max((test.arms for test in self.tests.values() if test.corrected_p is not None), default=0)
 
 
 def summarize(comparison: Comparison) -> Summaries:
@@ -124,7 +124,13 @@ def summarize(comparison: Comparison) -> Summaries:
     baseline_arm = None
     if comparison.baseline is not None:
         others = {arm.name: values[arm.name] for arm in comparison.others}
-        tests = compare(others, values[comparison.baseline], comparison.metric.higher_is_better)
+        families = [[name for name in others if (name == comparison.primary) == primary] for primary in (True, False)]
+        for family in families:
+            tests |= compare(
+                {name: others[name] for name in family},
+                values[comparison.baseline],
+                comparison.metric.higher_is_better,
+            )
         baseline_arm = comparison.arms.get(comparison.baseline)
     flops, problem = _all_flops(comparison)
     arms = {}
@@ -212,8 +218,13 @@ def _monitors(runs: Sequence[Run], group: str) -> dict[str, Spread]:
 
 
 def _collapsed(run: Run) -> bool:
-    """Return whether the embeddings have collapsed; False without a term on pairs, because nothing else trains them."""
+    """Return whether the embeddings have collapsed; False if no term on pairs trains them at the end of the run."""
     tags = {name: (f"validation/{run.embedding_group}/{name}", f"{run.embedding_group}/{name}") for name in MONITORS}
     monitors = {name: value for name in MONITORS if (value := run.value(*tags[name])) is not None}
     in_context = run.embedding_group != "embedding"
-    return run.has_pair_term and len(monitors) == len(MONITORS) and has_collapsed(monitors, in_context)
+    return (
+        run.has_pair_term
+        and not run.switched_off
+        and len(monitors) == len(MONITORS)
+        and has_collapsed(monitors, in_context)
+    )

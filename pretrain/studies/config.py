@@ -1,5 +1,6 @@
 """The study file: arms, seeds, the metric that compares the arms, and the amount that is equal for all arms."""
 
+import math
 import os
 import re
 import shlex
@@ -45,6 +46,43 @@ class SlurmConfig(Section):
     """Options for the evaluation after each run, such as `--gpus=1`."""
 
 
+class TuneConfig(Section):
+    """Tuning: the search for the best values of some keys, for each arm separately, before the runs are compared.
+
+    Every combination of the values is a trial: it is trained with each seed and scored on rows that are neither
+    trained on nor tested.
+    """
+
+    keys: dict[str, list[Any]] = {}
+    """Dotted keys of a run and the values to try in every arm."""
+    arms: dict[str, dict[str, list[Any]]] = {}
+    """Keys and values of single arms, in addition to `keys` or in place of them."""
+    seeds: list[int] = Field(min_length=1)
+    """Seeds of the trials. They must not be seeds of the study."""
+    extensions: int = Field(default=2, ge=0)
+    """Number of times that the range of a key in `keys` is extended, for all arms alike, if the best value of an arm is
+    at the edge of its range."""
+    equal: bool = True
+    """Whether all arms must have the same number of trials. With false, the report states the numbers."""
+
+    @field_validator("keys", "arms")
+    @classmethod
+    def _check_values(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        grids = [grid for grid in keys.values() if isinstance(grid, dict)] or [keys]
+        for key, values in ((key, values) for grid in grids for key, values in grid.items()):
+            if not values or len({str(value) for value in values}) < len(values):
+                raise ValueError(f"{key} must list at least one value, and none of them twice")
+            if key.split(".")[0] not in ("train", "objective", "model"):
+                raise ValueError(f"{key} cannot be tuned; choose a key of train, objective or model")
+            if key in (f"train.{budget}" for budget in BUDGETS):
+                raise ValueError(f"{key} cannot be tuned, because the budget is matched")
+        return keys
+
+    def grid(self, arm: str) -> dict[str, list[Any]]:
+        """Return the keys of an arm and their values."""
+        return self.keys | self.arms.get(arm, {})
+
+
 class StudyConfig(Section):
     """Settings of a study."""
 
@@ -59,6 +97,10 @@ class StudyConfig(Section):
     baseline: str
     """Arm with which all other arms are compared and matched."""
     metric: MetricConfig
+    primary: str | None = None
+    """Arm of the primary comparison, which is tested without a correction for the other arms."""
+    tune: TuneConfig | None = None
+    """Tuning of the arms; without it, the report states that the arms were not tuned."""
     arms: dict[str, dict[str, Any]]
     """Arm name -> dotted keys of a run configuration and their values. {} is the unchanged base configuration."""
     launch: str = ""
@@ -86,6 +128,10 @@ class StudyConfig(Section):
             raise ValueError(
                 f"baseline is {self.baseline!r}, but the arms are {', '.join(self.arms) or 'none'}; name one of them"
             )
+        if self.primary is not None and (self.primary not in self.arms or self.primary == self.baseline):
+            raise ValueError(f"primary is {self.primary!r}; name an arm other than the baseline")
+        if self.tune:
+            self._check_tuning(self.tune)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds lists a seed twice; remove one")
         try:
@@ -105,6 +151,22 @@ class StudyConfig(Section):
                     f"remove {budget}, or set matched_by: none"
                 )
         return self
+
+    def _check_tuning(self, tune: TuneConfig) -> None:
+        if unknown := tune.arms.keys() - self.arms.keys():
+            raise ValueError(f"tune.arms names {min(unknown)!r}, which is not an arm")
+        if shared := set(tune.seeds) & set(self.seeds):
+            raise ValueError(
+                f"tune.seeds and seeds share {min(shared)}: runs with the seed of a trial would not be fresh; choose "
+                "different seeds"
+            )
+        trials = {arm: math.prod(map(len, tune.grid(arm).values())) for arm in self.arms}
+        if tune.equal and len(set(trials.values())) > 1:
+            listed = ", ".join(f"{arm} {count}" for arm, count in trials.items())
+            raise ValueError(
+                f"the arms have different numbers of trials ({listed}): list as many values for each of them in "
+                "tune.arms, or set tune.equal: false, which the report states"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,7 +205,7 @@ class Study:
         """Return the terms of the objectives of all arms."""
         from pretrain.objectives.base import ModelShape, build_objective  # imported late because it loads torch
 
-        any_shape = ModelShape(width=1, layers=1)  # the terms do not depend on it
+        any_shape = ModelShape(width=1, layers=10**6)  # the terms do not depend on it
         configs = [self.run_config(arm, self.config.seeds[0]) for arm in self.config.arms]
         objectives = [build_objective(config.objective, any_shape) for config in configs]
         return list(dict.fromkeys(term for objective in objectives for term in objective.weights))

@@ -80,12 +80,18 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
     from pretrain.studies.record import StudyRecord
     from pretrain.studies.runner import EXIT_CODE_STOPPED, check_metric, is_done, run_locally
     from pretrain.studies.slurm import submit_runs
+    from pretrain.studies.tuning import Tuning, with_best_values
 
     overrides, corpora = assign_corpora(study, load_base_config(study))
     for corpus in corpora:
         prepare_corpus(corpus)
     record = StudyRecord(study.folder)
     processes = ProcessRunner(lock)
+    if study.config.tune:
+        code = Tuning(study, overrides, record).run(launcher_dir, processes)
+        if code is not None:
+            return code
+        study = with_best_values(study, record)
     matching = Matching(study, overrides)
     speeds = {}
     if study.config.matched_by == "seconds":

@@ -2,9 +2,13 @@
 
 Keys:
 
-    name, matched_by, baseline, metric    as in the study file
+    name, matched_by, baseline, primary, metric    as in the study file
     arms           ARM: {"overrides": as in the study file, "matched": the dotted keys set by matching,
                    "flops_per_token": FLOPs per corpus token, "runs": {SEED: the run's folder inside the study folder}}
+    tune           the tuning, if there is one: `plans` (its ranges, seeds, metric and rows, with the time at which they
+                   were fixed; several if the study file has changed), `extensions` (values added to the range of a key,
+                   by round), `trials` (ARM: the values and the scores by seed of each trial), `best` (ARM: its best
+                   values), and `at_edge` (ARM: keys whose best value is at the edge of the range)
     calibration    ARM: the measured speed, if seconds are matched
     wall_seconds   RUN: wall-clock seconds on this machine over all launches, including the evaluation
     jobs           RUN: the Slurm job numbers of the training and the evaluation
@@ -48,11 +52,14 @@ class StudyRecord:
     def __init__(self, folder: Path):
         self._path = folder / FILE
         previous = read_json_or_none(self._path) or {}
+        self.tune: dict[str, Any] = previous.get("tune", {})
         self.calibration: dict[str, Any] = previous.get("calibration", {})
         self.wall_seconds: dict[str, float] = previous.get("wall_seconds", {})
         self.jobs: dict[str, list[int]] = previous.get("jobs", {})
         self._study: dict[str, Any] = {
-            key: value for key, value in previous.items() if key in ("name", "matched_by", "baseline", "metric", "arms")
+            key: value
+            for key, value in previous.items()
+            if key in ("name", "matched_by", "baseline", "primary", "metric", "arms")
         }
 
     def describe(self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float]) -> None:
@@ -65,6 +72,7 @@ class StudyRecord:
             "name": config.name,
             "matched_by": config.matched_by,
             "baseline": config.baseline,
+            "primary": config.primary,
             "metric": config.metric.model_dump(),
         }
         self._study = settings | {
@@ -84,5 +92,7 @@ class StudyRecord:
         """Write study.json."""
         write_json(
             self._path,
-            self._study | {"calibration": self.calibration, "wall_seconds": self.wall_seconds, "jobs": self.jobs},
+            self._study
+            | ({"tune": self.tune} if self.tune else {})
+            | {"calibration": self.calibration, "wall_seconds": self.wall_seconds, "jobs": self.jobs},
         )

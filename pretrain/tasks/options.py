@@ -57,9 +57,12 @@ class TaskConfig(Section):
     def check_requirements(self, data: DataConfig, where: str) -> None:
         """Raise UserError if a file or package of the task is missing; `where` is the dotted key of the task."""
         for key, source in self.sources.items():
-            if isinstance(source, str) and not os.path.lexists(source) and not glob.has_magic(source):
-                raise UserError(f"{where}.{key}: there is no file {source} ({key} of {self.title}); correct the path")
-            self.first_rows(data, where, key, self.rows if key == "test" else None)
+            self._check_source(data, where, key, source)
+
+    def _check_source(self, data: DataConfig, where: str, key: str, source: str | JsonSource | HubSource) -> None:
+        if isinstance(source, str) and not os.path.lexists(source) and not glob.has_magic(source):
+            raise UserError(f"{where}.{key}: there is no file {source} ({key} of {self.title}); correct the path")
+        self.first_rows(data, where, key, self.rows if key == "test" else None)
 
     def first_rows(self, data: DataConfig, where: str, key: str, count: int | None) -> "list[Row]":
         """Return the first `count` rows of the source `key`, or all if `count` is None.
@@ -69,7 +72,7 @@ class TaskConfig(Section):
         """
         from data_prep.task_rows import RowReader  # imported late because it loads pyarrow
 
-        source = task_source(data, self.sources[key])
+        source = task_source(data, getattr(self, key))
         reader = RowReader(
             source,
             data.views,
@@ -91,6 +94,9 @@ class RowTask(TaskConfig):
     test: LocalPath | TaskSource | None = None
     """Rows to score: a file of JSON lines, or a source of type json or hub as in data.sources."""
 
+    validation: LocalPath | TaskSource | None = None
+    """Rows that decide the tuning of a study, like `test`; by default the validation split of the corpus."""
+
     HAS_DEFAULT_TEST_ROWS: ClassVar[bool] = False
     """Whether the task has test rows even if `test` is not set."""
 
@@ -99,11 +105,17 @@ class RowTask(TaskConfig):
         """Sources of the task's rows, by option."""
         return {} if self.test is None else {"test": self.test}
 
-    @field_validator("test", "train", check_fields=False)
+    def check_requirements(self, data: DataConfig, where: str) -> None:
+        """Raise UserError if a file or package of the task is missing; see TaskConfig."""
+        super().check_requirements(data, where)
+        if self.validation is not None:
+            self._check_source(data, where, "validation", self.validation)
+
+    @field_validator("test", "train", "validation", check_fields=False)
     @classmethod
     def _no_weight_or_split(cls, source: Any) -> Any:
         if isinstance(source, JsonSource | HubSource) and (source.weight != 1 or source.split != "train"):
-            raise ValueError("weight and split apply to data.sources only; remove them from train and test of the task")
+            raise ValueError("weight and split apply to data.sources only; remove them from the rows of the task")
         return source
 
     @model_validator(mode="after")

@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 class CollapseWarning(Hook):
     """A hook that warns once when the embeddings collapse, and again if they collapse after a recovery.
 
-    It judges the monitors of validations, or of the training steps if there is no validation.
+    It judges the monitors of validations, or of the training steps if there is no validation. While the terms are
+    switched off it judges nothing, because nothing trains the embeddings then.
     """
 
     def __init__(self) -> None:
@@ -39,19 +40,26 @@ class CollapseWarning(Hook):
         self.collapsed = state["collapsed"]
 
     def _judge(self, run: "Trainer", values: dict[str, float], prefix: str) -> None:
+        if run.config.objective.factor(run.fraction) == 0:
+            return
         monitors = {tag.removeprefix(prefix): value for tag, value in values.items() if tag.startswith(prefix)}
         had_collapsed = self.collapsed
         pairing = run.config.objective.pairing
         self.collapsed = pairing is not None and has_collapsed(monitors, pairing.in_context)
         if self.collapsed and not had_collapsed:
-            logger.warning(collapse_message(monitors))
+            logger.warning(collapse_message(monitors, run.config.objective.has_negatives))
 
 
-def collapse_message(monitors: dict[str, float]) -> str:
+def collapse_message(monitors: dict[str, float], has_negatives: bool) -> str:
     """Return the text of the warning. It explains the problem, because the loss curve looks like success."""
+    remedy = (
+        "Use larger micro batches, which hold more negatives, or objective.regularizers"
+        if has_negatives
+        else "Distances without negatives tend to cause this. Use info_nce, which has negatives, or "
+        "objective.regularizers"
+    )
     return (
         f"the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, "
         f"unrelated views {monitors['shuffled_cosine']:.4f}; retrieval@1 is {monitors['retrieval_at_1']:.1%}. A low "
-        "loss/jepa means nothing then, because the model maps everything to few directions. Distances without "
-        "negatives tend to cause this. Use info_nce, which has negatives, or objective.regularizers"
+        "loss/jepa means nothing then, because the model maps everything to few directions. " + remedy
     )

@@ -16,7 +16,7 @@ from data_prep.layout import SpecialTokenIds
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch, micro_batches
-from pretrain.data.loader import Loader, Rows
+from pretrain.data.loader import Loader, Rows, count_pairs
 from pretrain.data.prefetch import Prefetch, StepData
 from pretrain.objectives.base import Objective, total_loss
 from pretrain.objectives.monitors import embedding_monitors
@@ -218,7 +218,7 @@ class Trainer:
             self.finish_save()
         values = gradients | (self._step_values(consensus.losses, score) if logged or not updated else {})
         if logged:
-            values |= embeddings | self.throughput.take()
+            values |= self._objective_values(step) | embeddings | self.throughput.take()
         return StepReport(values, logged, score), consensus
 
     def _finish_step(self, report: StepReport) -> bool:
@@ -383,6 +383,13 @@ class Trainer:
                 "checkpoint/failed": self.saver.failed,
             }
         )
+
+    def _objective_values(self, step: StepData) -> dict[str, float]:
+        """Return the factor on the weights of the auxiliary terms, and the number of pairs in the step."""
+        return {
+            "objective/factor": self.config.objective.factor(self.fraction),
+            "objective/pairs": count_pairs(step.rows, self.loader.layout),
+        }
 
     def counters(self) -> dict[str, float]:
         """Return the progress counters and the epoch."""

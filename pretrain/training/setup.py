@@ -142,6 +142,11 @@ def _build_trainer(
         f"{parameter_count(engine.module):,} parameters, {len(corpus):,} records, "
         f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}"
     )
+    if numbers := trainer.objective.layers:
+        logger.info(
+            f"the objective reads the hidden states of layer {', '.join(map(str, numbers))} of {model.shape.layers} "
+            "(0: token embeddings)"
+        )
     if trainer.validation is None:
         logger.info("note: the corpus has no validation split, so there is no validation")
     return trainer

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from itertools import pairwise
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -68,11 +69,18 @@ class RegularizedConfig(ObjectiveConfig):
             raise ValueError("factors must not be negative, and at least one must be above 0")
         return points
 
-    @field_validator("active")
+    @field_validator("active", mode="before")
     @classmethod
-    def _window(cls, active: tuple[float, float] | None) -> tuple[float, float] | None:
-        if active is not None and not 0 <= active[0] < active[1] <= 1:
-            raise ValueError("must be two increasing fractions between 0 and 1")
+    def _window(cls, active: Any) -> Any:
+        if active is None:
+            return active
+        if (
+            not isinstance(active, list | tuple)
+            or len(active) != 2
+            or not all(isinstance(end, int | float) for end in active)
+            or not 0 <= active[0] < active[1] <= 1
+        ):
+            raise ValueError("must be two increasing fractions between 0 and 1, such as [0, 0.25]")
         return active
 
     @field_validator("regularizers")

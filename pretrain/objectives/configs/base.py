@@ -30,9 +30,9 @@ class ObjectiveConfig(Section):
         return False
 
     @property
-    def deepest_layer(self) -> int:
-        """Largest number of a layer whose hidden states the objective reads, apart from the last hidden states."""
-        return 0
+    def has_negatives(self) -> bool:
+        """Whether the term on pairs compares a prediction with other targets too."""
+        return False
 
     def loss_dropout(self, fraction: float) -> float:
         """Return the loss dropout when `fraction` of the budget is used."""

@@ -1,6 +1,6 @@
 """The configuration of LLM-JEPA."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,7 +27,7 @@ class Config(AuxiliaryConfig):
     predictor_placement: Literal["append", "prepend"] = "append"
     """append: predictor tokens after the context. prepend: predictor tokens in front of a copy of the context. The copy
     takes up as many positions as the context."""
-    predictor_mlp: int = Field(default=0, ge=0)
+    predictor_mlp: int = Field(default=0, ge=0, strict=True)
     """Hidden width of an MLP that turns the hidden state of the last predictor token (or of the last token of the
     context) into the prediction, as in JEPA for vision. 0 (published form): no MLP."""
     direction: Literal["forward", "backward", "both"] = "forward"
@@ -48,6 +48,14 @@ class Config(AuxiliaryConfig):
     dropout: float | Points = 0.0
     """Loss dropout: the fraction of records that are excluded from the pair terms in an epoch. Points (consumed
     fraction of the budget, dropout) are a schedule with linear interpolation, in steps of 1/64."""
+
+    @field_validator("dropout", mode="before")
+    @classmethod
+    def _check_form(cls, dropout: Any) -> Any:
+        points = dropout if isinstance(dropout, list) else []
+        if not all(isinstance(point, list | tuple) and len(point) == 2 for point in points):
+            raise ValueError("must be a fraction, or points (fraction of the budget, dropout): [[0, 0], [0.5, 0.75]]")
+        return dropout
 
     @field_validator("dropout")
     @classmethod
@@ -84,6 +92,11 @@ class Config(AuxiliaryConfig):
         """Whether exchanging prediction and target leaves the auxiliary term unchanged."""
         has_predictor = self.predictor_tokens > 0 or self.predictor_mlp > 0
         return not has_predictor and self.distance != "info_nce" and not self.stop_gradient
+
+    @property
+    def has_negatives(self) -> bool:
+        """Whether the term on pairs compares a prediction with other targets too."""
+        return self.distance == "info_nce"
 
     @property
     def pairing(self) -> Pairing:

@@ -21,11 +21,6 @@ class Config(AuxiliaryConfig):
     """Number of the layer whose output is the target; the first layer is 1. Default: the layer at 20% of the depth."""
 
     @property
-    def deepest_layer(self) -> int:
-        """Largest number of a layer that the objective reads."""
-        return self.layer or 1
-
-    @property
     def pairing(self) -> Pairing | None:
         """Pairing of the views; None without regularizers."""
         return self.pairing_of_regularizers

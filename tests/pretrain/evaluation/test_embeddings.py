@@ -56,7 +56,13 @@ def write_model_export(folder, prepared, model, tokens, jepa, family, objective=
     state = model.state_dict()
     if objective is not None:
         state |= {f"objective.{name}": weight for name, weight in objective.state_dict().items()}
-    write_export(folder / "export", skeleton, state, jepa, render_readme(jepa, family, tokens))
+    write_export(
+        folder / "export",
+        skeleton,
+        state,
+        jepa,
+        render_readme(jepa, family, tokens, bool(objective and objective.state_dict())),
+    )
     return folder / "export"
 
 
@@ -102,6 +108,7 @@ def test_embeddings_match_the_objective_and_the_readme(
     assert compared == 8 * len(found.predictions)
 
     readme = (export / "README.md").read_text()
+    assert ("weights of the objective" in readme) == (objective["name"] == "nitp")
     assert ("read in its context" in readme) == (objective.get("target") == "in_context")
     monkeypatch.chdir(export)
     namespace: dict = {}

@@ -14,7 +14,7 @@ from pretrain.models.lora import add_adapters, merge_adapters
 from pretrain.run_folder import step_name
 from pretrain.sections import LoraConfig
 from pretrain.training.saving import min_checkpoint_bytes
-from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 
 WITHOUT_PEFT = "there is no package peft (the extra lora)"
@@ -108,6 +108,37 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
     export.with_name("moved").rename(export)
     again = read_lines(run_dir / "metrics.jsonl")[-1]
     assert again["step"] == 6 and again["loss/total"] == last["loss/total"]
+
+
+def test_adapters_are_trained_with_any_objective_under_zero_3(pretrained):
+    """Without predictor tokens, the input of the first layer would need no gradient."""
+    pytest.importorskip("peft", reason=WITHOUT_PEFT)
+    export = export_checkpoint(pretrained / "runs" / "run", 4)
+    objectives = {
+        "next_token": {"name": "next_token"},
+        "k0": {"name": "llm_jepa", "predictor_tokens": 0},
+        "nitp": {"name": "nitp"},
+        "nextlat": {"name": "nextlat"},
+    }
+    configs = [
+        write_config(
+            pretrained,
+            tiny_config(
+                pretrained,
+                name=f"adapted-{name}",
+                model={"init_from": str(export), "lora": {"rank": 2, "alpha": 8}},
+                objective=objective,
+                train__steps=4,
+                train__learning_rate=3e-2,
+                monitor__loggers=[],
+            ),
+        )
+        for name, objective in objectives.items()
+    ]
+    run_command(ranks_command(2, ROOT / "tests" / "pretrain" / "training" / "several_runs.py", *map(str, configs)))
+    for name in objectives:
+        lines = read_lines(pretrained / "runs" / f"adapted-{name}" / "metrics.jsonl")
+        assert lines[-1]["loss/lm"] < lines[0]["loss/lm"] and all(line["optimizer/grad_norm"] > 0 for line in lines)
 
 
 def test_a_task_finetunes_with_its_own_objective_and_with_adapters(pretrained):

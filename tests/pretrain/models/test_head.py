@@ -59,7 +59,8 @@ def test_the_divergence_has_the_value_and_gradient_of_all_logits_at_once(rows_at
     assert torch.autograd.grad(again, [reference, layer.weight], allow_unused=True) == (None, None)
 
 
-def test_no_tensor_exceeds_the_limit_of_logits():
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_no_tensor_exceeds_the_limit_of_logits(with_reference):
     """Check every tensor that an operation of the forward or backward pass creates."""
     layer, labels, hidden = (
         linear(),
@@ -78,15 +79,20 @@ def test_no_tensor_exceeds_the_limit_of_logits():
             )
             return out
 
+    reference = torch.randn(LABELS, WIDTH) if with_reference else None
+
     def largest(max_logits: int) -> int:
         sizes.clear()
         with RecordSizes():
-            Head(layer, None, max_logits)(hidden, labels).backward()
+            Head(layer, None, max_logits)(hidden, labels, reference).backward()
         return max(sizes)
 
     weight_gradient = WIDTH * VOCABULARY
     assert largest(10**6) == LABELS * VOCABULARY > weight_gradient
-    assert largest(5 * VOCABULARY) == weight_gradient > 5 * VOCABULARY
+    if with_reference:  # two sets of logits, and no gradient of the weight
+        assert largest(30 * VOCABULARY) == WIDTH * VOCABULARY > 15 * VOCABULARY  # the weight itself, transposed
+    else:
+        assert largest(5 * VOCABULARY) == weight_gradient > 5 * VOCABULARY
 
 
 def test_the_forward_pass_saves_gradients_and_no_logits():

@@ -25,6 +25,17 @@ ALONE = Gather(all_gather=lambda mine: mine, rank=0)
 DEMO = ROOT / "configs" / "demo.yaml"
 
 
+@pytest.mark.parametrize(("layers", "expected"), [(2, 1), (4, 1), (16, 3), (24, 5), (28, 6)])
+def test_nitp_reads_the_layer_at_a_fifth_of_the_depth_or_the_configured_one(layers, expected):
+    for settings, layer in (("", expected), (", layer: 2", 2)):
+        config = load_config(DEMO, [f"objective={{name: nitp{settings}}}"]).objective
+        assert build_objective(config, ModelShape(16, layers)).layers == (layer,)
+    with pytest.raises(UserError, match=f"the hidden states of layer {layers + 1}, but the model has {layers} layers"):
+        build_objective(
+            load_config(DEMO, [f"objective={{name: nitp, layer: {layers + 1}}}"]).objective, ModelShape(16, layers)
+        )
+
+
 def test_objectives_are_found_by_the_names_of_their_files():
     assert set(objective_configs()) >= {"next_token", "llm_jepa", "semantic_tube", "regularized"}
 

@@ -111,7 +111,7 @@ INVALID_CONFIGS = {
     ),
     "layer that the model lacks": (
         {"objective": {"name": "nitp", "layer": 3}},
-        "objective.layer is 3, but the model has 2 layers",
+        "objective: nitp reads the hidden states of layer 3, but the model has 2 layers; choose one of them",
     ),
     "computed key": ({"deepspeed": {"train_batch_size": 8}}, "set train.global_batch_rows instead"),
     "DeepSpeed key without effect": (
