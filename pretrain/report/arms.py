@@ -5,7 +5,7 @@ import json
 import lzma
 import tarfile
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ class Comparison:
     """Text on how the metric was chosen; it completes "The metric M was ..."."""
     matched_by: str | None
     """Amount that is equal in all arms of the study: tokens, flops, seconds or none; None if there is no study."""
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Measured speed of each arm relative to the baseline, as in study.json. It is empty if seconds are not matched, or
+    if an earlier version measured the speeds."""
 
     @property
     def runs(self) -> list[Run]:
@@ -117,6 +120,7 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
         runs_folder = _extracted(folder / RUNS_ARCHIVE) if (folder / RUNS_ARCHIVE).is_file() else folder
         arms = [_study_arm(runs_folder, name, arm) for name, arm in study["arms"].items()]
         title, matched_by, study_baseline = str(study["name"]), study["matched_by"], study["baseline"]
+        speeds = {name: entry for name, entry in study.get("calibration", {}).items() if "speed_ratio" in entry}
         planned = Metric(study["metric"]["task"], study["metric"]["name"], bool(study["metric"]["higher_is_better"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -133,7 +137,11 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
                 f"{path}: no run has the metric {metric}; available: {known_metrics(runs)}. Choose one with --metric, "
                 "or fix metric in the study file and start the study again; finished runs are kept"
             )
-    return _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
+    comparison = _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
+    calibration = {
+        name: speeds[name] for name in comparison.arms if speeds.get(name, {}).get("baseline") == comparison.baseline
+    }
+    return replace(comparison, calibration=calibration)
 
 
 def _extracted(archive: Path) -> Path:

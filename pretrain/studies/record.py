@@ -5,7 +5,10 @@ Keys:
     name, matched_by, baseline, metric    as in the study file
     arms           ARM: {"overrides": as in the study file, "matched": the dotted keys set by matching,
                    "flops_per_token": FLOPs per corpus token, "runs": {SEED: the run's folder inside the study folder}}
-    calibration    ARM: the measured speed, if seconds are matched
+    calibration    ARM: its measured speed relative to the baseline, if seconds are matched: {"started_as",
+                   "baseline_started_as": hashes of the settings, "baseline": the baseline's name, "steps": the measured
+                   steps, "unit": "processor seconds" or "seconds", "seconds_per_token", "baseline_seconds_per_token":
+                   one value for each round, "speed_ratio": {"median", "low", "high"} over the rounds}
     wall_seconds   RUN: wall-clock seconds on this machine over all launches, including the evaluation
     jobs           RUN: the Slurm job numbers of the training and the evaluation
 """
