@@ -63,7 +63,7 @@ class Summary:
     monitors: dict[str, Spread] = field(default_factory=dict)
     """Embedding monitors with targets that are encoded separately."""
     in_context_monitors: dict[str, Spread] = field(default_factory=dict)
-    """Embedding monitors of targets in context; empty if the arm has none."""
+    """Embedding monitors of targets in context; empty if the arm has no such targets."""
     collapsed: list[int] = field(default_factory=list)
     """Seeds whose embeddings have collapsed."""
 
