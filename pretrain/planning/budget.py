@@ -8,7 +8,7 @@ from pretrain.sections import TrainConfig
 
 @dataclass
 class Progress:
-    """Counters of a run so far, over all ranks; saved with every checkpoint."""
+    """Counters of a run so far, over all ranks unless stated otherwise; saved with every checkpoint."""
 
     step: int = 0
     records: int = 0
@@ -20,6 +20,12 @@ class Progress:
     """Steps without an update."""
     seconds: float = 0.0
     """Time spent training, summed over all launches."""
+    processor_seconds: float = 0.0
+    """Processor time of this rank's training on CPU, summed over all launches; 0 on a GPU.
+
+    The ranks process equally many rows, so the value of the main rank is used for all of them. 0 also stands for the
+    steps of versions that did not measure it.
+    """
 
     def state(self) -> dict[str, float]:
         """Return the counters by name."""

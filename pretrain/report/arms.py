@@ -5,7 +5,7 @@ import json
 import lzma
 import tarfile
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,9 @@ class Comparison:
     """Arm of the primary comparison."""
     tune: dict[str, Any] | None = None
     """Tuning of the arms as study.json records it; None if they were not tuned."""
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Measured speed of each arm relative to the baseline, as in study.json. It is empty if seconds are not matched, or
+    if an earlier version measured the speeds."""
 
     @property
     def runs(self) -> list[Run]:
@@ -121,6 +124,7 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
         runs_folder = _extracted(folder / RUNS_ARCHIVE) if (folder / RUNS_ARCHIVE).is_file() else folder
         arms = [_study_arm(runs_folder, name, arm) for name, arm in study["arms"].items()]
         title, matched_by, study_baseline = str(study["name"]), study["matched_by"], study["baseline"]
+        speeds = {name: entry for name, entry in study.get("calibration", {}).items() if "speed_ratio" in entry}
         planned = Metric(study["metric"]["task"], study["metric"]["name"], bool(study["metric"]["higher_is_better"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -138,8 +142,11 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
                 "or fix metric in the study file and start the study again; finished runs are kept"
             )
     comparison = _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
+    calibration = {
+        name: speeds[name] for name in comparison.arms if speeds.get(name, {}).get("baseline") == comparison.baseline
+    }
     primary = study.get("primary") if comparison.baseline == study_baseline else None
-    return replace(comparison, primary=primary, tune=study.get("tune"))
+    return replace(comparison, calibration=calibration, primary=primary, tune=study.get("tune"))
 
 
 def _extracted(archive: Path) -> Path:

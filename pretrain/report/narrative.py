@@ -15,7 +15,7 @@ FEW_SEEDS = 6
 """Fewest seeds with which a test of only the signs can reach p < 5%: all 6 signs agree in 2 of 2^6 outcomes."""
 UNEVEN = 1.25
 """Ratio between the seconds of two seeds of an arm above which the report warns that seconds are unreliable."""
-AMOUNTS = {"tokens": "corpus tokens", "flops": "FLOPs", "seconds": "seconds"}
+AMOUNTS = {"tokens": "corpus tokens", "flops": "FLOPs", "seconds": "seconds", "processor_seconds": "processor seconds"}
 
 
 def format_number(value: float | None, sign: bool = False) -> str:
@@ -205,18 +205,19 @@ def cost_sentences(all_arms: Summaries) -> dict[str, str]:
         if name == all_arms.comparison.baseline or not (arm.flops_ratio or arm.seconds_ratio):
             continue
         parts = [f"{arm.flops_ratio:.2f} times the FLOPs"] if arm.flops_ratio else []
-        if ratio := arm.seconds_ratio:
-            parts.append(
-                f"{ratio.mean:.2f} times the seconds"
-                + (f" ({ratio.low:.2f} to {ratio.high:.2f} by seed)" if ratio.seeds > 1 else "")
-            )
-        sentences[name] = f"Per corpus token, {name} needs {' and '.join(parts)} of {all_arms.comparison.baseline}."
+        for ratio, unit in ((arm.seconds_ratio, "seconds"), (arm.processor_ratio, "processor seconds")):
+            if ratio:
+                parts.append(
+                    f"{ratio.mean:.2f} times the {unit}"
+                    + (f" ({ratio.low:.2f} to {ratio.high:.2f} by seed)" if ratio.seeds > 1 else "")
+                )
+        sentences[name] = f"Per corpus token, {name} needs {join_names(parts)} of {all_arms.comparison.baseline}."
     return sentences
 
 
 def caveats(all_arms: Summaries) -> list[str]:
     """Return the caveats that a reader must know before relying on the verdict."""
-    parts = (_scorings, _missing, _collapses, _metric, _matching, _differences, _seconds)
+    parts = (_scorings, _missing, _collapses, _metric, _matching, _calibration, _differences, _seconds)
     return [sentence for part in parts for sentence in part(all_arms)]
 
 
@@ -303,12 +304,15 @@ def _metric(all_arms: Summaries) -> list[str]:
 
 
 def _matching(all_arms: Summaries) -> list[str]:
-    """Report which amounts are equal in all arms, and which are not."""
+    """Report which amounts are equal in all arms, and which are not. Processor seconds replace seconds if known."""
     if len(all_arms.arms) < 2:
         return []
+    has_processor_seconds = all(arm.consumed("processor_seconds") for arm in all_arms.arms.values())
+    amounts = ("tokens", "flops", "processor_seconds" if has_processor_seconds else "seconds")
     equal: list[str] = []
     different: dict[str, str] = {}
-    for amount, name in AMOUNTS.items():
+    for amount in amounts:
+        name = AMOUNTS[amount]
         means = [consumed.mean for arm in all_arms.arms.values() if (consumed := arm.consumed(amount))]
         if len(means) < len(all_arms.arms):
             continue
@@ -318,6 +322,8 @@ def _matching(all_arms: Summaries) -> list[str]:
         else:
             equal.append(name)
     matched_by = all_arms.comparison.matched_by
+    if matched_by == "seconds" and "seconds" not in amounts:
+        matched_by = "processor_seconds"
     sentences: list[str] = []
     if matched_by in different:
         name = AMOUNTS[matched_by]
@@ -329,6 +335,23 @@ def _matching(all_arms: Summaries) -> list[str]:
             "the verdict holds for this matching only."
         )
     return sentences
+
+
+def _calibration(all_arms: Summaries) -> list[str]:
+    """Report the measured speeds from which the budgets follow."""
+    comparison = all_arms.comparison
+    parts = []
+    for name, entry in comparison.calibration.items():
+        ratio = entry["speed_ratio"]
+        equal = "; counts as equally fast" if ratio["low"] <= 1 <= ratio["high"] else ""
+        parts.append(f"{name} {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}{equal})")
+    if not parts:
+        return []
+    units = join_names(list(dict.fromkeys(entry["unit"] for entry in comparison.calibration.values())))
+    return [
+        f"The budgets follow from speeds that were measured in {units} before the runs. Median and range over the "
+        f"rounds, relative to {comparison.baseline}: {join_names(parts)}."
+    ]
 
 
 def _differences(all_arms: Summaries) -> list[str]:
@@ -372,11 +395,13 @@ def _seconds(all_arms: Summaries) -> list[str]:
     speeds = [
         spread(run.last["seconds"] / run.last["tokens"] for run in arm.finished) for arm in all_arms.arms.values()
     ]
+    processor_times = all(arm.consumed("processor_seconds") for arm in all_arms.arms.values())
+    recorded = "processor seconds or " if processor_times else ""
     unevenness = max((speed.high / speed.low for speed in speeds if speed), default=1.0)
     return (
         [
             f"Some seeds took up to {unevenness:.1f} times as long as other seeds of the same arm: the machine did "
-            "other work too, so compare FLOPs rather than seconds."
+            f"other work too, so compare {recorded}FLOPs rather than seconds."
         ]
         if unevenness > UNEVEN
         else []

@@ -88,6 +88,13 @@ class Run:
         return self.metrics[-1] if self.metrics else {}
 
     @property
+    def processor_seconds(self) -> float | None:
+        """Processor time of the training; None on a GPU, and if an earlier version trained a part of the run."""
+        if not all("processor_seconds" in line for line in self.metrics):
+            return None
+        return self.last.get("processor_seconds") or None
+
+    @property
     def root(self) -> Path:
         """Folder in which the run was started, to which the paths in its configuration are relative.
 

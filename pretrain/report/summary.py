@@ -1,6 +1,6 @@
 """Summary of each arm: the metric and its test, amounts consumed, cost per token, and collapse of the embeddings."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,10 +58,12 @@ class Summary:
     """FLOPs per corpus token, relative to the baseline."""
     seconds_ratio: Spread | None
     """Seconds per corpus token, relative to the baseline: the ratio of means, and the extremes over seeds."""
+    processor_ratio: Spread | None = None
+    """The same for processor seconds; None on a GPU, or if they were not recorded."""
     monitors: dict[str, Spread] = field(default_factory=dict)
     """Embedding monitors with targets that are encoded separately."""
     in_context_monitors: dict[str, Spread] = field(default_factory=dict)
-    """Embedding monitors of targets in context, if the arm has such targets."""
+    """Embedding monitors of targets in context; empty if the arm has no such targets."""
     collapsed: list[int] = field(default_factory=list)
     """Seeds whose embeddings have collapsed."""
 
@@ -71,9 +73,15 @@ class Summary:
         return spread(self.values.values())
 
     def consumed(self, amount: str) -> Spread | None:
-        """Return the `tokens`, `flops` or `seconds` that the finished runs consumed; None if unknown."""
+        """Return the amount that the finished runs consumed; None if unknown.
+
+        The amount is `tokens`, `flops`, `seconds` or `processor_seconds`.
+        """
         if amount == "flops":
             return spread(self.flops * run.last["tokens"] for run in self.finished) if self.flops else None
+        if amount == "processor_seconds":
+            values = [run.processor_seconds for run in self.finished]
+            return spread(values) if all(values) else None
         return spread(run.last[amount] for run in self.finished)
 
 
@@ -143,7 +151,8 @@ def summarize(comparison: Comparison) -> Summaries:
             tests.get(name),
             flops.get(name),
             flops[name] / flops[comparison.baseline] if flops and comparison.baseline else None,
-            _seconds_ratio(arm, baseline_arm) if baseline_arm else None,
+            _seconds_ratio(arm, baseline_arm, lambda run: run.last["seconds"]) if baseline_arm else None,
+            _seconds_ratio(arm, baseline_arm, lambda run: run.processor_seconds) if baseline_arm else None,
             _monitors(finished, "embedding"),
             _monitors(finished, "embedding_in_context"),
             [run.seed for run in finished if _collapsed(run)],
@@ -192,20 +201,21 @@ def _all_flops(comparison: Comparison) -> tuple[dict[str, float], str]:
     return flops, ""
 
 
-def _seconds_ratio(arm: Arm, baseline: Arm) -> Spread | None:
-    def seconds_per_token(run: Run) -> float:
-        seconds: float = run.last["seconds"]
-        return seconds / float(run.last["tokens"])
+def _seconds_ratio(arm: Arm, baseline: Arm, seconds: Callable[[Run], float | None]) -> Spread | None:
+    """Return the ratio of `seconds` per corpus token over the seeds for which both arms have them."""
 
-    paired_runs = [
-        (run, baseline.runs[seed])
-        for seed, run in arm.runs.items()
-        if run.finished and seed in baseline.runs and baseline.runs[seed].finished
-    ]
-    ratios = spread(seconds_per_token(run) / seconds_per_token(other) for run, other in paired_runs)
+    def seconds_per_token(runs: dict[int, Run]) -> dict[int, float]:
+        return {
+            seed: value / float(run.last["tokens"])
+            for seed, run in runs.items()
+            if run.finished and (value := seconds(run)) is not None
+        }
+
+    times, other_times = seconds_per_token(arm.runs), seconds_per_token(baseline.runs)
+    seeds = [seed for seed in times if seed in other_times]
+    ratios = spread(times[seed] / other_times[seed] for seed in seeds)
     return ratios and ratios._replace(
-        mean=sum(seconds_per_token(run) for run, _ in paired_runs)
-        / sum(seconds_per_token(other) for _, other in paired_runs)
+        mean=sum(times[seed] for seed in seeds) / sum(other_times[seed] for seed in seeds)
     )
 
 

@@ -54,6 +54,7 @@ def _show(study: Study) -> None:
     from pretrain.studies.matching import Matching, load_base_config
     from pretrain.studies.plan import print_plan
     from pretrain.studies.record import StudyRecord
+    from pretrain.studies.speeds import read_ratios
 
     overrides, corpora = assign_corpora(study, load_base_config(study))
     missing = [corpus.data.path for corpus in corpora if not is_prepared(corpus)]
@@ -65,10 +66,7 @@ def _show(study: Study) -> None:
         )
         return
     matching = Matching(study, overrides)
-    speeds = {
-        arm: calibration["tokens_per_second"] for arm, calibration in StudyRecord(study.folder).calibration.items()
-    }
-    print_plan(study, matching, speeds)
+    print_plan(study, matching, read_ratios(StudyRecord(study.folder).calibration, study.config.baseline))
 
 
 def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
@@ -95,7 +93,7 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
     matching = Matching(study, overrides)
     speeds = {}
     if study.config.matched_by == "seconds":
-        speeds = calibrate(study, list(matching.arms.values()), record, launcher_dir, processes)
+        speeds = calibrate(study, matching, record, launcher_dir, processes)
     if processes.stopped:
         return EXIT_CODE_STOPPED
     runs = make_runs(study, matching, speeds)
@@ -112,5 +110,5 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
         return submit_runs(study.folder, launcher_dir, study.config.slurm, runs, record)
     code = run_locally(study, launcher_dir, runs, record, processes)
     if code != EXIT_CODE_STOPPED:
-        print_outcome(study, runs)
+        print_outcome(study, runs, speeds)
     return code

@@ -9,7 +9,7 @@ be added to a study later.
     tokens    the number of corpus tokens in the base's budget
     flops     the number of tokens for which the arm needs the FLOPs that the baseline needs for the base's tokens
     seconds   the number of tokens that the arm reads in the time in which the baseline reads the base's tokens; the
-              speeds of both come from a short run (calibration.py)
+              speeds of both come from short runs (calibration.py). Arms that are equally fast have the same budget
 """
 
 import logging
@@ -23,6 +23,7 @@ from pretrain.data.corpus import Corpus, source_weights
 from pretrain.planning.plan import Plan, make_plan
 from pretrain.sections import BUDGETS
 from pretrain.studies.config import Study
+from pretrain.studies.speeds import PairedRatio
 from pretrain.tasks.options import AnswerTask
 from pretrain.training.start_checks import check
 
@@ -45,6 +46,8 @@ class Arm:
     flops_per_step: float
     unmatched_tokens: int
     """Number of corpus tokens in the budget that the arm's configuration sets."""
+    dropout_levels: dict[float, float]
+    """Fraction of the run at each dropout of the records; see `pretrain.planning.plan.Step`."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -77,10 +80,10 @@ class Matching:
         """Arm to which the other arms are matched."""
         return self.arms[self.study.config.baseline]
 
-    def tokens(self, arm: Arm, speeds: dict[str, float]) -> int:
+    def tokens(self, arm: Arm, speeds: dict[str, PairedRatio]) -> int:
         """Return the number of corpus tokens that an arm trains on.
 
-        `speeds` are the measured tokens per second of each arm; only matching by seconds needs them.
+        `speeds` are the measured speeds relative to the baseline; only matching by seconds needs them.
         """
         match self.study.config.matched_by:
             case "tokens":
@@ -88,11 +91,11 @@ class Matching:
             case "flops":
                 return round(self.base_tokens * self.baseline.flops_per_token / arm.flops_per_token)
             case "seconds":
-                return round(self.base_tokens * speeds[arm.name] / speeds[self.baseline.name])
+                return round(self.base_tokens * speeds[arm.name].used)
             case _:
                 return arm.unmatched_tokens
 
-    def overrides(self, arm: Arm, speeds: dict[str, float]) -> dict[str, Any]:
+    def overrides(self, arm: Arm, speeds: dict[str, PairedRatio]) -> dict[str, Any]:
         """Return the dotted keys that set an arm's corpus, batch and budget."""
         if self.study.config.matched_by == "none":
             return arm.overrides
@@ -120,12 +123,16 @@ class Matching:
                     f"{self.base_step_tokens:,.0f}, so the arms differ in batch size too; "
                     "raise train.micro_batch_rows in the base for a closer match"
                 )
-        if study.config.matched_by == "seconds" and len(plan.step.dropout_levels) > 1:
-            notes.append(
-                "WARNING: the speed is measured in a few steps, but the number of pairs changes during the run; "
-                "matched_by: flops accounts for this"
-            )
-        return Arm(name, overrides, plan.config, plan.step.tokens, plan.flops, budget_tokens(plan), notes)
+        return Arm(
+            name,
+            overrides,
+            plan.config,
+            plan.step.tokens,
+            plan.flops,
+            budget_tokens(plan),
+            dict(plan.step.dropout_levels),
+            notes,
+        )
 
     def _plan(self, config: RunConfig) -> Plan:
         corpus = Corpus(config.data.path, "train")

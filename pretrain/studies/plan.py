@@ -5,20 +5,22 @@ import statistics
 
 from data_prep.utils.console import UserError, print_table
 from pretrain.data.corpus import Corpus
+from pretrain.report.runs import Run as FinishedRun
 from pretrain.report.runs import read_run
 from pretrain.studies.config import Study
 from pretrain.studies.matching import Matching
 from pretrain.studies.record import Run
 from pretrain.studies.runner import is_done
+from pretrain.studies.speeds import PairedRatio, paired_ratio
 from pretrain.training.describe import check_same_run
 
 logger = logging.getLogger(__name__)
 
 CLOSE = 0.05
-"""Largest relative difference in training seconds at which arms count as matched by seconds."""
+"""Largest relative difference in training time at which arms count as matched by seconds."""
 
 
-def make_runs(study: Study, matching: Matching, speeds: dict[str, float]) -> list[Run]:
+def make_runs(study: Study, matching: Matching, speeds: dict[str, PairedRatio]) -> list[Run]:
     """Return all runs. Each seed runs in all arms before the next seed, so an unfinished study is balanced."""
     runs = []
     for seed in study.config.seeds:
@@ -41,13 +43,15 @@ def check_runs(runs: list[Run]) -> None:
                 ) from None
 
 
-def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> None:
+def print_plan(study: Study, matching: Matching, speeds: dict[str, PairedRatio]) -> None:
     """Print the arms with their budgets, and the changes made by matching.
 
     A budget that depends on speeds that are not measured yet is shown as "measured at the start".
     """
     config = study.config
     rows = [["arm", "rows per step", "tokens per step", "steps, about", "tokens", "FLOPs", f"of {config.baseline}"]]
+    if config.matched_by == "seconds":
+        rows[0].append(_speed_heading(study))
     speeds_unknown = config.matched_by == "seconds" and not speeds.keys() >= matching.arms.keys()
     for arm in matching.arms.values():
         cells = ["measured at the start"] + [""] * 3
@@ -61,6 +65,8 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
                 f"{flops:.3g}",
                 f"{flops / baseline_flops:.3f}",
             ]
+        if config.matched_by == "seconds":
+            cells.append("" if speeds_unknown else str(speeds[arm.name]))
         rows.append([arm.name, f"{arm.config.train.global_batch_rows:,}", f"{arm.tokens_per_step:,.0f}", *cells])
     print_table(rows)
     for arm in matching.arms.values():
@@ -74,37 +80,62 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
     )
 
 
-def print_outcome(study: Study, runs: list[Run]) -> None:
-    """Print for each arm the mean and spread of the metric over seeds, and the mean tokens and seconds of its runs."""
-    metric = study.metric
+def print_outcome(study: Study, runs: list[Run], speeds: dict[str, PairedRatio]) -> None:
+    """Print for each arm the mean and spread of the metric over seeds, and the mean tokens and seconds of its runs.
+
+    If seconds are matched, the table has the measured speeds, and a warning names the arms whose training time differs
+    from the baseline's.
+    """
+    metric, matched_by = study.metric, study.config.matched_by
     finished = {run.name: read_run(run.run_dir) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))
-    rows = [["arm", "runs", str(metric), "spread", "tokens", "training seconds"]]
-    seconds = {}
+    heads = ["arm", "runs", str(metric), "spread", "tokens", "training seconds"]
+    if with_processor := bool(finished) and all(run.processor_seconds for run in finished.values()):
+        heads.append("processor seconds")
+    if matched_by == "seconds":
+        heads.append(_speed_heading(study))
+    rows = [heads]
     for arm in study.config.arms:
         done = [finished[run.name] for run in runs if run.arm == arm and run.name in finished]
         if not done:
-            rows.append([arm, "0", "", "", "", ""])
+            rows.append([arm, "0", *[""] * (len(heads) - 2)])
             continue
         last_lines = [run.last for run in done]
         values = [value for run in done if (value := metric.final(run, settings)) is not None]
-        seconds[arm] = statistics.fmean(line["seconds"] for line in last_lines)
         mean = f"{statistics.fmean(values):.4f}" if values else ""
-        rows.append(
-            [
-                arm,
-                str(len(done)),
-                mean,
-                f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
-                f"{statistics.fmean(line['tokens'] for line in last_lines):,.0f}",
-                f"{seconds[arm]:,.1f}",
-            ]
-        )
+        cells = [
+            arm,
+            str(len(done)),
+            mean,
+            f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
+            f"{statistics.fmean(line['tokens'] for line in last_lines):,.0f}",
+            f"{statistics.fmean(line['seconds'] for line in last_lines):,.1f}",
+        ]
+        if with_processor:
+            cells.append(f"{statistics.fmean(line['processor_seconds'] for line in last_lines):,.1f}")
+        if matched_by == "seconds":
+            cells.append(str(speeds[arm]))
+        rows.append(cells)
     print_table(rows)
-    for arm, arm_seconds in seconds.items():
-        ratio = arm_seconds / seconds.get(study.config.baseline, arm_seconds)
-        if study.config.matched_by == "seconds" and abs(ratio - 1) > CLOSE:
+    if matched_by == "seconds":
+        _warn_of_unmatched_times(study, runs, finished, "processor_seconds" if with_processor else "seconds")
+
+
+def _speed_heading(study: Study) -> str:
+    return f"speed, of {study.config.baseline}"
+
+
+def _warn_of_unmatched_times(study: Study, runs: list[Run], finished: dict[str, FinishedRun], unit: str) -> None:
+    """Warn of each arm whose training took longer or less long than the baseline's with the same seed."""
+    times = {(run.arm, run.seed): finished[run.name].last[unit] for run in runs if run.name in finished}
+    baseline = study.config.baseline
+    for arm in study.config.arms:
+        seeds = [seed for seed in study.config.seeds if {(arm, seed), (baseline, seed)} <= times.keys()]
+        if not seeds:
+            continue
+        ratio = paired_ratio([times[arm, seed] for seed in seeds], [times[baseline, seed] for seed in seeds])
+        if ratio.differs and abs(ratio.median - 1) > CLOSE:
             logger.warning(
-                f"{arm} trained {ratio:.2f} times as long as {study.config.baseline}; "
+                f"{arm} trained {ratio} times as long as {baseline}, in {unit.replace('_', ' ')}; "
                 "the machine's speed has changed since the calibration"
             )

@@ -9,7 +9,10 @@ Keys:
                    were fixed; several if the study file has changed), `extensions` (values added to the range of a key,
                    by round), `trials` (ARM: the values and the scores by seed of each trial), `best` (ARM: its best
                    values), and `at_edge` (ARM: keys whose best value is at the edge of the range)
-    calibration    ARM: the measured speed, if seconds are matched
+    calibration    ARM: its measured speed relative to the baseline, if seconds are matched: {"started_as",
+                   "baseline_started_as": hashes of the settings, "baseline": the baseline's name, "steps": the measured
+                   steps, "unit": "processor seconds" or "seconds", "seconds_per_token", "baseline_seconds_per_token":
+                   one value for each round, "speed_ratio": {"median", "low", "high"} over the rounds}
     wall_seconds   RUN: wall-clock seconds on this machine over all launches, including the evaluation
     jobs           RUN: the Slurm job numbers of the training and the evaluation
 """

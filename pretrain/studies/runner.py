@@ -130,10 +130,16 @@ def _time_left(runs: list[Run], record: StudyRecord) -> str:
 
     Returns "" if no finished run was timed.
     """
-    done = [run for run in runs if is_done(run)]
-    timed = [run for run in done if run.name in record.wall_seconds]
-    if not timed:
+    seconds_per_flop = wall_seconds_per_flop(runs, record)
+    if seconds_per_flop is None:
         return ""
-    flops_left = sum(run.flops for run in runs if run not in done)
-    seconds = flops_left * sum(record.wall_seconds[run.name] for run in timed) / sum(run.flops for run in timed)
-    return f", about {duration(seconds)} left for all runs"
+    flops_left = sum(run.flops for run in runs if not is_done(run))
+    return f", about {duration(flops_left * seconds_per_flop)} left for all runs"
+
+
+def wall_seconds_per_flop(runs: list[Run], record: StudyRecord) -> float | None:
+    """Return the recorded wall-clock seconds of the finished runs per FLOP; None if no finished run was timed."""
+    timed = [run for run in runs if run.name in record.wall_seconds and is_done(run)]
+    if not timed:
+        return None
+    return sum(record.wall_seconds[run.name] for run in timed) / sum(run.flops for run in timed)

@@ -129,7 +129,7 @@ class Tuning:
             for values in combinations(self.grid(arm))
         }
         first = trial_name(config.baseline, combinations(self.grid(config.baseline))[0])
-        changes = {
+        changes: dict[str, Any] = {
             "name": FOLDER,
             "output_dir": str(self.study.folder),
             "seeds": self.tune.seeds,
@@ -138,6 +138,8 @@ class Tuning:
             "primary": None,
             "tune": None,
         }
+        if config.matched_by == "seconds":
+            changes["matched_by"] = "flops"  # the speed of each trial is not measured
         return Study(config.model_copy(update=changes), self.study.base)
 
     def _scored_on_validation_rows(self, arm: str) -> dict[str, Any]:

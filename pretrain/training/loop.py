@@ -197,7 +197,7 @@ class Trainer:
     def _train_step(self, step: StepData, data: Prefetch) -> tuple[StepReport, StepConsensus]:
         """Train one step; return its values and the consensus of the ranks."""
         data.pop_wait_seconds()
-        started = time.perf_counter()
+        started, processor_started = time.perf_counter(), time.process_time()
         self._count(step.rows)
         self._set_learning_rate()
         logged = self.at_end or self.progress.step == 1 or self.is_due(self.config.monitor.log_every)
@@ -207,6 +207,8 @@ class Trainer:
         embeddings = self._diagnose(pool)
         self.step_seconds = time.perf_counter() - started
         self.progress.seconds += self.step_seconds
+        if self.world.device.type == "cpu":
+            self.progress.processor_seconds += time.process_time() - processor_started
         self.throughput.add(
             step.rows,
             step.targets,

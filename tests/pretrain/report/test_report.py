@@ -109,6 +109,46 @@ def test_lower_is_better_if_the_study_declares_it(study_with_values):
     assert parse_table(render_report(study, page=False)[0])["less"]["verdict"] == "helps"
 
 
+def test_measured_speeds_and_processor_seconds_are_reported(study_with_values):
+    study = study_with_values({"plain": {1: 0.7, 2: 0.71}, "wide": {1: 0.7, 2: 0.71}, "same": {1: 0.7, 2: 0.71}})
+    # The arms have processor times in the ratios 2 and 4 by seed, and the same wall-clock time.
+    for number in range(3):
+        for seed in (1, 2):
+            factor = 2 * seed if number == 1 else 1
+
+            def change(line, factor=factor):
+                line.update(seconds=line["step"], tokens=line["step"] * 100, processor_seconds=factor * line["step"])
+
+            change_lines(study / f"arm{number}-{seed}" / "metrics.jsonl", change)
+    ratios = {"wide": (0.3, 0.25, 0.5), "same": (1.02, 0.97, 1.04)}
+    calibration = {
+        name: {
+            "baseline": "plain",
+            "unit": "processor seconds",
+            "speed_ratio": dict(zip(("median", "low", "high"), values, strict=True)),
+        }
+        for name, values in ratios.items()
+    }
+    change_lines(study / "study.json", lambda values: values.update(calibration=calibration, matched_by="seconds"))
+    text, page = render_report(study)
+    for sentence in (
+        "measured in processor seconds before the runs. Median and range over the rounds, relative to plain: "
+        "wide 0.30 (0.25 to 0.50) and same 1.02 (0.97 to 1.04; counts as equally fast).",
+        "1.00 times the seconds (1.00 to 1.00 by seed) and 3.00 times the processor seconds (2.00 to 4.00 by seed)",
+        "The study is matched by processor seconds, but the arms differ in processor seconds",
+    ):
+        assert sentence in text and sentence in page
+    assert "before the runs" not in render_report(study, page=False, baseline="same")[0]
+
+    def forget(line):
+        if line["step"] == 1:
+            line.pop("processor_seconds")
+
+    change_lines(study / "arm1-1" / "metrics.jsonl", forget)
+    text, _ = render_report(study, page=False)
+    assert "4.00 times the processor seconds of plain" in text and "differ in seconds" not in text
+
+
 def test_a_collapsing_arm_does_not_help(study_with_values):
     study = study_with_values({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "collapsed": {1: 0.7, 2: 0.71, 3: 0.73}})
     tag = "validation/embedding/shuffled_cosine"

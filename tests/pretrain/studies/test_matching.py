@@ -10,6 +10,7 @@ from pretrain.planning.plan import make_loader, make_plan
 from pretrain.studies.corpora import assign_corpora
 from pretrain.studies.matching import Matching, load_base_config
 from pretrain.studies.plan import make_runs
+from pretrain.studies.speeds import PairedRatio
 from tests.pretrain.studies.conftest import STEPS
 
 ARMS = {
@@ -99,17 +100,19 @@ def test_arms_whose_terms_are_switched_off_are_matched_over_the_whole_run(make_s
         assert run.flops == pytest.approx(plan.flops * steps, rel=0.03), name
 
 
-def test_a_study_matched_by_seconds_warns_about_steps_that_change(make_study):
-    matching = match(make_study(arms=ARMS | {"early": {"objective.active": [0, 0.25]}}, matched_by="seconds"))
-    assert any("the number of pairs changes during the run" in note for note in matching.arms["early"].notes)
-    assert not any("the number of pairs" in note for note in matching.arms["jepa"].notes)
-
-
 def test_faster_arms_read_more_tokens_if_matched_by_seconds(make_study):
     matching = match(make_study(arms=ARMS, matched_by="seconds"))
-    speeds = {"plain": 1000.0, "jepa": 500.0, "dropout": 750.0, "wide": 100.0}
+    ratios = {"plain": 1.0, "jepa": 0.5, "dropout": 0.75, "wide": 1.5}
+    speeds = {arm: PairedRatio(ratio, 0.9 * ratio, 1.1 * ratio) for arm, ratio in ratios.items()}
     tokens = {run.arm: run.config.train.tokens for run in make_runs(matching.study, matching, speeds)}
-    assert tokens == {arm: round(matching.base_tokens * speed / 1000) for arm, speed in speeds.items()}
+    assert tokens == {arm: round(matching.base_tokens * ratio) for arm, ratio in ratios.items()}
+
+
+def test_equally_fast_arms_have_the_same_budget(make_study):
+    matching = match(make_study(matched_by="seconds"))
+    for low, high, factor in ((0.94, 1.01, 1), (0.94, 0.99, 0.95), (1.0, 1.1, 1)):
+        speeds = {"plain": PairedRatio(1, 1, 1), "jepa": PairedRatio(0.95, low, high)}
+        assert matching.tokens(matching.arms["jepa"], speeds) == round(factor * matching.base_tokens)
 
 
 def test_without_matching_each_arm_has_its_own_budget_and_batch(make_study):

@@ -11,6 +11,7 @@ import yaml
 from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import read_run
 from pretrain.run_folder import read_metrics, read_status
+from pretrain.studies.calibration import ROUNDS
 from pretrain.studies.runner import EXIT_CODE_STOPPED
 from tests.commands import ROOT, BackgroundCommand, read_complete_lines, run_command
 from tests.pretrain.studies.conftest import STEPS
@@ -172,22 +173,28 @@ def test_ctrl_c_saves_and_a_restart_completes_the_study_although_one_arm_fails(s
 
 @pytest.mark.slow
 def test_matched_by_seconds_on_two_ranks(write_study, folder):
-    """The steps of the wide arm take longer, so it gets fewer tokens in about the same number of seconds."""
+    """The steps of the wide arm need more processor time, so it gets fewer tokens in about the same time."""
     arms = {
         "plain": {"objective.name": "next_token"},
-        "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024},
+        "wide": {"model.shape.hidden_size": 128, "model.shape.intermediate_size": 512},
     }
     path = write_study(
         name="seconds", matched_by="seconds", arms=arms, launch="deepspeed --num_gpus 2 --master_port 29873"
     )
-    run_command([*STUDY, str(path)], timeout=2 * TIMEOUT)
+    output = run_command([*STUDY, str(path)], timeout=4 * TIMEOUT).stdout
+    assert output.count("speed, of plain") == 2 and "processor seconds" in output
     study = folder / "studies" / "seconds"
     record = json.loads((study / "study.json").read_text())
-    speed = {arm: found["tokens_per_second"] for arm, found in record["calibration"].items()}
+    entry = record["calibration"]["wide"]
+    pairs = list(zip(entry["baseline_seconds_per_token"], entry["seconds_per_token"], strict=True))
+    assert record["calibration"].keys() == {"wide"} and entry["unit"] == "processor seconds" and len(pairs) == ROUNDS
+    ratio = entry["speed_ratio"]
+    assert ratio["high"] < 1 and ratio["median"] == pytest.approx(sorted(one / other for one, other in pairs)[1])
+    runs = {path.name for path in (study / "calibration").iterdir() if path.name != "configs"}
+    assert runs == {f"{arm}-round{number}" for arm in arms for number in range(1, ROUNDS + 1)}
     last = {arm: read_metrics(study / f"{arm}-seed1")[-1] for arm in arms}
-    assert speed["wide"] < speed["plain"]
     budget = {arm: record["arms"][arm]["matched"]["train.tokens"] for arm in arms}
-    assert budget["wide"] / budget["plain"] == pytest.approx(speed["wide"] / speed["plain"], rel=1e-3)
+    assert budget["wide"] / budget["plain"] == pytest.approx(ratio["median"], rel=1e-3)
     for arm, line in last.items():
         # A run ends with the step that reaches its budget.
         assert 0 <= line["tokens"] - budget[arm] < 1.5 * line["tokens"] / line["step"]

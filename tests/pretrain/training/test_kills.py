@@ -147,7 +147,12 @@ def comparable_metrics(run_dir: Path) -> list[dict]:
     """Return the lines of metrics.jsonl without the elapsed time and the throughput."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [
-        {tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))} for line in lines
+        {
+            tag: value
+            for tag, value in line.items()
+            if not tag.startswith(("seconds", "processor_seconds", "throughput"))
+        }
+        for line in lines
     ]
 
 
