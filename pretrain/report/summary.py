@@ -11,7 +11,7 @@ from pretrain.objectives.monitors import has_collapsed
 from pretrain.report.arms import Arm, Comparison
 from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import Metric, Run
-from pretrain.report.statistics import PairedTest, compare
+from pretrain.report.statistics import PairedTest, compare, untested
 from pretrain.tasks.directions import VALIDATION
 
 MONITORS = ("paired_cosine", "shuffled_cosine", "retrieval_at_1", "effective_rank")
@@ -124,7 +124,12 @@ def summarize(comparison: Comparison) -> Summaries:
     baseline_arm = None
     if comparison.baseline is not None:
         others = {arm.name: values[arm.name] for arm in comparison.others}
-        tests = compare(others, values[comparison.baseline], comparison.metric.higher_is_better)
+        base = values[comparison.baseline]
+        tests = (
+            untested(others, base, comparison.pending)
+            if comparison.pending
+            else compare(others, base, comparison.metric.higher_is_better)
+        )
         baseline_arm = comparison.arms.get(comparison.baseline)
     flops, problem = _all_flops(comparison)
     arms = {}

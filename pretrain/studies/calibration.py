@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, dump_config
+from pretrain.report.records import record_path
 from pretrain.report.runs import is_run
 from pretrain.run_folder import read_metrics
 from pretrain.sections import BUDGETS
@@ -86,7 +87,8 @@ def calibrate(
         config = study.run_config(arm.name, study.config.seeds[0], calibration_changes(arm, str(folder)))
         started_as = fingerprint(config, study.config)
         earlier = record.calibration.get(arm.name, {})
-        has_runs = any(is_run(study.folder / run_name(arm.name, seed)) for seed in study.config.seeds)
+        names = [run_name(arm.name, seed) for seed in study.config.seeds]
+        has_runs = any(is_run(study.folder / name) or record_path(study.folder, name).is_file() for name in names)
         if processes.stopped or (earlier and (has_runs or earlier.get("started_as") == started_as)):
             continue
         shutil.rmtree(config.run_dir, ignore_errors=True)

@@ -2,14 +2,16 @@
 
 import logging
 import statistics
+from pathlib import Path
 
 from data_prep.utils.console import UserError, print_table
 from pretrain.data.corpus import Corpus
+from pretrain.report.records import RECORDS, read_record
 from pretrain.report.runs import read_run
-from pretrain.studies.config import Study
+from pretrain.studies.config import FILE, Study
 from pretrain.studies.matching import Matching
 from pretrain.studies.record import Run
-from pretrain.studies.runner import is_done
+from pretrain.studies.runner import is_done, is_trained, missing_results
 from pretrain.training.describe import check_same_run
 
 logger = logging.getLogger(__name__)
@@ -29,16 +31,34 @@ def make_runs(study: Study, matching: Matching, speeds: dict[str, float]) -> lis
 
 
 def check_runs(runs: list[Run]) -> None:
-    """Raise UserError if the settings of an existing run have changed since it was started."""
+    """Raise UserError if the settings of a run or of its record have changed since it was started.
+
+    A record without the results of a task is an error too, unless the run can be evaluated here: a record has no
+    weights.
+    """
     for run in runs:
         if (run.run_dir / "config.yaml").exists():
-            try:
-                check_same_run(run.config, Corpus(run.config.data.path, "train").manifest, None)
-            except UserError as error:
+            _check_same_run(run, run.run_dir, str(run.run_dir))
+        if run.record.is_file():
+            _check_same_run(run, read_record(run.record), str(run.record))
+            if not is_trained(run) and (missing := missing_results(run)):
                 raise UserError(
-                    f"arms.{run.arm} or the base has changed since the run was started: {error}. "
-                    "Arms and seeds may be added, but arms with runs must not change; give the changed arm a new name"
-                ) from None
+                    f"{run.record} has no result of {', '.join(missing)} with the current settings and files; "
+                    "evaluate the run where its checkpoints are and copy the new record, "
+                    "or delete the record to have the run repeated"
+                )
+
+
+def _check_same_run(run: Run, folder: Path, shown_as: str) -> None:
+    config = run.config.model_copy(update={"output_dir": str(folder.parent)})
+    try:
+        check_same_run(config, Corpus(config.data.path, "train").manifest, None)
+    except UserError as error:
+        reason = str(error).replace(str(folder), shown_as)
+        raise UserError(
+            f"arms.{run.arm} or the base has changed since the run was started: {reason}. "
+            "Arms and seeds may be added, but arms with runs must not change; give the changed arm a new name"
+        ) from None
 
 
 def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> None:
@@ -66,6 +86,8 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
     for arm in matching.arms.values():
         for note in arm.notes:
             print(f"{arm.name}: {note}")
+    if config.power and config.seeds == config.power.pilot:
+        print("These are the runs of the pilot. The number of further seeds follows from their spread.")
     matched_by = "not matched" if config.matched_by == "none" else f"matched by {config.matched_by}"
     arms, seeds = len(matching.arms), len(config.seeds)
     print(
@@ -77,7 +99,7 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
 def print_outcome(study: Study, runs: list[Run]) -> None:
     """Print for each arm the mean and spread of the metric over seeds, and the mean tokens and seconds of its runs."""
     metric = study.metric
-    finished = {run.name: read_run(run.run_dir) for run in runs if is_done(run)}
+    finished = {run.name: read_run(run.folder) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))
     rows = [["arm", "runs", str(metric), "spread", "tokens", "training seconds"]]
     seconds = {}
@@ -108,3 +130,5 @@ def print_outcome(study: Study, runs: list[Run]) -> None:
                 f"{arm} trained {ratio:.2f} times as long as {study.config.baseline}; "
                 "the machine's speed has changed since the calibration"
             )
+    if finished:
+        print(f"To continue on another machine, copy or commit {study.folder / FILE} and {study.folder / RECORDS}.")
