@@ -1,8 +1,8 @@
-"""Records of finished runs: small archives that stand in for run directories, in the report and in a resumed study.
+"""Records of finished runs: small archives that replace run directories in the report and in a resumed study.
 
 A record is STUDY/records/RUN.tar.xz. It holds the files below RUN/ that the report and the study read: configuration,
-environment, status, metrics, results and the answers of the last step. It holds no weights. The same run directory
-always gives the same bytes, so a record changes in git only if the run has changed.
+environment, status, metrics, results and the answers of the last step. It holds no weights. The bytes depend on
+the contents of these files only, so a record changes in git only if the run has changed.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""Records stand in for run directories in a report. Damaged and foreign records are refused."""
+"""Records replace run directories in a report. Damaged and foreign records are refused."""
 
 import io
 import json
