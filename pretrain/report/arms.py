@@ -1,15 +1,12 @@
 """Arms of a comparison, each with one run per seed, read from a study or from run directories."""
 
-import atexit
 import json
-import lzma
-import tarfile
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.utils.console import UserError
+from pretrain.report.records import extract, find_run, record_path
 from pretrain.report.runs import Metric, Run, declared_direction, is_run, known_metrics, read_run
 from pretrain.run_folder import loss_terms
 from pretrain.tasks.directions import VALIDATION
@@ -72,6 +69,10 @@ class Comparison:
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Measured speed of each arm relative to the baseline, as in study.json. It is empty if seconds are not matched, or
     if an earlier version measured the speeds."""
+    pending: str = ""
+    """Reason why the study is unfinished and has no verdict yet; empty if it is finished, or if there is no study."""
+    power: dict[str, Any] | None = None
+    """The pilot and the number of seeds that follows from it, as in study.json; None if the study has no pilot."""
 
     @property
     def runs(self) -> list[Run]:
@@ -121,8 +122,11 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
     path = folder / STUDY
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-        runs_folder = _extracted(folder / RUNS_ARCHIVE) if (folder / RUNS_ARCHIVE).is_file() else folder
-        arms = [_study_arm(runs_folder, name, arm) for name, arm in study["arms"].items()]
+        runs_folder = extract(folder / RUNS_ARCHIVE) if (folder / RUNS_ARCHIVE).is_file() else folder
+        power = study.get("power")
+        # The seeds of the pilot are not compared once they have determined the number of seeds.
+        excluded = power["pilot"] if power and "seeds" in power else []
+        arms = [_study_arm(folder, runs_folder, name, arm, excluded) for name, arm in study["arms"].items()]
         title, matched_by, study_baseline = str(study["name"]), study["matched_by"], study["baseline"]
         speeds = {name: entry for name, entry in study.get("calibration", {}).items() if "speed_ratio" in entry}
         planned = Metric(study["metric"]["task"], study["metric"]["name"], bool(study["metric"]["higher_is_better"]))
@@ -145,33 +149,39 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
     calibration = {
         name: speeds[name] for name in comparison.arms if speeds.get(name, {}).get("baseline") == comparison.baseline
     }
-    primary = study.get("primary") if comparison.baseline == study_baseline else None
-    return replace(comparison, calibration=calibration, primary=primary, tune=study.get("tune"))
-
-
-def _extracted(archive: Path) -> Path:
-    """Extract an archive of run directories to a folder that is deleted when this process ends, and return the folder.
-
-    Raises UserError for a corrupt archive, and for one with links or paths that lead out of the folder.
-    """
-    temporary = tempfile.TemporaryDirectory(prefix="jepa-study-")
-    atexit.register(temporary.cleanup)
-    try:
-        with tarfile.open(archive, "r:xz") as records:
-            records.extractall(temporary.name, filter="data")
-    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"cannot read {archive}: {error}; restore the file, or the run directories") from None
-    return Path(temporary.name)
-
-
-def _study_arm(folder: Path, name: str, arm: dict[str, Any]) -> Arm:
-    paths = {int(seed): folder / path for seed, path in arm["runs"].items()}
-    return Arm(
-        name,
-        {seed: read_run(path) for seed, path in sorted(paths.items()) if is_run(path)},
-        {seed: str(path) for seed, path in sorted(paths.items()) if not is_run(path)},
-        arm.get("flops_per_token"),
+    return replace(
+        comparison,
+        calibration=calibration,
+        primary=study.get("primary") if comparison.baseline == study_baseline else None,
+        tune=study.get("tune"),
+        pending=_pending(arms, planned, power),
+        power=power,
     )
+
+
+def _pending(arms: list[Arm], metric: Metric, power: dict[str, Any] | None) -> str:
+    """Return the reason why a study is unfinished; empty if all its planned runs are trained and evaluated."""
+    planned = sum(arm.planned for arm in arms)
+    missing = planned - sum(metric.is_evaluated(run) for arm in arms for run in arm.runs.values())
+    runs = "runs is" if missing == 1 else "runs are"
+    if power and "seeds" not in power:
+        return f"the number of seeds follows from the pilot, of which {missing} of {planned} {runs} missing"
+    return f"{missing} of {planned} {runs} missing" if missing else ""
+
+
+def _study_arm(folder: Path, runs_folder: Path, name: str, arm: dict[str, Any], excluded: list[int]) -> Arm:
+    """Read the runs of an arm from their directories in `runs_folder` or from the records of the study in `folder`."""
+    paths = {int(seed): path for seed, path in arm["runs"].items() if int(seed) not in excluded}
+    runs: dict[int, Run] = {}
+    missing: dict[int, str] = {}
+    for seed, path in sorted(paths.items()):
+        run_dir, record = runs_folder / path, record_path(folder, Path(path).name)
+        found = find_run(run_dir, record)
+        if found is None:
+            missing[seed] = str(run_dir)
+        else:
+            runs[seed] = read_run(found) if found == run_dir else replace(read_run(found), record=record)
+    return Arm(name, runs, missing, arm.get("flops_per_token"))
 
 
 def _comparison(

@@ -60,6 +60,8 @@ def headline(all_arms: Summaries) -> str:
         return (
             f"No verdict: there is only one arm, {next(iter(comparison.arms))}, so there is nothing to compare it with."
         )
+    if comparison.pending:
+        return f"No verdict yet: {comparison.pending}."
     if len(tests) == 1:
         return verdict(all_arms, next(iter(tests)))
     if comparison.primary in tests:
@@ -217,8 +219,31 @@ def cost_sentences(all_arms: Summaries) -> dict[str, str]:
 
 def caveats(all_arms: Summaries) -> list[str]:
     """Return the caveats that a reader must know before relying on the verdict."""
-    parts = (_scorings, _missing, _collapses, _metric, _matching, _calibration, _differences, _seconds)
+    parts = (_power, _scorings, _missing, _collapses, _metric, _matching, _calibration, _differences, _seconds)
     return [sentence for part in parts for sentence in part(all_arms)]
+
+
+def _power(all_arms: Summaries) -> list[str]:
+    """Report how the pilot has determined the number of seeds."""
+    power = all_arms.comparison.power
+    if power is None or "seeds" not in power:
+        return []
+    count = len(power["seeds"])
+    text = (
+        f"The number of seeds, {count}, follows from a pilot. Its {format_seeds(power['pilot'])} are excluded from "
+        f"this report. The largest standard deviation of the differences between an arm and the baseline was "
+        f"{format_number(power['sd'][power['largest']])} ({power['largest']})."
+    )
+    if power["limit_reached"]:
+        return [
+            f"{text} The study file allows at most {count} seeds. They find a true difference of "
+            f"{format_number(power['detectable'])} with a probability of {POWER:.0%}, but the difference worth finding "
+            f"is {format_number(power['detect'])}."
+        ]
+    return [
+        f"{text} With this spread, {count} seeds find a true difference of {format_number(power['detect'])} with a "
+        f"probability of {POWER:.0%}."
+    ]
 
 
 def _scorings(all_arms: Summaries) -> list[str]:
@@ -262,6 +287,11 @@ def _missing(all_arms: Summaries) -> list[str]:
                     + (", or only under other settings" if metric.results(run) else "")
                 )
         sentences.append(f"{arm.arm.name}: {len(arm.values)} of {planned} runs count ({'; '.join(reasons)}).")
+    if all_arms.comparison.pending:
+        sentences.append(
+            "There is no p value, interval or verdict before all planned runs are trained and evaluated. If a run can "
+            "never finish, remove its seed from `seeds` in the study file and start the study again."
+        )
     return sentences
 
 
@@ -294,7 +324,7 @@ def _metric(all_arms: Summaries) -> list[str]:
             "differences are descriptive only."
         )
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
-    if 1 < seeds < FEW_SEEDS:
+    if 1 < seeds < FEW_SEEDS and not comparison.pending:
         sentences.append(
             f"{seeds} seeds are few: the test assumes normally distributed differences, and so few seeds cannot show "
             "that they are. A test without this assumption, which uses only the signs of the differences, needs "
@@ -416,7 +446,7 @@ def run_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:
             run.status.get("status", "unknown"),
             f"{run.last.get('step', 0):,}",
             format_number(summary.values.get(seed)),
-            str(run.folder),
+            str(run.record or run.folder),
         )
         for seed, run in summary.arm.runs.items()
     ]

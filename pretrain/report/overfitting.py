@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.report.runs import Run
-from pretrain.report.statistics import PairedTest, compare, max_magnitude
+from pretrain.report.statistics import PairedTest, compare, max_magnitude, untested
 from pretrain.report.summary import Spread, Summaries, spread
 from pretrain.tasks.directions import VALIDATION
 
@@ -57,6 +57,9 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
     others = {name: past for name, past in arms.items() if name != baseline}
     base = arms[baseline]
     changes = {name: past.change for name, past in others.items() if past.change}
+    if pending := summaries.comparison.pending:
+        rises = {name: past.rise for name, past in others.items()}
+        return Overfitting(arms, untested(rises, base.rise, pending), untested(changes, base.change, pending))
     losses = {name: _magnitude(past.lowest, base.lowest) for name, past in others.items()}
     scores = {name: _magnitude(past.metric, base.metric) for name, past in others.items()}
     return Overfitting(

@@ -30,8 +30,8 @@ PAST = [
 SENSITIVITY = ["key", "arm", "best value", "score", "good values", "width", "spread", "values tried"]
 """Column headings of the table on sensitivity."""
 SENSITIVITY_REMARK = (
-    "These are the scores of the tuning, on its rows. Good values are the best value and the values around it whose mean "
-    f"scores are within {WITHIN:g} of the best. Their width is the ratio of the largest and the smallest, and the "
+    "These are the scores of the tuning, on its rows. Good values are the best value and the values around it whose "
+    f"mean scores are within {WITHIN:g} of the best. Their width is the ratio of the largest and the smallest, and the "
     "spread is the standard deviation of all scores at them. Other tuned keys have their best values."
 )
 """Remark on the table on sensitivity."""

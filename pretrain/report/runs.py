@@ -33,6 +33,8 @@ class Run:
     status: dict[str, Any]
     metrics: list[dict[str, Any]]
     results: list[dict[str, Any]]
+    record: Path | None = None
+    """Record that `folder` was extracted from; None for a run directory."""
 
     @property
     def seed(self) -> int:
@@ -192,6 +194,15 @@ class Metric:
         """Return the value at the last step of a run; None if it has no such value or is not finished."""
         curve = self.curve(run, key) if run.finished else []
         return curve[-1][1] if curve and curve[-1][0] == run.last["step"] else None
+
+    def is_evaluated(self, run: Run) -> bool:
+        """Return whether a run is finished and has the metric at its last step, under any settings."""
+        steps = (
+            [step for step, _ in self.curve(run, None)]
+            if self.task == VALIDATION
+            else [result["step"] for result in self.results(run)]
+        )
+        return run.finished and run.last["step"] in steps
 
     def common_settings(self, runs: list[Run]) -> str | None:
         """Return the comparison key of the results to compare; None if no run has the metric.

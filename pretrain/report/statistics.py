@@ -75,8 +75,8 @@ def compare(
             name: max_magnitude(value for seed in pairs[name] for value in (values[seed], baseline[seed]))
             for name, values in arms.items()
         }
-    untested = {name: _untested(differences, baseline, EQUAL * sizes[name]) for name, differences in pairs.items()}
-    results = {name: result for name, result in untested.items() if result is not None}
+    no_tests = {name: _untested(differences, baseline, EQUAL * sizes[name]) for name, differences in pairs.items()}
+    results = {name: result for name, result in no_tests.items() if result is not None}
     tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if name not in results}
     p_values = {name: p_value(differences) for name, differences in tested.items()}
     for name, (corrected_p, alpha) in holm_correction(p_values).items():
@@ -96,6 +96,16 @@ def compare(
             len(tested),
         )
     return {name: results[name] for name in arms}
+
+
+def untested(arms: dict[str, dict[int, float]], baseline: dict[int, float], reason: str) -> dict[str, PairedTest]:
+    """Return for each arm the mean difference from the baseline, with the reason why there is no test."""
+    results = {}
+    for name, values in arms.items():
+        seeds = sorted(values.keys() & baseline.keys())
+        mean = float(np.mean([values[seed] - baseline[seed] for seed in seeds])) if seeds else None
+        results[name] = PairedTest(seeds, mean, "no verdict", reason=reason)
+    return results
 
 
 def max_magnitude(values: Iterable[float]) -> float:

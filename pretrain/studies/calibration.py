@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, dump_config
+from pretrain.report.records import record_path
 from pretrain.report.runs import is_run
 from pretrain.run_folder import read_metrics
 from pretrain.sections import BUDGETS
@@ -186,7 +187,7 @@ def calibrate(
         if name not in known
         or (
             arm is not baseline
-            and not any(is_run(study.folder / run_name(name, seed)) for seed in study.config.seeds)
+            and not any(_has_run(study.folder, run_name(name, seed)) for seed in study.config.seeds)
             and not hashes[name].items() <= record.calibration[name].items()
         )
     ]
@@ -215,6 +216,10 @@ def calibrate(
         }
     record.save()
     return read_ratios(record.calibration, baseline.name)
+
+
+def _has_run(folder: Path, name: str) -> bool:
+    return is_run(folder / name) or record_path(folder, name).is_file()
 
 
 def seconds_per_flop(

@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from data_prep.utils.config_file import LocalPath, Section, load_yaml, validate
 from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json_or_none
 from pretrain.config import RunConfig, load_config
 from pretrain.report.runs import Metric
 from pretrain.sections import BUDGETS
 from pretrain.tasks.directions import LOSS_TASK, direction, metric_directions
 from pretrain.tasks.options import TaskConfig
 
+FILE = "study.json"
+"""File in the study folder with the contents of the study; see record.py."""
 STUDY_KEYS = ("name", "seed", "output_dir", "checkpoint.resume")
 """Keys of a run that the study sets; no arm may set them."""
+
+
+FEWEST_SEEDS = 3
+"""Fewest seeds after a pilot."""
 
 
 class MetricConfig(Section):
@@ -35,6 +42,17 @@ class MetricConfig(Section):
 
     Required for a metric of the harness, which declares the direction only together with a result.
     """
+
+
+class PilotConfig(Section):
+    """Number of seeds that follows from a pilot; see power.py."""
+
+    detect: float = Field(gt=0)
+    """Difference in the metric that the test should find with a probability of 80%."""
+    pilot: list[int] = Field(default=[1, 2, 3], min_length=3)
+    """Seeds of the pilot, from which the spread is estimated. They are not part of the final comparison."""
+    most: int = Field(default=20, ge=FEWEST_SEEDS)
+    """Largest number of seeds after the pilot."""
 
 
 class SlurmConfig(Section):
@@ -92,6 +110,9 @@ class StudyConfig(Section):
     output_dir: LocalPath = "runs"
     """Parent folder of the study folder output_dir/name."""
     seeds: list[int] = Field(min_length=1)
+    """Seeds of every arm. With a pilot, these are the pilot's seeds, and later the further seeds too."""
+    power: PilotConfig | None = Field(default=None, validation_alias=AliasChoices("seeds"), exclude=True)
+    """Value of `seeds` in the study file if it is a mapping."""
     matched_by: Literal["tokens", "flops", "seconds", "none"]
     """Amount that is equal for all arms. With `none`, each arm keeps the budget and the batch of its configuration."""
     baseline: str
@@ -107,6 +128,16 @@ class StudyConfig(Section):
     """Command in front of `launcher/run.py`, such as `deepspeed --num_gpus 8`. The default is python: one process."""
     slurm: SlurmConfig | None = None
     """Slurm options; if set, the runs are submitted as jobs instead of running on this machine."""
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _use_pilot(cls, seeds: Any) -> Any:
+        return seeds.get("pilot", PilotConfig.model_fields["pilot"].default) if isinstance(seeds, dict) else seeds
+
+    @field_validator("power", mode="before")
+    @classmethod
+    def _is_pilot(cls, seeds: Any) -> Any:
+        return seeds if isinstance(seeds, dict) else None
 
     @field_validator("arms")
     @classmethod
@@ -134,6 +165,8 @@ class StudyConfig(Section):
             self._check_tuning(self.tune)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds lists a seed twice; remove one")
+        if self.power and len(self.arms) < 2:
+            raise ValueError("seeds.detect needs an arm other than the baseline; add one, or list the seeds")
         try:
             shlex.split(self.launch)
         except ValueError as error:
@@ -182,6 +215,16 @@ class Study:
         return Path(self.config.output_dir) / self.config.name
 
     @property
+    def first_seed(self) -> int:
+        """First seed of the study's first start. Budgets are computed with it, so it may be removed from the seeds."""
+        record = read_json_or_none(self.folder / FILE) or {}
+        if "first_seed" in record:
+            return int(record["first_seed"])
+        for arm in record.get("arms", {}).values():  # written by an earlier version
+            return int(next(iter(arm["runs"])))
+        return self.config.seeds[0]
+
+    @property
     def metric(self) -> Metric:
         """Metric by which the arms are compared."""
         return Metric(**self.config.metric.model_dump())
@@ -228,7 +271,9 @@ def load_study(path: Path, overrides: list[str]) -> Study:
         f"base={os.path.abspath(os.path.expanduser(word[len('base=') :]))}" if word.startswith("base=") else word
         for word in overrides
     ]
-    config = validate(StudyConfig, load_yaml(path, overrides, tuple(StudyConfig.model_fields)))
+    config = validate(
+        StudyConfig, load_yaml(path, overrides, tuple(key for key in StudyConfig.model_fields if key != "power"))
+    )
     study = Study(config, path.parent / config.base)
     base = study.run_config(config.baseline, config.seeds[0])
     tasks = {task.title: task for task in base.evaluation.tasks}

@@ -53,6 +53,7 @@ def _show(study: Study) -> None:
     from pretrain.studies.corpora import assign_corpora, is_prepared
     from pretrain.studies.matching import Matching, load_base_config
     from pretrain.studies.plan import print_plan
+    from pretrain.studies.power import use_decision
     from pretrain.studies.record import StudyRecord
     from pretrain.studies.speeds import read_ratios
 
@@ -66,7 +67,9 @@ def _show(study: Study) -> None:
         )
         return
     matching = Matching(study, overrides)
-    print_plan(study, matching, read_ratios(StudyRecord(study.folder).calibration, study.config.baseline))
+    record = StudyRecord(study.folder)
+    use_decision(study, record)
+    print_plan(study, matching, read_ratios(record.calibration, study.config.baseline))
 
 
 def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
@@ -74,9 +77,10 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
     from pretrain.studies.corpora import assign_corpora, prepare_corpus
     from pretrain.studies.matching import Matching, load_base_config
     from pretrain.studies.plan import check_runs, make_runs, print_outcome, print_plan
+    from pretrain.studies.power import decide, use_decision
     from pretrain.studies.processes import ProcessRunner
-    from pretrain.studies.record import StudyRecord
-    from pretrain.studies.runner import EXIT_CODE_STOPPED, check_metric, is_done, run_locally
+    from pretrain.studies.record import Run, StudyRecord
+    from pretrain.studies.runner import EXIT_CODE_STOPPED, check_metric, is_done, run_locally, save_records
     from pretrain.studies.slurm import submit_runs
     from pretrain.studies.tuning import Tuning, with_best_values
 
@@ -96,19 +100,32 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
         speeds = calibrate(study, matching, record, launcher_dir, processes)
     if processes.stopped:
         return EXIT_CODE_STOPPED
-    runs = make_runs(study, matching, speeds)
-    check_runs(runs)
-    for run in filter(is_done, runs):
-        check_metric(study, run)
-    record.describe(
-        study,
-        {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()},
-        {name: arm.flops_per_token for name, arm in matching.arms.items()},
-    )
-    print_plan(study, matching, speeds)
+
+    def plan() -> list[Run]:
+        """Check the runs of the current seeds, record and print them, and return them."""
+        runs = make_runs(study, matching, speeds)
+        check_runs(runs)
+        save_records(runs)
+        for run in filter(is_done, runs):
+            check_metric(study, run)
+        record.describe(
+            study,
+            {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()},
+            {name: arm.flops_per_token for name, arm in matching.arms.items()},
+        )
+        print_plan(study, matching, speeds)
+        return runs
+
+    decided = use_decision(study, record)
+    runs = plan()
+    if not decided and decide(study, runs, record):
+        decided, runs = True, plan()
     if study.config.slurm:
         return submit_runs(study.folder, launcher_dir, study.config.slurm, runs, record)
     code = run_locally(study, launcher_dir, runs, record, processes)
+    if code == 0 and not decided and decide(study, runs, record):
+        runs = plan()
+        code = run_locally(study, launcher_dir, runs, record, processes)
     if code != EXIT_CODE_STOPPED:
         print_outcome(study, runs, speeds)
     return code

@@ -107,7 +107,7 @@ class Matching:
     def _arm(self, name: str, overrides: dict[str, Any]) -> Arm:
         study = self.study
         notes: list[str] = []
-        plan = self._in_tokens(self._plan(study.run_config(name, study.config.seeds[0], overrides)))
+        plan = self._in_tokens(self._plan(study.run_config(name, study.first_seed, overrides)))
         if study.config.matched_by != "none":
             overrides = overrides | finetuning_of_base(plan.config, self.base)
             sets_rows = any(f"train.{key}" in study.config.arms[name] for key in ROWS)
@@ -115,7 +115,7 @@ class Matching:
             if rows:
                 unmatched = plan
                 overrides = overrides | rows
-                plan = self._in_tokens(self._plan(study.run_config(name, study.config.seeds[0], overrides)))
+                plan = self._in_tokens(self._plan(study.run_config(name, study.first_seed, overrides)))
                 notes.append(_describe_change(unmatched, plan, self.base_step_tokens))
             if abs(plan.step.tokens / self.base_step_tokens - 1) > CLOSE:
                 notes.append(
@@ -172,7 +172,7 @@ class _OncePerText(logging.Filter):
 
 def load_base_config(study: Study) -> RunConfig:
     """Return the base configuration with the study's first seed, otherwise unchanged."""
-    return load_config(study.base, [f"seed={study.config.seeds[0]}", "name=base", f"output_dir={study.folder}"])
+    return load_config(study.base, [f"seed={study.first_seed}", "name=base", f"output_dir={study.folder}"])
 
 
 def matched_rows(config: RunConfig, tokens: float, wanted_tokens: float) -> dict[str, int]:

@@ -2,15 +2,17 @@
 
 import logging
 import statistics
+from pathlib import Path
 
 from data_prep.utils.console import UserError, print_table
 from pretrain.data.corpus import Corpus
+from pretrain.report.records import RECORDS, read_record
 from pretrain.report.runs import Run as FinishedRun
 from pretrain.report.runs import read_run
-from pretrain.studies.config import Study
+from pretrain.studies.config import FILE, Study
 from pretrain.studies.matching import Matching
 from pretrain.studies.record import Run
-from pretrain.studies.runner import is_done
+from pretrain.studies.runner import is_done, is_trained, missing_results
 from pretrain.studies.speeds import PairedRatio, paired_ratio
 from pretrain.training.describe import check_same_run
 
@@ -31,16 +33,34 @@ def make_runs(study: Study, matching: Matching, speeds: dict[str, PairedRatio]) 
 
 
 def check_runs(runs: list[Run]) -> None:
-    """Raise UserError if the settings of an existing run have changed since it was started."""
+    """Raise UserError if the settings of a run or of its record have changed since it was started.
+
+    A record without the results of a task is an error too, unless the run can be evaluated here: a record has no
+    weights.
+    """
     for run in runs:
         if (run.run_dir / "config.yaml").exists():
-            try:
-                check_same_run(run.config, Corpus(run.config.data.path, "train").manifest, None)
-            except UserError as error:
+            _check_same_run(run, run.run_dir, str(run.run_dir))
+        if run.record.is_file():
+            _check_same_run(run, read_record(run.record), str(run.record))
+            if not is_trained(run) and (missing := missing_results(run)):
                 raise UserError(
-                    f"arms.{run.arm} or the base has changed since the run was started: {error}. "
-                    "Arms and seeds may be added, but arms with runs must not change; give the changed arm a new name"
-                ) from None
+                    f"{run.record} has no result of {', '.join(missing)} with the current settings and files; "
+                    "evaluate the run where its checkpoints are and copy the new record, "
+                    "or delete the record to have the run repeated"
+                )
+
+
+def _check_same_run(run: Run, folder: Path, shown_as: str) -> None:
+    config = run.config.model_copy(update={"output_dir": str(folder.parent)})
+    try:
+        check_same_run(config, Corpus(config.data.path, "train").manifest, None)
+    except UserError as error:
+        reason = str(error).replace(str(folder), shown_as)
+        raise UserError(
+            f"arms.{run.arm} or the base has changed since the run was started: {reason}. "
+            "Arms and seeds may be added, but arms with runs must not change; give the changed arm a new name"
+        ) from None
 
 
 def print_plan(study: Study, matching: Matching, speeds: dict[str, PairedRatio]) -> None:
@@ -72,6 +92,8 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, PairedRatio])
     for arm in matching.arms.values():
         for note in arm.notes:
             print(f"{arm.name}: {note}")
+    if config.power and config.seeds == config.power.pilot:
+        print("These are the runs of the pilot. The number of further seeds follows from their spread.")
     matched_by = "not matched" if config.matched_by == "none" else f"matched by {config.matched_by}"
     arms, seeds = len(matching.arms), len(config.seeds)
     print(
@@ -87,7 +109,7 @@ def print_outcome(study: Study, runs: list[Run], speeds: dict[str, PairedRatio])
     from the baseline's.
     """
     metric, matched_by = study.metric, study.config.matched_by
-    finished = {run.name: read_run(run.run_dir) for run in runs if is_done(run)}
+    finished = {run.name: read_run(run.folder) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))
     heads = ["arm", "runs", str(metric), "spread", "tokens", "training seconds"]
     if with_processor := bool(finished) and all(run.processor_seconds for run in finished.values()):
@@ -139,3 +161,5 @@ def _warn_of_unmatched_times(study: Study, runs: list[Run], finished: dict[str, 
                 f"{arm} trained {ratio} times as long as {baseline}, in {unit.replace('_', ' ')}; "
                 "the machine's speed has changed since the calibration"
             )
+    if finished:
+        print(f"To continue on another machine, copy or commit {study.folder / FILE} and {study.folder / RECORDS}.")

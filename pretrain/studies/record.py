@@ -3,6 +3,7 @@
 Keys:
 
     name, matched_by, baseline, primary, metric    as in the study file
+    first_seed     seed with which budgets are computed
     arms           ARM: {"overrides": as in the study file, "matched": the dotted keys set by matching,
                    "flops_per_token": FLOPs per corpus token, "runs": {SEED: the run's folder inside the study folder}}
     tune           the tuning, if there is one: `plans` (its ranges, seeds, metric and rows, with the time at which they
@@ -15,6 +16,8 @@ Keys:
                    one value for each round, "speed_ratio": {"median", "low", "high"} over the rounds}
     wall_seconds   RUN: wall-clock seconds on this machine over all launches, including the evaluation
     jobs           RUN: the Slurm job numbers of the training and the evaluation
+    power          only with a pilot: detect, pilot and most as in the study file, and the arms; after the pilot also
+                   the number of seeds that follows from it (power.py)
 """
 
 from dataclasses import dataclass
@@ -23,9 +26,8 @@ from typing import Any
 
 from data_prep.utils.files import read_json_or_none, write_json
 from pretrain.config import RunConfig
-from pretrain.studies.config import Study, run_name
-
-FILE = "study.json"
+from pretrain.report.records import find_run, record_path
+from pretrain.studies.config import FILE, Study, run_name
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Run:
         return self.config.run_dir
 
     @property
+    def record(self) -> Path:
+        """Path of the run's record, which is written when the run is done."""
+        return record_path(self.run_dir.parent, self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Run directory, or the folder with the extracted record if that is further."""
+        return find_run(self.run_dir, self.record) or self.run_dir
+
+    @property
     def name(self) -> str:
         """Name of the run, which is also the name of its folder inside the study folder."""
         return self.config.name
@@ -59,10 +71,11 @@ class StudyRecord:
         self.calibration: dict[str, Any] = previous.get("calibration", {})
         self.wall_seconds: dict[str, float] = previous.get("wall_seconds", {})
         self.jobs: dict[str, list[int]] = previous.get("jobs", {})
+        self.power: dict[str, Any] | None = previous.get("power")
         self._study: dict[str, Any] = {
             key: value
             for key, value in previous.items()
-            if key in ("name", "matched_by", "baseline", "primary", "metric", "arms")
+            if key in ("name", "matched_by", "baseline", "primary", "metric", "first_seed", "arms")
         }
 
     def describe(self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float]) -> None:
@@ -77,6 +90,7 @@ class StudyRecord:
             "baseline": config.baseline,
             "primary": config.primary,
             "metric": config.metric.model_dump(),
+            "first_seed": study.first_seed,
         }
         self._study = settings | {
             "arms": {
@@ -96,6 +110,7 @@ class StudyRecord:
         write_json(
             self._path,
             self._study
+            | {"calibration": self.calibration, "wall_seconds": self.wall_seconds, "jobs": self.jobs}
             | ({"tune": self.tune} if self.tune else {})
-            | {"calibration": self.calibration, "wall_seconds": self.wall_seconds, "jobs": self.jobs},
+            | ({"power": self.power} if self.power else {}),
         )

@@ -5,13 +5,17 @@ Finished runs are skipped and interrupted runs resume. A failure is reported, an
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from data_prep.utils.console import UserError
 from data_prep.utils.files import write_text
 from pretrain.config import RunConfig, dump_config
-from pretrain.evaluation.results import evaluated_steps
-from pretrain.report.runs import read_run
+from pretrain.evaluation.results import evaluated_steps, read_results, result_key
+from pretrain.report.records import read_record, write_record
+from pretrain.report.runs import comparison_key, read_run
 from pretrain.run_folder import list_steps, read_status
 from pretrain.studies.config import Study
 from pretrain.studies.processes import ProcessRunner
@@ -52,17 +56,45 @@ def is_trained(run: Run) -> bool:
 
 
 def is_done(run: Run) -> bool:
-    """Return whether a run is trained and all its tasks are evaluated at its last step."""
+    """Return whether a run is trained and all its tasks are evaluated at its last step, here or in its record."""
+    return _is_done_here(run) or (run.record.is_file() and not missing_results(run))
+
+
+def _is_done_here(run: Run) -> bool:
     tasks = run.config.evaluation.tasks
     return is_trained(run) and (
         not tasks or list_steps(run.run_dir / "checkpoints")[-1] in evaluated_steps(run.run_dir, tasks)
     )
 
 
+def missing_results(run: Run) -> list[str]:
+    """Return the tasks without a result at the last step in the record of a run.
+
+    The files of a task may be in other places than when the record was written, but their contents must be equal.
+    """
+    folder = read_record(run.record)
+    step = read_status(folder)["step"]
+    config = yaml.safe_load(dump_config(run.config))
+    recorded = {
+        (result["task"], comparison_key(result | {"rows": None}, config))
+        for result in read_results(folder)
+        if result["step"] == step
+    }
+    wanted = [result_key(task, step) for task in run.config.evaluation.tasks]
+    return [key["task"] for key in wanted if (key["task"], comparison_key(key, config)) not in recorded]
+
+
+def save_records(runs: Sequence[Run]) -> None:
+    """Write the records of the runs that are done on this machine."""
+    for run in runs:
+        if _is_done_here(run):
+            write_record(run.run_dir, run.record)
+
+
 def check_metric(study: Study, run: Run) -> None:
     """Raise UserError if a finished run lacks the metric of the study."""
     metric = study.metric
-    finished_run = read_run(run.run_dir)
+    finished_run = read_run(run.folder)
     if metric.final(finished_run, metric.common_settings([finished_run])) is None:
         names = dict.fromkeys(
             name for result in finished_run.results if result["task"] == metric.task for name in result["metrics"]
@@ -104,6 +136,7 @@ def run_locally(
             )
         else:
             logger.info(f"[{number}/{len(runs)}] {run.name} done in {duration(seconds)}")
+            save_records([run])
             check_metric(study, run)
     if failed:
         logger.warning(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")

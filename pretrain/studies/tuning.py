@@ -20,12 +20,12 @@ from data_prep.utils.files import sha256_file
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.report.runs import read_run
-from pretrain.studies.config import Study, TuneConfig, run_name
+from pretrain.studies.config import Study, TuneConfig
 from pretrain.studies.matching import Matching
 from pretrain.studies.plan import check_runs, make_runs
 from pretrain.studies.processes import ProcessRunner
 from pretrain.studies.record import Run, StudyRecord
-from pretrain.studies.runner import is_done, run_locally
+from pretrain.studies.runner import is_done, run_locally, save_records
 from pretrain.studies.slurm import submit_runs
 from pretrain.tasks.options import RowTask, TaskConfig
 
@@ -137,6 +137,7 @@ class Tuning:
             "baseline": first,
             "primary": None,
             "tune": None,
+            "power": None,
         }
         if config.matched_by == "seconds":
             changes["matched_by"] = "flops"  # the speed of each trial is not measured
@@ -161,6 +162,7 @@ class Tuning:
             matching = Matching(study, {name: self.corpora[self._arm_of(name)] for name in study.config.arms})
             runs = make_runs(study, matching, {})
             check_runs(runs)
+            save_records(runs)
             trials_record = StudyRecord(study.folder)
             trials_record.describe(
                 study,
@@ -170,7 +172,7 @@ class Tuning:
             code = self._run_trials(study, launcher_dir, runs, trials_record, processes)
             if code or not all(map(is_done, runs)):
                 return code
-            trials = {arm: self._read_trials(study, arm) for arm in self.arms}
+            trials = {arm: self._read_trials(study, runs, arm) for arm in self.arms}
             if len(self.extensions) >= self.tune.extensions or not self._extend(trials):
                 break
         self._record_results(trials)
@@ -193,12 +195,13 @@ class Tuning:
             arm for arm in self.arms for values in combinations(self.grid(arm)) if trial_name(arm, values) == trial
         )
 
-    def _read_trials(self, study: Study, arm: str) -> list[Trial]:
+    def _read_trials(self, study: Study, runs: list[Run], arm: str) -> list[Trial]:
         metric = study.metric
+        found = {(run.arm, run.seed): read_run(run.folder) for run in runs}
         trials = []
         for values in combinations(self.grid(arm)):
-            runs = {seed: read_run(study.folder / run_name(trial_name(arm, values), seed)) for seed in self.tune.seeds}
-            scores = {seed: metric.final(run, metric.common_settings([run])) for seed, run in runs.items()}
+            by_seed = {seed: found[trial_name(arm, values), seed] for seed in self.tune.seeds}
+            scores = {seed: metric.final(run, metric.common_settings([run])) for seed, run in by_seed.items()}
             trials.append(Trial(values, {seed: score for seed, score in scores.items() if score is not None}))
         return trials
 

@@ -1,6 +1,7 @@
 """A study that is killed, restarted and changed by its user. Each run is trained and evaluated once."""
 
 import json
+import shutil
 import signal
 import sys
 
@@ -125,6 +126,12 @@ def test_a_killed_study_resumes_without_repeating_work(start, write_study, waiti
         wrong.stderr
     )
     assert json.loads((study / "study.json").read_text()) == record
+
+    elsewhere = folder / "elsewhere" / "two"
+    shutil.copytree(study / "records", elsewhere / "records")
+    shutil.copy(study / "study.json", elsewhere)
+    moved = run_command([*STUDY, str(path), f"output_dir={elsewhere.parent}"]).stdout
+    assert " done in " not in moved and "jepa      1" in moved and not (elsewhere / "jepa-seed1").exists()
 
 
 @pytest.mark.slow

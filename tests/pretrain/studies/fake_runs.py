@@ -1,0 +1,64 @@
+"""Studies whose runs are not trained: each run is written at once, with a metric that depends on its arm and seed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.utils.files import try_lock
+from pretrain.config import load_config
+from pretrain.data.corpus import Corpus
+from pretrain.evaluation.results import append_result, result_key
+from pretrain.run_folder import step_name, write_status
+from pretrain.studies.config import load_study
+from pretrain.studies.main import _run
+from pretrain.training.describe import record_start
+
+LAST_STEP = 4
+
+
+class FakeStudies:
+    """Starts studies in this process. `trained` lists the names of the runs that were trained."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.trained: list[str] = []
+        self.failing: set[str] = set()
+        self.noise = 0.01
+        monkeypatch.setattr("pretrain.studies.processes.ProcessRunner", lambda lock: self)
+        self.stopped = None
+
+    def start(self, path: Path, *overrides: str) -> tuple[int, Path]:
+        """Start a study; return its exit code and its folder."""
+        self.trained = []
+        study = load_study(path, list(overrides))
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with try_lock(study.folder / ".lock") as lock:
+            return _run(study, Path("launcher"), lock), study.folder
+
+    def train(self, launcher_dir: Path, launch: str, config_path: Path, log: Path) -> int:
+        """Write a finished run directory."""
+        config = load_config(config_path)
+        self.trained.append(config.name)
+        if config.name in self.failing:
+            return 1
+        run_dir = config.run_dir
+        (run_dir / "checkpoints" / step_name(LAST_STEP)).mkdir(parents=True)
+        record_start(config, Corpus(config.data.path, "train").manifest, 1, 0, [])
+        line = {"step": LAST_STEP, "tokens": 1000, "seconds": 2.0, "loss/lm": 1.5}
+        (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        write_status(run_dir, "finished", LAST_STEP)
+        return 0
+
+    def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path) -> int:
+        """Write a result of each task."""
+        config = load_config(run_dir / "config.yaml")
+        value = (
+            1
+            + len(config.objective.name) / 10
+            + self.noise * (config.seed * 7919 % 13 - 6) * (config.objective.name != "next_token")
+        )
+        (run_dir / "evaluation").mkdir(exist_ok=True)
+        for task in config.evaluation.tasks:
+            metrics = {"metrics": {"lm": value}, "directions": {"lm": "lower"}, "rows": 20}
+            append_result(run_dir, result_key(task, LAST_STEP) | metrics, tensorboard=False)
+        return 0
