@@ -10,8 +10,8 @@ Mathematical Statistics 27, 1956):
 
 The first term is the one of a paired t-test over seeds. The second adds the spread of rows that all seeds share, so the
 interval is never narrower than the interval of the t-test. The factor is the quantile of Student's t with min(S, R) - 1
-degrees of freedom. This is more cautious than Satterthwaite's approximation, which few seeds do not allow. In simulations
-with 2 to 6 seeds and 10 to 250 rows, 95% to 100% of the intervals contained the true difference.
+degrees of freedom. This is more cautious than Satterthwaite's approximation, which few seeds do not allow. In
+simulations with 2 to 6 seeds and 10 to 250 rows, 95% to 100% of the intervals contained the true difference.
 
 The intervals do not cover: the choice of the training data and of the settings, rows that depend on each other (several
 rows with the same context), and the number of intervals, for which they are not corrected. With few rows or rare
