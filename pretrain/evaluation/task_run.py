@@ -140,23 +140,25 @@ class CheckpointTask:
             )
             return None
         train_targets = {normalize(row.target) for row in self.read_train()}
-        pretrained = in_corpus(self.config.data.path, [row.target for row in rows])
+        counts = count_in_corpus(Corpus(self.config.data.path, "train"), [row.target for row in rows])
         return [
-            normalize(row.target) not in train_targets and not is_pretrained
-            for row, is_pretrained in zip(rows, pretrained, strict=True)
+            normalize(row.target) not in train_targets and not count for row, count in zip(rows, counts, strict=True)
         ]
 
 
-def in_corpus(path: str, texts: Sequence[str]) -> list[bool]:
-    """Return whether the tokens of each text are a view of a record in the training split of a corpus."""
-    corpus = Corpus(path, "train")
+def count_in_corpus(corpus: Corpus, texts: Sequence[str]) -> list[int]:
+    """Return for each text the number of views of records in a split of a corpus that have the same tokens."""
     encoded = corpus.tokenizer.encode_batch(list(texts))
-    text_hashes = view_hashes(
-        np.array([token for ids in encoded for token in ids], np.uint32),
-        np.array([len(ids) for ids in encoded], np.int64),
+    text_hashes, inverse = np.unique(
+        view_hashes(
+            np.array([token for ids in encoded for token in ids], np.uint32),
+            np.array([len(ids) for ids in encoded], np.int64),
+        ),
+        return_inverse=True,
     )
-    in_split = np.zeros(len(texts), bool)
+    counts = np.zeros(len(text_hashes), np.int64)
     for first in range(0, len(corpus), READ_AT_A_TIME):
         hashes = corpus.read(np.arange(first, min(first + READ_AT_A_TIME, len(corpus)))).hashes
-        in_split |= np.isin(text_hashes, hashes)
-    return in_split.tolist()
+        found = hashes[np.isin(hashes, text_hashes)]
+        counts += np.bincount(np.searchsorted(text_hashes, found), minlength=len(counts))
+    return [int(count) for count in counts[inverse]]

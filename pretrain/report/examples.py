@@ -46,7 +46,7 @@ class Example:
 def worst_examples(comparison: Comparison) -> dict[str, list[Example]]:
     """Return examples by kind of failure, the clearest first; empty if no run has answers to the metric's task."""
     answers = {
-        arm.name: [rows for run in arm.runs.values() if (rows := _answers(run, comparison.metric.task))]
+        arm.name: [rows for run in arm.runs.values() if (rows := read_answers(run, comparison.metric.task))]
         for arm in comparison.arms.values()
     }
     answers = {name: runs for name, runs in answers.items() if runs}
@@ -88,7 +88,7 @@ def _answer(name: str, rows: list[dict[str, Any]]) -> Answer:
     )
 
 
-def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+def read_answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Return the rows of a finished run's last answers; empty if there are none.
 
     A key is the context, the target, and the number of earlier rows with the same context and target.

@@ -13,6 +13,7 @@ from pretrain.report.curves import Band, metric_bands, tag_bands
 from pretrain.report.embeddings import EmbeddingProjection, picture
 from pretrain.report.examples import worst_examples
 from pretrain.report.overfitting import Overfitting, overfitting
+from pretrain.report.row_kinds import compare_rows, table_heads, table_rows
 from pretrain.report.sensitivity import WITHIN, KeyScores, sensitivity
 from pretrain.report.summary import MONITORS, Spread, Summaries, Summary, spread
 
@@ -158,6 +159,11 @@ def markdown(summaries: Summaries) -> str:
     if past := overfitting(summaries):
         lines += ["", "## Past the best validation loss", "", *_table(PAST, past_rows(past)), ""]
         lines += [f"- {_plain(sentence)}" for sentence in narrative.overfitting_sentences(summaries, past)]
+    if by_kind := compare_rows(summaries.comparison):
+        lines += ["", "## Which rows?", ""]
+        if by_kind.arms:
+            lines += [*_table(table_heads(summaries.comparison, by_kind), table_rows(by_kind)), ""]
+        lines += [f"- {_plain(remark)}" for remark in by_kind.remarks] or [_plain(by_kind.problem)]
     return "\n".join(lines) + "\n"
 
 
@@ -203,6 +209,7 @@ def html(summaries: Summaries) -> str:
     logger.info("drawing charts")
     past = overfitting(summaries)
     measured = sensitivity(comparison)
+    by_kind = compare_rows(comparison)
     return ENVIRONMENT.get_template("page.html.jinja").render(
         comparison=comparison,
         narrative=narrative,
@@ -234,6 +241,10 @@ def html(summaries: Summaries) -> str:
         sensitivity_chart=Markup(plots.sensitivity(summaries, measured)),
         past=past,
         past_heads=PAST,
+        by_kind=by_kind,
+        kind_chart=Markup(plots.row_kinds(summaries, by_kind.arms)) if by_kind else "",
+        kind_heads=table_heads(comparison, by_kind) if by_kind else [],
+        kind_rows=table_rows(by_kind) if by_kind else [],
         past_rows=past_rows(past) if past else [],
     )
 

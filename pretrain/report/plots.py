@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from pretrain.report.curves import Band
 from pretrain.report.embeddings import EmbeddingProjection
+from pretrain.report.row_kinds import Difference
 from pretrain.report.sensitivity import KeyScores
 from pretrain.report.summary import Summaries
 
@@ -166,6 +167,41 @@ def forest(summaries: Summaries) -> str:
         f"difference from {summaries.comparison.baseline} in {summaries.comparison.metric}"
         + (" (right is better)" if summaries.comparison.metric.higher_is_better else " (left is better)")
     )
+    return _svg(figure)
+
+
+def row_kinds(summaries: Summaries, arms: dict[str, list[Difference]]) -> str:
+    """Plot each arm's differences by kind of row, with intervals, one panel per arm; "" if there are none."""
+    if not arms:
+        return ""
+    numbers = {name: number for number, name in enumerate(summaries.arms)}
+    kinds = [difference.kind for difference in next(iter(arms.values()))]
+    columns = min(3, len(arms))
+    rows = -(-len(arms) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(WIDTH * (0.8 if columns == 1 else 1), rows * (0.8 + 0.24 * len(kinds))),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for axis in axes.flat[len(arms) :]:
+        axis.set_visible(False)
+    for axis, (name, differences) in zip(axes.flat, arms.items(), strict=False):
+        color, _ = arm_style(numbers[name])
+        for height, difference in enumerate(differences):
+            if difference.low is not None:
+                ends = [difference.low, difference.high]
+                axis.plot(ends, [height, height], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt")
+            axis.plot([difference.mean], [height], "o", color=color, markersize=4.5)
+        axis.axvline(0, color=INK, linewidth=1)
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(labelbottom=True)  # the last row of panels may be incomplete
+        axis.set_title(name)
+    axes[0][0].set_yticks(range(len(kinds)), kinds)
+    axes[0][0].set_ylim(len(kinds) - 0.4, -0.6)
+    figure.supxlabel(f"difference from {summaries.comparison.baseline}", fontsize=9.5)
     return _svg(figure)
 
 

@@ -2,8 +2,9 @@
 
 Each `NAME.py` defines a class `Config` and `METRICS`. A task that scores answers or likelihoods also defines
 `evaluate`, a function from a TaskRun to a TaskResult. A task that needs the model's embeddings or losses has its
-`evaluate` in the module of the same name in `pretrain/evaluation/model_tasks`. If a public data set has its own row
-format, `data_prep/tasks/NAME.py` converts its rows to views.
+`evaluate` in the module of the same name in `pretrain/evaluation/model_tasks`. A task may also declare properties
+of single rows (`pretrain/tasks/rows.py`). If a public data set has its own row format, `data_prep/tasks/NAME.py`
+converts its rows to views.
 """
 
 import importlib

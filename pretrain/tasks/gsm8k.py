@@ -17,7 +17,8 @@ from typing import Literal
 
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate
+from pretrain.tasks.rows import RowRate, mean_rates, stopped
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts
 
 METRICS: MetricDirections = higher("final", "final_any", "answered", "stopped")
 FINAL = re.compile(
@@ -42,15 +43,8 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 def score(targets: Sequence[str], answers: Sequence[Answer]) -> tuple[dict[str, float], dict[str, int]]:
     """Return the metrics over all rows, and as `failed_gold` the number of targets without a final number."""
-    gold_numbers = [final_number(target) for target in targets]
-    answer_numbers = [final_number(answer.text) for answer in answers]
-    is_right = [gold is not None and gold == number for gold, number in zip(gold_numbers, answer_numbers, strict=True)]
-    return {
-        "final": rate(right and answer.stopped for right, answer in zip(is_right, answers, strict=True)),
-        "final_any": rate(is_right),
-        "answered": rate(number is not None for number in answer_numbers),
-        "stopped": rate(answer.stopped for answer in answers),
-    }, {"failed_gold": gold_numbers.count(None)}
+    failed_gold = sum(final_number(target) is None for target in targets)
+    return mean_rates(ROW_RATES, targets, answers), {"failed_gold": failed_gold}
 
 
 def final_number(text: str) -> Decimal | None:
@@ -61,3 +55,16 @@ def final_number(text: str) -> Decimal | None:
     _, mark, tail = text.rpartition("####")
     match = FINAL.match(tail) if mark else None
     return Decimal(match[1].replace("−", "-") + match[2].replace(",", "")) if match else None
+
+
+def _same_final_number(target: str, answer: Answer) -> bool:
+    gold = final_number(target)
+    return gold is not None and gold == final_number(answer.text)
+
+
+ROW_RATES: dict[str, RowRate] = {
+    "final": lambda target, answer: answer.stopped and _same_final_number(target, answer),
+    "final_any": _same_final_number,
+    "answered": lambda target, answer: final_number(answer.text) is not None,
+    "stopped": stopped,
+}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.utils.console import UserError
 from pretrain.tasks.directions import MetricDirections, higher
+from pretrain.tasks.rows import RowRate, exact, mean_rates, prefix, stopped
 from pretrain.tasks.scoring import (
     Answer,
     TaskResult,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from data_prep.task_rows import Row
 
 METRICS: MetricDirections = higher("likelihood", "generation", "prefix", "stopped") | {"majority": "neither"}
+ROW_RATES: dict[str, RowRate] = {"generation": exact, "prefix": prefix, "stopped": stopped}
 MOST_LABELS = 50
 """Maximum number of candidate labels of a classification task."""
 
@@ -80,10 +82,6 @@ def score(
             is_strict_argmax(values, labels.index(target))
             for target, values in zip(targets, log_likelihoods, strict=True)
         ),
-        "generation": rate(
-            answer.text == target and answer.stopped for target, answer in zip(targets, answers, strict=True)
-        ),
-        "prefix": rate(answer.text.startswith(target) for target, answer in zip(targets, answers, strict=True)),
-        "stopped": rate(answer.stopped for answer in answers),
+        **mean_rates(ROW_RATES, targets, answers),
         "majority": max(Counter(targets).values()) / len(targets),
     }

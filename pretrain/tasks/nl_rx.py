@@ -14,12 +14,14 @@ the training corpus nor in the task's train rows. pretrain/tasks/regex_equality.
 same lines. An empty answer is never equal, even to a target that matches only the empty line.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.regex_equality import compare, is_nontrivial
+from pretrain.tasks.rows import RowKinds, RowRate, contains, exact, mean_rates, prefix, stopped
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset
 
 METRICS: MetricDirections = {
@@ -36,6 +38,21 @@ METRICS: MetricDirections = {
     ),
     "undecided": "lower",
 }
+ROW_RATES: dict[str, RowRate] = {"exact": exact, "prefix": prefix, "contains": contains, "stopped": stopped}
+OPERATORS = {
+    "|": "or: |",
+    "&": "and: &",
+    "~": "not: ~",
+    r"\b": r"word boundary: \b",
+    ".*": "any text: .*",
+    "*": "repeated: *, +, ?",
+    "+": "repeated: *, +, ?",
+    "?": "repeated: *, +, ?",
+    "{": "repeated: {n,}",
+}
+"""Kinds of rows by the operators that the target uses."""
+SYMBOL = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|\.\*|.", re.DOTALL)
+"""An escaped character, a class of characters, `.*`, or a single character."""
 MOST_UNDECIDED = 50
 """Maximum number of undecided comparisons, which take some seconds each; after it, no pair is compared."""
 
@@ -68,7 +85,8 @@ def score(
     An exact answer counts as equal, even if the target is not a valid regex.
     """
     rows = list(zip(targets, answers, strict=True))
-    exact = [answer.text == target and answer.stopped for target, answer in rows]
+    rates = mean_rates(ROW_RATES, targets, answers)
+    is_exact = [exact(target, answer) for target, answer in rows]
     verdicts = _verdicts(
         (target, answer.text)
         for target, answer in rows
@@ -82,15 +100,13 @@ def score(
     nontrivial = {target: is_nontrivial(target) for target in set(targets)}
     proper = [nontrivial[target] is True for target in targets]
     return {
-        "exact": rate(exact),
+        "exact": rates["exact"],
         "equal": rate(equal),
-        "prefix": rate(answer.text.startswith(target) for target, answer in rows),
-        "contains": rate(target in answer.text for target, answer in rows),
-        "stopped": rate(answer.stopped for _, answer in rows),
+        **rates,
         **rate_over_subset("equal_unseen", equal, is_unseen),
-        **rate_over_subset("exact_unseen", exact, is_unseen),
+        **rate_over_subset("exact_unseen", is_exact, is_unseen),
         **rate_over_subset("equal_proper", equal, proper),
-        **rate_over_subset("exact_proper", exact, proper),
+        **rate_over_subset("exact_proper", is_exact, proper),
         "undecided": rate(verdict is None for verdict in equality),
     }, {"proper": sum(proper)} | ({"unseen": sum(is_unseen)} if is_unseen is not None else {})
 
@@ -103,3 +119,20 @@ def _verdicts(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool | 
         verdicts[pair] = compare(*pair).equal if undecided < MOST_UNDECIDED else None
         undecided += verdicts[pair] is None
     return verdicts
+
+
+def row_kinds(target: str, context: str) -> RowKinds:
+    """Return the operators, the nesting depth of the parentheses, and the length of the target.
+
+    The target may be any text: only its symbols are read, not its syntax.
+    """
+    symbols = SYMBOL.findall(target)
+    depth = deepest = 0
+    for symbol in symbols:
+        depth += (symbol == "(") - (symbol == ")")
+        deepest = max(deepest, depth)
+    return {
+        "operators": tuple(sorted({OPERATORS[symbol] for symbol in symbols if symbol in OPERATORS})),
+        "nested parentheses": ("0 or 1" if deepest < 2 else "2" if deepest == 2 else "3 or more",),
+        "characters of the target": len(target),
+    }

@@ -3,11 +3,11 @@
 from typing import ClassVar, Literal
 
 from data_prep.tasks.rotten_tomatoes import LABELS
-from pretrain.tasks.labels import METRICS, evaluate_labels
+from pretrain.tasks.labels import METRICS, ROW_RATES, evaluate_labels
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import TaskResult, TaskRun
 
-__all__ = ["METRICS", "Config", "evaluate"]
+__all__ = ["METRICS", "ROW_RATES", "Config", "evaluate"]
 
 
 class Config(AnswerTask):

@@ -27,6 +27,7 @@ from data_prep.utils.config_file import LocalPath
 from data_prep.utils.console import UserError
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
+from pretrain.tasks.rows import RowRate, stopped
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset
 from pretrain.tasks.sql.databases import find_databases
 from pretrain.tasks.sql.execution import Outcome, QueryRunner, normalize_query, same_rows
@@ -35,6 +36,10 @@ from pretrain.tasks.sql.order import equal_up_to_ties, outer_order_by
 METRICS: MetricDirections = higher(
     "execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled"
 )
+ROW_RATES: dict[str, RowRate] = {
+    "exact": lambda target, answer: answer.stopped and normalize_query(answer.text) == normalize_query(target),
+    "stopped": stopped,
+}
 CHECKED_ROWS = 100
 """Number of test rows for which a database is searched at startup."""
 
@@ -98,7 +103,7 @@ def score(
             for target, answer, database in tqdm(rows, desc="running queries", unit="row", mininterval=1, disable=None)
         ]
     right = [verdict.right for verdict in verdicts]
-    exact = [answer.stopped and normalize_query(answer.text) == normalize_query(target) for target, answer, _ in rows]
+    exact = [ROW_RATES["exact"](target, answer) for target, answer, _ in rows]
     return {
         "execution": rate(right),
         "exact": rate(exact),

@@ -19,10 +19,24 @@ from typing import Any, ClassVar, Literal, get_args
 from data_prep.config import DataConfig
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask, check_package
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset
+from pretrain.tasks.rows import RowRate, contains, exact, mean_rates, prefix, stopped
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate_over_subset
 
 METRICS: MetricDirections = higher("exact", "prefix", "contains", "stopped", "exact_unseen", "chrf", "bleu")
 Similarity = Literal["chrf", "bleu"]
+
+
+def _stripped(is_right: RowRate) -> RowRate:
+    """Return a rate that ignores white space around the target and the answer."""
+    return lambda target, answer: is_right(target.strip(), answer._replace(text=answer.text.strip()))
+
+
+ROW_RATES: dict[str, RowRate] = {
+    "exact": _stripped(exact),
+    "prefix": _stripped(prefix),
+    "contains": _stripped(contains),
+    "stopped": stopped,
+}
 
 
 class Config(AnswerTask):
@@ -58,17 +72,8 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None) -> dict[str, float]:
     """Return the metrics over all rows, and `exact_unseen` over the rows with an unseen target."""
-    rows = [
-        (target.strip(), answer.text.strip(), answer.stopped) for target, answer in zip(targets, answers, strict=True)
-    ]
-    exact = [text == target and stopped for target, text, stopped in rows]
-    return {
-        "exact": rate(exact),
-        "prefix": rate(text.startswith(target) for target, text, _ in rows),
-        "contains": rate(target in text for target, text, _ in rows),
-        "stopped": rate(stopped for *_, stopped in rows),
-        **rate_over_subset("exact_unseen", exact, is_unseen),
-    }
+    is_exact = [ROW_RATES["exact"](target, answer) for target, answer in zip(targets, answers, strict=True)]
+    return mean_rates(ROW_RATES, targets, answers) | rate_over_subset("exact_unseen", is_exact, is_unseen)
 
 
 def similarities(targets: Sequence[str], answers: Sequence[Answer], names: Sequence[Similarity]) -> dict[str, float]:

@@ -67,8 +67,13 @@ def test_rows_are_read_from_columns_messages_custom_formats_and_local_data_sets(
         read_rows(hub.model_copy(update={"hub_split": "validation"}), views, "task.test")
 
 
-def test_targets_that_occur_in_the_training_corpus_are_found(prepared, corpus, tmp_path, monkeypatch):
+def test_targets_that_occur_in_the_training_corpus_are_counted(corpus, monkeypatch):
     monkeypatch.setattr(task_run, "READ_AT_A_TIME", 37)
     trained = [corpus.tokenizer.decode(corpus.tokens_by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
     targets = [trained[0], "[0-9]never", *trained[1:], ""]
-    assert task_run.in_corpus(str(prepared), targets) == [True, False, True, True, False]
+    counts = task_run.count_in_corpus(corpus, targets)
+    assert [count > 0 for count in counts] == [True, False, True, True, False]
+    views = [
+        view.tolist() for number in range(len(corpus)) for view in corpus.tokens_by_view(number).values() if len(view)
+    ]
+    assert counts == [views.count(ids) for ids in corpus.tokenizer.encode_batch(targets)]
