@@ -141,6 +141,8 @@ def print_outcome(study: Study, runs: list[Run], speeds: dict[str, PairedRatio])
     print_table(rows)
     if matched_by == "seconds":
         _warn_of_unmatched_times(study, runs, finished, "processor_seconds" if with_processor else "seconds")
+    if finished:
+        print(f"To continue on another machine, copy or commit {study.folder / FILE} and {study.folder / RECORDS}.")
 
 
 def _speed_heading(study: Study) -> str:
@@ -161,5 +163,3 @@ def _warn_of_unmatched_times(study: Study, runs: list[Run], finished: dict[str, 
                 f"{arm} trained {ratio} times as long as {baseline}, in {unit.replace('_', ' ')}; "
                 "the machine's speed has changed since the calibration"
             )
-    if finished:
-        print(f"To continue on another machine, copy or commit {study.folder / FILE} and {study.folder / RECORDS}.")
