@@ -56,6 +56,7 @@ def _show(study: Study) -> None:
     from pretrain.studies.power import use_decision
     from pretrain.studies.record import StudyRecord
     from pretrain.studies.speeds import read_ratios
+    from pretrain.studies.tuning import describe
 
     overrides, corpora = assign_corpora(study, load_base_config(study))
     missing = [corpus.data.path for corpus in corpora if not is_prepared(corpus)]
@@ -69,6 +70,8 @@ def _show(study: Study) -> None:
     matching = Matching(study, overrides)
     record = StudyRecord(study.folder)
     use_decision(study, record)
+    if study.config.tune:
+        print(describe(study, study.config.tune))
     print_plan(study, matching, read_ratios(record.calibration, study.config.baseline))
 
 

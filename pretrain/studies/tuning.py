@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.task_rows import write_views
 from data_prep.utils.console import UserError
@@ -20,12 +20,13 @@ from data_prep.utils.files import sha256_file
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.report.runs import read_run
+from pretrain.studies.calibration import seconds_per_flop
 from pretrain.studies.config import Study, TuneConfig
 from pretrain.studies.matching import Matching
 from pretrain.studies.plan import check_runs, make_runs
 from pretrain.studies.processes import ProcessRunner
 from pretrain.studies.record import Run, StudyRecord
-from pretrain.studies.runner import is_done, run_locally, save_records
+from pretrain.studies.runner import EXIT_CODE_STOPPED, is_done, run_locally, save_records
 from pretrain.studies.slurm import submit_runs
 from pretrain.tasks.options import RowTask, TaskConfig
 
@@ -98,6 +99,29 @@ def value_beyond(edge: float, inner: float) -> float:
     return beyond
 
 
+def describe(study: Study, tune: TuneConfig) -> str:
+    """Return how many trials the tuning has, as a line of the plan."""
+    counts = [len(combinations(tune.grid(arm))) for arm in study.config.arms]
+    return (
+        f"tuning first: {sum(counts)} trials ({', '.join(map(str, counts))} by arm) x {len(tune.seeds)} seeds = "
+        f"{sum(counts) * len(tune.seeds)} runs; the arms below have the values before the tuning"
+    )
+
+
+class _Planned(NamedTuple):
+    """The study whose arms are the trials, and its runs."""
+
+    study: Study
+    matching: Matching
+    runs: list[Run]
+    record: StudyRecord
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all runs are trained and evaluated."""
+        return all(map(is_done, self.runs))
+
+
 class Tuning:
     """The trials of a study."""
 
@@ -158,46 +182,66 @@ class Tuning:
         """
         self._record_plan()
         while True:
-            study = self.trials_study()
-            matching = Matching(study, {name: self.corpora[self._arm_of(name)] for name in study.config.arms})
-            runs = make_runs(study, matching, {})
-            check_runs(runs)
-            save_records(runs)
-            trials_record = StudyRecord(study.folder)
-            trials_record.describe(
-                study,
-                {name: matching.overrides(arm, {}) for name, arm in matching.arms.items()},
-                {name: arm.flops_per_token for name, arm in matching.arms.items()},
-            )
-            code = self._run_trials(study, launcher_dir, runs, trials_record, processes)
-            if code or not all(map(is_done, runs)):
-                return code
-            trials = {arm: self._read_trials(study, runs, arm) for arm in self.arms}
+            planned = self._plan()
+            if not planned.is_done:
+                code = self._run_trials(planned, launcher_dir, processes)
+                if code or not planned.is_done:
+                    return code
+            trials = {arm: self._read_trials(planned, arm) for arm in self.arms}
             if len(self.extensions) >= self.tune.extensions or not self._extend(trials):
                 break
         self._record_results(trials)
         return None
 
-    def _run_trials(
-        self, study: Study, launcher_dir: Path, runs: list[Run], record: StudyRecord, processes: ProcessRunner
-    ) -> int:
-        if all(map(is_done, runs)):
-            return 0
+    def _plan(self) -> "_Planned":
+        """Return the trials of all values, checked and recorded as a study."""
+        study = self.trials_study()
+        matching = Matching(study, {name: self.corpora[self._arm_of(name)] for name in study.config.arms})
+        runs = make_runs(study, matching, {})
+        check_runs(runs)
+        save_records(runs)
+        record = StudyRecord(study.folder)
+        record.describe(
+            study,
+            {name: matching.overrides(arm, {}) for name, arm in matching.arms.items()},
+            {name: arm.flops_per_token for name, arm in matching.arms.items()},
+        )
+        return _Planned(study, matching, runs, record)
+
+    def _run_trials(self, planned: "_Planned", launcher_dir: Path, processes: ProcessRunner) -> int:
+        study, matching, runs, record = planned
         logger.info(f"tuning: {len(study.config.arms)} trials x {len(self.tune.seeds)} seeds in {study.folder}")
         if study.config.slurm:
             code = submit_runs(study.folder, launcher_dir, study.config.slurm, runs, record)
             logger.info("run the same command again when these jobs have ended; the compared runs are submitted then")
             return code
+        seconds = seconds_per_flop(study, matching, runs, record, launcher_dir, processes)
+        if processes.stopped:
+            return EXIT_CODE_STOPPED
+        self._print_hours(matching, runs, seconds)
         return run_locally(study, launcher_dir, runs, record, processes)
+
+    def _print_hours(self, trials: Matching, runs: list[Run], seconds: float) -> None:
+        """Print the estimated hours of the missing trials and of the compared runs, from the seconds of a FLOP."""
+        missing = sum(run.flops for run in runs if not is_done(run))
+        seeds = self.study.config.seeds
+        per_run = trials.baseline.flops_per_token * trials.base_tokens
+        compared = per_run * len(self.arms) * len(seeds)
+        print(
+            f"about {seconds * missing / 3600:.1f} hours for the trials and {seconds * compared / 3600:.1f} hours for "
+            f"{len(self.arms)} arms x {len(seeds)} seeds; start-up and evaluation come on top of it unless runs of "
+            "this study have been timed, and an extension of a range adds trials",
+            flush=True,
+        )
 
     def _arm_of(self, trial: str) -> str:
         return next(
             arm for arm in self.arms for values in combinations(self.grid(arm)) if trial_name(arm, values) == trial
         )
 
-    def _read_trials(self, study: Study, runs: list[Run], arm: str) -> list[Trial]:
-        metric = study.metric
-        found = {(run.arm, run.seed): read_run(run.folder) for run in runs}
+    def _read_trials(self, planned: "_Planned", arm: str) -> list[Trial]:
+        metric = planned.study.metric
+        found = {(run.arm, run.seed): read_run(run.folder) for run in planned.runs}
         trials = []
         for values in combinations(self.grid(arm)):
             by_seed = {seed: found[trial_name(arm, values), seed] for seed in self.tune.seeds}

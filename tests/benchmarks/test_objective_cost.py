@@ -13,9 +13,13 @@ PACKED = [
     "next_token_packed",
     "joint_packed",
     "joint_dropout_0.75",
+    "joint_active_0.25",
     "in_context_packed",
     "in_context_k0_packed",
     "regularized_packed",
+    "nitp_packed",
+    "nextlat_packed",
+    "nextlat_kl_packed",
     "next_token_independent_packed",
     "independent_packed",
 ]
@@ -46,13 +50,13 @@ def test_every_implementation_reports_its_figures(result):
     for name, arm in result["arms"].items():
         assert arm["records_per_second"] > 0 and arm["peak_memory_bytes"] > 0, name
         assert arm["slots_per_record"] >= arm["positions_per_record"] > 0, name
-        for ratio in ("records_per_second", "time", "time_over_positions", "time_over_slots"):
+        for ratio in ("records_per_second", "time", "time_over_positions", "time_over_flops", "time_over_slots"):
             spread = arm["to_baseline"][ratio]
             assert 0 < spread["min"] <= spread["median"] <= spread["max"], name
     assert result["arms"]["next_token_packed"]["to_baseline"]["positions"] == 1.0
     assert result["arms"]["three_passes_512"]["slots_per_record"] == 3 * 512
     assert set(result["records_per_second_of_joint_packed_over"]) == set(SEPARATE)
-    assert len(result["targets"]) == 9
+    assert len(result["targets"]) == 13
     assert all({"measured", "met"} < set(target) for target in result["targets"].values())
 
 

@@ -79,7 +79,10 @@ def test_rows_that_are_tested_may_not_decide(write_study, folder):
 
 def test_a_study_is_tuned_before_it_is_compared(write_study, folder):
     path, study = write_study(tune=TUNE, name="tuned", primary="jepa"), folder / "studies" / "tuned"
+    shown = run_command([*STUDY, str(path), "--dry-run"]).stdout
+    assert "tuning first: 4 trials (2, 2 by arm) x 1 seeds = 4 runs" in shown and not study.exists()
     done = run_command([*STUDY, str(path)])
+    assert "hours for the trials and" in done.stdout
     record = json.loads((study / "study.json").read_text())
     tune, trials = record["tune"], json.loads((study / "tuning" / "study.json").read_text())
     assert record["primary"] == "jepa" and len(tune["plans"]) == 1

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from data_prep.layout import Pairing
 from pretrain.config import load_config
+from pretrain.objectives.configs import llm_jepa
 from pretrain.run_folder import list_steps, read_status
 from pretrain.training.collapse import CollapseWarning
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
@@ -125,12 +125,14 @@ def test_an_error_of_a_logger_ends_the_run_with_its_text_and_ends_only_started_h
         assert "the server does not answer" in read_status(folder / "runs" / name)["reason"]
 
 
-def test_the_collapse_warning_is_not_repeated_after_a_resume(messages):
-    objective = SimpleNamespace(pairing=Pairing(), embedding_group="embedding")
-    run = SimpleNamespace(config=SimpleNamespace(objective=objective))
+def test_the_collapse_warning_is_not_repeated_after_a_resume_and_absent_while_the_terms_are_off(messages):
+    objective = llm_jepa.Config(name="llm_jepa", active=(0, 0.5))
+    run = SimpleNamespace(config=SimpleNamespace(objective=objective), fraction=0.5)
     collapsed = {"paired_cosine": 1.0, "shuffled_cosine": 1.0, "retrieval_at_1": 0.0, "effective_rank": 1.0}
     values = {f"validation/embedding/{name}": value for name, value in collapsed.items()}
-    first, resumed = CollapseWarning(), CollapseWarning()
+    first, resumed, later = CollapseWarning(), CollapseWarning(), CollapseWarning()
+    later.after_validation(SimpleNamespace(config=run.config, fraction=0.6), values)
+    assert messages == []
     first.after_validation(run, values)
     resumed.load_state(first.state())
     resumed.after_validation(run, values)
