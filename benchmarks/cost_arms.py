@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data_prep.layout import FORWARD, Layout, Pairing, ReadOut, SpecialTokenIds, make_layout
 from pretrain.data.batch import Batch
@@ -43,14 +44,20 @@ ARMS = (
 )
 BASELINE = ARMS[0]
 PREDICTOR_TOKENS = 1
+SEVERAL_PASSES = "several_passes"
 OBJECTIVES = {
     "next_token": "{name: next_token}",
     "llm_jepa": f"{{name: llm_jepa, predictor_tokens: {PREDICTOR_TOKENS}, distance: cosine}}",
+    SEVERAL_PASSES: f"{{name: llm_jepa, predictor_tokens: {PREDICTOR_TOKENS}, distance: cosine}}",
     "nitp": "{name: nitp}",
     "nextlat": "{name: nextlat}",
     "nextlat_kl": "{name: nextlat, kl_weight: 1.0}",
 }
-"""Objectives for which engines are built. The model of next_token has no predictor tokens."""
+"""Objectives for which engines are built. The model of next_token has no predictor tokens.
+
+The engine of SEVERAL_PASSES gathers each module separately, because DeepSpeed cannot reduce the gradients of a leaf
+module that is called twice before a backward pass.
+"""
 CODING_RATE = CodingRateConfig(name="coding_rate", weight=0.5)
 REFERENCE_LENGTH = 512
 """Length to which the public implementations pad every row, in positions."""
@@ -68,7 +75,9 @@ class AllPositions(Objective):
         batch, hidden = forward_pass.batch, forward_pass.hidden
         labels = torch.full((len(hidden),), IGNORED, device=hidden.device)
         labels[batch.label_index] = batch.label_ids
-        return ObjectiveOutput({"lm": forward_pass.head.cross_entropy(hidden, labels)}, None)
+        assert isinstance(forward_pass.head, LanguageModel)
+        logits = forward_pass.head.logits(hidden).float()
+        return ObjectiveOutput({"lm": F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")}, None)
 
 
 class Embeddings(Objective):
@@ -163,6 +172,8 @@ class Arm:
     @property
     def engine(self) -> str:
         """Name in OBJECTIVES of the objective for which the arm's engine is built."""
+        if len(self.passes) > 1:
+            return SEVERAL_PASSES
         uses_predictor = any(forward_pass.layout.predictor_tokens for forward_pass in self.passes)
         return self.objective or ("llm_jepa" if uses_predictor else "next_token")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
-from cost_arms import BASELINE, OBJECTIVES, Arm, combine, make_arms
+from cost_arms import BASELINE, OBJECTIVES, SEVERAL_PASSES, Arm, combine, make_arms
 
 from data_prep.layout import SpecialTokenIds
 from pretrain.config import RunConfig, load_config
@@ -84,7 +84,12 @@ class Bench:
         }
         engines = {
             name: build_engine(
-                load_config(arguments.folder / "config.yaml", [f"objective={settings}"]), corpus.tokenizer, world
+                load_config(
+                    arguments.folder / "config.yaml",
+                    [f"objective={settings}", f"monitor.gradients_every={10**9 if name == SEVERAL_PASSES else 0}"],
+                ),
+                corpus.tokenizer,
+                world,
             )
             for name, settings in OBJECTIVES.items()
             if name in names | {"next_token"}
