@@ -140,10 +140,3 @@ def test_sensitivity_is_measured_along_a_key_at_the_best_values_of_other_keys():
     assert [rate.values[index] for index in rate.good] == [2.0, 4.0, 8.0] and rate.width == 4.0
     assert rate.spread == pytest.approx(0.0110, abs=2e-4)
     assert weight.values == [1.0, 2.0] and weight.width == 1.0 and weight.at_edge
-
-
-def test_without_tuning_the_first_lines_of_the_report_mention_it(write_study, folder):
-    path, study = write_study(name="untuned"), folder / "studies" / "untuned"
-    run_command([*STUDY, str(path)])
-    text, page = render_report(study)
-    assert "The arms were not tuned" in text.splitlines()[4] and "<p>The arms were not tuned" in page
