@@ -23,8 +23,8 @@ class Progress:
     processor_seconds: float = 0.0
     """Processor time of this rank's training on CPU, summed over all launches; 0 on a GPU.
 
-    The ranks process equally many rows, so the value of the main rank is used for all of them. 0 also stands for the
-    steps of versions that did not measure it.
+    The ranks process equally many rows, so the value of the main rank is used for all of them. Steps that an
+    earlier version trained count as 0, because it did not measure them.
     """
 
     def state(self) -> dict[str, float]:

@@ -101,20 +101,7 @@ def build_engine(
         raise_recompile_limit(model)
         limit_compile_threads(world.hosts.count(world.hosts[world.rank]))
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if len(full_shape(parameter)) >= 2]
-    undecayed = [parameter for parameter in trained if len(full_shape(parameter)) < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.train.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.train.learning_rate,
-        betas=config.train.betas,
-        # on the GPU, the unfused optimizer would pass over all weights several times and would copy them
-        fused=world.device.type == "cuda",
-    )
+    optimizer = _adamw(module, config, world.device)
     with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer in bf16 prints a dozen lines about memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive
@@ -126,6 +113,24 @@ def build_engine(
             "experts: set it to 0, or set deepspeed.zero_optimization.stage to 1 or 2"
         )
     return engine
+
+
+def _adamw(module: nn.Module, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
+    """Return the optimizer of the trained parameters; weight decay applies to matrices only."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if len(full_shape(parameter)) >= 2]
+    undecayed = [parameter for parameter in trained if len(full_shape(parameter)) < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.train.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.train.learning_rate,
+        betas=config.train.betas,
+        # on the GPU, the unfused optimizer would pass over all weights several times and would copy them
+        fused=device.type == "cuda",
+    )
 
 
 def _initial_objective(config: RunConfig, model: LanguageModel) -> Objective:
