@@ -229,10 +229,12 @@ def _power(all_arms: Summaries) -> list[str]:
     if power is None or "seeds" not in power:
         return []
     count = len(power["seeds"])
+    deciding = power["deciding"]
+    which = "standard deviation" if deciding == power.get("primary") else "largest standard deviation"
     text = (
         f"The number of seeds, {count}, follows from a pilot. Its {format_seeds(power['pilot'])} are excluded from "
-        f"this report. The largest standard deviation of the differences between an arm and the baseline was "
-        f"{format_number(power['sd'][power['largest']])} ({power['largest']})."
+        f"this report. The {which} of the differences between an arm and the baseline was "
+        f"{format_number(power['sd'][deciding])} ({deciding})."
     )
     if power["limit_reached"]:
         return [

@@ -1,10 +1,10 @@
 """Power: the number of seeds that follows from the spread in a pilot and the difference worth finding.
 
 The pilot's seeds run first, in all arms. The number of further seeds is the smallest with which the final test finds a
-true difference of `detect` with a probability of 80%, given the largest standard deviation of the paired differences of
-an arm. The further seeds are the integers after the largest seed of the pilot. Only they are part of the final test: a
-test that includes a pilot of three seeds calls up to 9% of equal arms different, because the study is short if the
-spread of the pilot happens to be small (docs/studies.md).
+true difference of `detect` with a probability of 80%, given the standard deviation of the paired differences of the
+primary arm or, without one, the largest standard deviation of an arm. The further seeds are the integers after the
+largest seed of the pilot. Only they are part of the final test: a test that includes a pilot of three seeds calls up to
+9% of equal arms different, because the study is short if the spread of the pilot happens to be small (docs/studies.md).
 """
 
 import logging
@@ -34,7 +34,7 @@ def use_decision(study: Study, record: StudyRecord) -> bool:
     if power is None:
         record.power = record.power if "seeds" in decided else None
         return False
-    settings = power.model_dump() | {"arms": list(study.config.arms)}
+    settings = _settings(power, list(study.config.arms), study.config.primary)
     if "seeds" not in decided or any(decided.get(key) != value for key, value in settings.items()):
         record.power = settings
         return False
@@ -50,7 +50,7 @@ def decide(study: Study, runs: Sequence[Run], record: StudyRecord) -> bool:
     power = study.config.power
     if power is None or not all(map(is_done, runs)):
         return False
-    record.power = choose_seeds(power, study.config.baseline, pilot_values(study, runs))
+    record.power = choose_seeds(power, study.config.baseline, pilot_values(study, runs), study.config.primary)
     use_decision(study, record)
     record.save()
     logger.info(describe(record.power))
@@ -74,10 +74,18 @@ def pilot_values(study: Study, runs: Sequence[Run]) -> dict[str, dict[int, float
     return values
 
 
-def choose_seeds(power: PilotConfig, baseline: str, values: dict[str, dict[int, float]]) -> dict[str, Any]:
+def _settings(power: PilotConfig, arms: list[str], primary: str | None) -> dict[str, Any]:
+    """Return the settings that a decision depends on."""
+    return power.model_dump() | {"arms": arms} | ({"primary": primary} if primary else {})
+
+
+def choose_seeds(
+    power: PilotConfig, baseline: str, values: dict[str, dict[int, float]], primary: str | None = None
+) -> dict[str, Any]:
     """Return the decision for study.json; `values` is the metric by arm and seed.
 
-    Raises UserError if the differences from the baseline have no spread.
+    With a primary arm, the number of seeds follows from its differences alone, and the level of its test is not
+    corrected for the other arms. Raises UserError if the differences from the baseline have no spread.
     """
     base = values[baseline]
     sd = {
@@ -85,22 +93,21 @@ def choose_seeds(power: PilotConfig, baseline: str, values: dict[str, dict[int, 
         for arm, by_seed in values.items()
         if arm != baseline
     }
-    largest = max(sd, key=sd.__getitem__)
-    if sd[largest] <= EQUAL * max_magnitude(value for by_seed in values.values() for value in by_seed.values()):
+    deciding = primary or max(sd, key=sd.__getitem__)
+    level = ALPHA if primary else ALPHA / len(sd)
+    if sd[deciding] <= EQUAL * max_magnitude(value for by_seed in values.values() for value in by_seed.values()):
         raise UserError(
             "the number of seeds cannot follow from the pilot, because the differences between an arm and the baseline "
             "are the same in every seed; choose a metric that distinguishes runs, or list the seeds"
         )
     detectable = {
-        number: min_detectable_difference(sd[largest], number, ALPHA / len(sd))
-        for number in range(FEWEST_SEEDS, power.most + 1)
+        number: min_detectable_difference(sd[deciding], number, level) for number in range(FEWEST_SEEDS, power.most + 1)
     }
     enough = next((number for number, difference in detectable.items() if difference <= power.detect), None)
     first, number = max(power.pilot) + 1, enough or power.most
-    return power.model_dump() | {
-        "arms": list(values),
+    return _settings(power, list(values), primary) | {
         "sd": sd,
-        "largest": largest,
+        "deciding": deciding,
         "seeds": list(range(first, first + number)),
         "limit_reached": enough is None,
         "detectable": detectable[number],
@@ -109,10 +116,11 @@ def choose_seeds(power: PilotConfig, baseline: str, values: dict[str, dict[int, 
 
 def describe(decision: dict[str, Any]) -> str:
     """Return a decision as message text."""
-    number, largest = len(decision["seeds"]), decision["largest"]
+    number, deciding = len(decision["seeds"]), decision["deciding"]
+    which = "the standard deviation" if "primary" in decision else "the largest standard deviation"
     spread = (
-        f"pilot: the largest standard deviation of the differences from the baseline is {decision['sd'][largest]:.4g} "
-        f"({largest}); {number} further seeds, {decision['seeds'][0]} to {decision['seeds'][-1]},"
+        f"pilot: {which} of the differences from the baseline is {decision['sd'][deciding]:.4g} "
+        f"({deciding}); {number} further seeds, {decision['seeds'][0]} to {decision['seeds'][-1]},"
     )
     if decision["limit_reached"]:
         return (

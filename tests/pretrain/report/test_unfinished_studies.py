@@ -20,7 +20,7 @@ VALUES = {
 POWER = {"detect": 0.02, "pilot": [1, 2, 3], "most": 12, "arms": list(VALUES)}
 DECISION = {
     "sd": {"pairs": 0.0123, "third": 0.01},
-    "largest": "pairs",
+    "deciding": "pairs",
     "seeds": [4, 5, 6],
     "limit_reached": False,
     "detectable": 0.019,

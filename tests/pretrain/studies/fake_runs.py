@@ -1,6 +1,7 @@
 """Studies whose runs are not trained: each run is written at once, with a metric that depends on its arm and seed."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ class FakeStudies:
         self.trained: list[str] = []
         self.failing: set[str] = set()
         self.noise = 0.01
+        self.rate_effect = 0.0
+        self.best_rate = 1.0
         monkeypatch.setattr("pretrain.studies.processes.ProcessRunner", lambda lock: self)
         self.stopped = None
 
@@ -44,9 +47,13 @@ class FakeStudies:
         run_dir = config.run_dir
         (run_dir / "checkpoints" / step_name(LAST_STEP)).mkdir(parents=True)
         record_start(config, Corpus(config.data.path, "train").manifest, 1, 0, [])
-        line = {"step": LAST_STEP, "tokens": 1000, "seconds": 2.0, "loss/lm": 1.5}
-        (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        write_status(run_dir, "finished", LAST_STEP)
+        last_step = config.train.steps or LAST_STEP  # only the steps of a calibration run are known
+        lines = [
+            {"step": step, "tokens": 250 * step, "seconds": step / 2, "processor_seconds": step / 2, "loss/lm": 1.5}
+            for step in range(1, last_step + 1)
+        ]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_status(run_dir, "finished", last_step)
         return 0
 
     def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path) -> int:
@@ -55,6 +62,7 @@ class FakeStudies:
         value = (
             1
             + len(config.objective.name) / 10
+            + self.rate_effect * math.log2(config.train.learning_rate / self.best_rate) ** 2
             + self.noise * (config.seed * 7919 % 13 - 6) * (config.objective.name != "next_token")
         )
         (run_dir / "evaluation").mkdir(exist_ok=True)

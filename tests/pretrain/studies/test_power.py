@@ -40,7 +40,18 @@ def test_the_number_is_the_smallest_with_enough_power(spread, arms):
 def test_the_arm_with_the_largest_spread_decides():
     narrow, wide = values(0.005), values(0.025)
     decision = choose_seeds(PILOT, "plain", narrow | {"wide": wide["arm0"]})
-    assert decision["largest"] == "wide" and len(decision["seeds"]) > len(choose_seeds(PILOT, "plain", wide)["seeds"])
+    assert decision["deciding"] == "wide" and len(decision["seeds"]) > len(choose_seeds(PILOT, "plain", wide)["seeds"])
+
+
+def test_the_primary_arm_decides_alone_and_its_level_is_not_corrected():
+    arms = values(0.02, 3) | {"wide": values(0.2)["arm0"]}
+    decision = choose_seeds(PILOT, "plain", arms, "arm1")
+    alone = choose_seeds(PILOT, "plain", values(0.02))
+    assert decision["deciding"] == decision["primary"] == "arm1" and set(decision["sd"]) == set(arms) - {"plain"}
+    assert (decision["seeds"], decision["detectable"]) == (alone["seeds"], alone["detectable"])
+    assert describe(decision).startswith(
+        "pilot: the standard deviation of the differences from the baseline is 0.02 (arm1)"
+    )
 
 
 def test_the_final_test_has_the_power_and_the_pilot_does_not_bias_it():

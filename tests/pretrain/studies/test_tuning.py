@@ -13,6 +13,7 @@ from pretrain.run_folder import read_metrics
 from pretrain.studies.tuning import Trial, best_trial, combinations, edge_values, trial_name, value_beyond
 from tests.commands import run_command
 from tests.pretrain.report.report_helpers import parse_table, render_report
+from tests.pretrain.studies.fake_runs import FakeStudies
 
 STUDY = ["python", "launcher/study.py"]
 RATE = "train.learning_rate"
@@ -78,19 +79,36 @@ def test_rows_that_are_tested_may_not_decide(write_study, folder):
 
 
 def test_a_study_is_tuned_before_it_is_compared(write_study, folder):
-    path, study = write_study(tune=TUNE, name="tuned", primary="jepa"), folder / "studies" / "tuned"
+    tune = {"keys": {RATE: [4.0e-3]}, "arms": {"jepa": {RATE: [1.0e-3, 4.0e-3]}}, "seeds": [7], "equal": False}
+    path, study = write_study(tune=tune | {"extensions": 0}, name="tuned", primary="jepa"), folder / "studies" / "tuned"
     shown = run_command([*STUDY, str(path), "--dry-run"]).stdout
-    assert "tuning first: 4 trials (2, 2 by arm) x 1 seeds = 4 runs" in shown and not study.exists()
+    assert "tuning first: 3 trials (1, 2 by arm) x 1 seeds = 3 runs" in shown and not study.exists()
     done = run_command([*STUDY, str(path)])
     assert "hours for the trials and" in done.stdout
+    found = json.loads((study / "study.json").read_text())["tune"]
+    assert found["plans"][0]["rows"]["origin"] == "the validation split of the corpus"
+    scores = {}
+    for rate in (0.001, 0.004):
+        run_dir = study / "tuning" / f"jepa.learning_rate-{rate}-seed7"
+        (result,) = read_json_lines(run_dir / "evaluation" / "results.jsonl")
+        assert result["rows"] == len(read_json_lines(study / "tuning" / "validation.jsonl"))
+        scores[rate] = result["metrics"]["lm"]
+    assert found["best"] == {"plain": {RATE: 0.004}, "jepa": {RATE: min(scores, key=scores.__getitem__)}}
+    text, _ = render_report(study)
+    assert "The arms were tuned with different numbers of trials" in text and read_metrics(study / "plain-seed1")
+
+
+def test_ranges_are_extended_for_all_arms_and_the_best_values_are_compared(write_study, folder, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    studies.rate_effect, studies.best_rate = 0.01, 0.016
+    path = write_study(tune=TUNE, name="extended", primary="jepa")
+    code, study = studies.start(path)
+    assert code == 0
     record = json.loads((study / "study.json").read_text())
     tune, trials = record["tune"], json.loads((study / "tuning" / "study.json").read_text())
     assert record["primary"] == "jepa" and len(tune["plans"]) == 1
     assert tune["plans"][0]["grids"] == {arm: {RATE: [1e-3, 4e-3]} for arm in ("plain", "jepa")}
-    assert tune["plans"][0]["rows"]["origin"] == "the validation split of the corpus"
-
-    # with so few steps the largest rate is best, so the range is extended once, for both arms
-    assert tune["extensions"] == [{RATE: [0.016]}] and "0.016 is added for all arms" in done.stdout
+    assert tune["extensions"] == [{RATE: [0.016]}]
     rates = (0.001, 0.004, 0.016)
     assert set(trials["arms"]) == {f"{arm}.learning_rate-{rate}" for arm in ("plain", "jepa") for rate in rates}
     for arm in ("plain", "jepa"):
@@ -98,24 +116,22 @@ def test_a_study_is_tuned_before_it_is_compared(write_study, folder):
         for rate in rates:
             run_dir = study / "tuning" / f"{arm}.learning_rate-{rate}-seed7"
             (result,) = read_json_lines(run_dir / "evaluation" / "results.jsonl")
-            assert result["rows"] == len(read_json_lines(study / "tuning" / "validation.jsonl"))
-            assert yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["learning_rate"] == rate
+            config = yaml.safe_load((run_dir / "config.yaml").read_text())
+            assert config["train"]["learning_rate"] == rate and config["seed"] == 7
+            assert config["evaluation"]["tasks"][0]["test"] == str(study / "tuning" / "validation.jsonl")
             scores[rate] = result["metrics"]["lm"]
-        best = min(scores, key=scores.__getitem__)
-        assert tune["best"][arm] == {RATE: best}
+        assert tune["best"][arm] == {RATE: 0.016} and tune["at_edge"][arm] == [RATE]
         assert {trial["values"][RATE]: trial["scores"]["7"] for trial in tune["trials"][arm]} == scores
         compared = yaml.safe_load((study / f"{arm}-seed1" / "config.yaml").read_text())
-        assert compared["train"]["learning_rate"] == best and compared["seed"] == 1
+        assert compared["train"]["learning_rate"] == 0.016 and compared["seed"] == 1
         assert compared["evaluation"]["tasks"][0]["test"] == str(folder / "pairs.jsonl")
 
-    before = {file: file.read_bytes() for file in study.rglob("metrics.jsonl")}
-    again = run_command([*STUDY, str(path)])
-    assert "tuning: 6 trials" not in again.stdout and {file: file.read_bytes() for file in before} == before
+    assert studies.start(path)[0] == 0 and studies.trained == []
     text, page = render_report(study)
     assert "The arms were tuned with 3 trials each of train.learning_rate, by loss/lm on the validation split" in text
     table = parse_table(text.partition("## Sensitivity")[2])
     assert set(table) == {RATE.replace("_", "\\_")} or set(table) == {RATE}
-    assert "<h2>Sensitivity</h2>" in page and read_metrics(study / "plain-seed1")
+    assert "<h2>Sensitivity</h2>" in page
 
 
 def test_sensitivity_is_measured_along_a_key_at_the_best_values_of_other_keys():
