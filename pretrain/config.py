@@ -16,7 +16,7 @@ from data_prep.utils.config_file import LocalPath, Section, apply_overrides, loa
 from data_prep.utils.console import UserError
 from pretrain.deepspeed_options import check_deepspeed
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
-from pretrain.sections import BUDGETS, CheckpointConfig, ModelConfig, MonitorConfig, TrainConfig
+from pretrain.sections import BUDGETS, DECAYS, WARMUPS, CheckpointConfig, ModelConfig, MonitorConfig, TrainConfig
 from pretrain.tasks import task_configs
 from pretrain.tasks.options import AnswerTask, TaskConfig
 
@@ -233,7 +233,11 @@ def finetuning_config(
     assert task.finetune is not None  # checked by the caller
     train = config.train.model_dump(exclude_none=True)
     if any(budget in task.finetune for budget in BUDGETS):
-        train = {key: value for key, value in train.items() if key not in BUDGETS}
+        changed = train | config.train.without_budget()
+        train = {key: value for key, value in changed.items() if value is not None}
+    for alternatives in (WARMUPS, DECAYS):
+        if any(key in task.finetune for key in alternatives):
+            train = {key: value for key, value in train.items() if key not in alternatives}
     values = yaml.safe_load(dump_config(config))
     values |= {
         "name": name,

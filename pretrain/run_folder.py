@@ -5,6 +5,7 @@ Commands import this module before they load anything slow, so it imports nothin
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,7 +97,8 @@ def warn_about_corrupt_lines(path: Path, numbers: list[int], treatment: str) -> 
 def read_rewinds(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rewinds of the run so far: step, score, the checkpoint `to`, and the skipped steps `left_out`.
 
-    Raises UserError if the file is corrupt.
+    The extension of a run is a rewind too, with the key `extended` and without a score or skipped steps. Raises
+    UserError if the file is corrupt.
     """
     path = run_dir / REWINDS
     try:
@@ -105,3 +107,16 @@ def read_rewinds(run_dir: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{path} is corrupt ({error}): fix it, or remove it to train on the skipped steps too"
         ) from None
+
+
+def remove_later_steps(run_dir: Path, step: int) -> None:
+    """Remove the checkpoints and exports of steps after `step`. Raises OSError."""
+    checkpoints = run_dir / "checkpoints"
+    for folder in (checkpoints, run_dir / "export"):
+        for saved in list_steps(folder):
+            if saved > step:
+                (folder / step_name(saved)).rename(folder / f".{step_name(saved)}.tmp")
+                # saving the step again requests its evaluation again
+                (checkpoints / PINS / step_name(saved)).unlink(missing_ok=True)
+    for export in (run_dir / "export").glob(".*.tmp"):
+        shutil.rmtree(export, ignore_errors=True)

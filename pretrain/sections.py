@@ -52,6 +52,10 @@ class ModelConfig(Section):
 
 BUDGETS = ("steps", "tokens", "records", "epochs")
 """Keys of `train` for the budget; a run sets exactly one of them."""
+WARMUPS = ("warmup_fraction", "warmup_steps", "warmup_tokens")
+"""Keys of `train` for the length of the warm-up; a run sets at most one of them."""
+DECAYS = ("decay_fraction", "decay_steps", "decay_tokens")
+"""Keys of `train` for the length of the decay; a run sets at most one of them."""
 
 
 class TrainConfig(Section):
@@ -73,10 +77,18 @@ class TrainConfig(Section):
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
     """Shape of the learning-rate decay after the warm-up, as a function of the consumed fraction of the budget."""
-    warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
+    warmup_fraction: float | None = Field(default=0.02, ge=0, lt=1)
     """First fraction of the budget, in which the learning rate rises linearly to learning_rate."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Length of the warm-up in steps, instead of warmup_fraction; needs a budget in steps."""
+    warmup_tokens: int | None = Field(default=None, ge=0)
+    """Length of the warm-up in corpus tokens, instead of warmup_fraction; needs a budget in tokens."""
     decay_fraction: float | None = Field(default=None, gt=0, le=1)
     """Last fraction of the budget, in which warmup_stable_decay lowers the learning rate; default 0.2."""
+    decay_steps: int | None = Field(default=None, gt=0)
+    """Length of the decay in steps, instead of decay_fraction; needs a budget in steps."""
+    decay_tokens: int | None = Field(default=None, gt=0)
+    """Length of the decay in corpus tokens, instead of decay_fraction; needs a budget in tokens."""
     final_rate: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a fraction of learning_rate."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -102,6 +114,14 @@ class TrainConfig(Section):
     estimated by the median absolute deviation. A value is compared with the last 100 values of its term, limited to
     steps with a similar number of tokens or pairs. At least 20 such values are needed."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_default_warmup(cls, values: Any) -> Any:
+        """Unset the default of warmup_fraction if the warm-up is given in a different unit."""
+        if isinstance(values, dict) and any(values.get(key) is not None for key in WARMUPS[1:]):
+            return {"warmup_fraction": None} | values
+        return values
+
     @model_validator(mode="after")
     def _check_consistency(self) -> "TrainConfig":
         budgets = [budget for budget in BUDGETS if getattr(self, budget) is not None]
@@ -110,16 +130,63 @@ class TrainConfig(Section):
                 "the budget must be exactly one of steps, tokens, records and epochs, not "
                 f"{' and '.join(budgets) or 'none'}; unset one with train.KEY=null"
             )
+        self._check_lengths(budgets[0])
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}: both must be at least 0 and below 1")
-        if (
-            self.schedule == "warmup_stable_decay"
-            and self.warmup_fraction + (self.decay_fraction or DEFAULT_DECAY_FRACTION) > 1
-        ):
-            raise ValueError("warmup_fraction and decay_fraction add up to more than 1: lower one of them")
-        if self.decay_fraction is not None and self.schedule != "warmup_stable_decay":
-            raise ValueError("decay_fraction has an effect with schedule=warmup_stable_decay only; remove it")
         return self
+
+    def _check_lengths(self, budget: str) -> None:
+        """Raise ValueError if the warm-up or the decay does not fit the schedule or the unit of the budget."""
+        for keys in (WARMUPS, DECAYS):
+            given = [key for key in keys if getattr(self, key) is not None]
+            if len(given) > 1:
+                raise ValueError(f"set only one of {' and '.join(given)}; unset the other with train.KEY=null")
+            if given and given[0] != keys[0] and given[0].rpartition("_")[2] != budget:
+                raise ValueError(
+                    f"{given[0]} needs a budget in {given[0].rpartition('_')[2]}, but train.{budget} is set; "
+                    f"use {keys[0]}, or change the budget"
+                )
+            if given and keys is DECAYS and self.schedule != "warmup_stable_decay":
+                raise ValueError(f"{given[0]} has an effect with schedule=warmup_stable_decay only; remove it")
+        if self.schedule == "warmup_stable_decay" and self.warmup_share + self.decay_share > 1:
+            raise ValueError(
+                "the warm-up and the decay together are longer than the budget: lower one of "
+                f"{self._length_key(WARMUPS)} and {self._length_key(DECAYS)}"
+            )
+        if self.warmup_share >= 1:
+            raise ValueError(f"{self._length_key(WARMUPS)} must be below the budget, train.{budget}")
+
+    def _length_key(self, keys: tuple[str, ...]) -> str:
+        """Return the key that is set; the first one if there is none."""
+        return next((key for key in keys if getattr(self, key) is not None), keys[0])
+
+    def _share(self, keys: tuple[str, ...], default: float) -> float:
+        key = self._length_key(keys)
+        length: float | None = getattr(self, key)
+        if length is None:
+            return default
+        return length if key == keys[0] else length / getattr(self, key.rpartition("_")[2])
+
+    @property
+    def warmup_share(self) -> float:
+        """Fraction of the budget that the warm-up takes."""
+        return self._share(WARMUPS, 0.0)
+
+    @property
+    def decay_share(self) -> float:
+        """Fraction of the budget that the decay of `warmup_stable_decay` takes."""
+        return self._share(DECAYS, DEFAULT_DECAY_FRACTION)
+
+    def without_budget(self) -> dict[str, Any]:
+        """Return the changes that remove the budget, for a copy with a different one.
+
+        Lengths of the warm-up and the decay in its unit become fractions.
+        """
+        changes: dict[str, Any] = {key: None for key in BUDGETS if getattr(self, key) is not None}
+        for keys, share in ((WARMUPS, self.warmup_share), (DECAYS, self.decay_share)):
+            if (key := self._length_key(keys)) != keys[0]:
+                changes |= {key: None, keys[0]: share}
+        return changes
 
 
 class CheckpointConfig(Section):

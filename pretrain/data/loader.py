@@ -141,6 +141,11 @@ class Consumed(NamedTuple):
     """Corpus tokens."""
 
 
+def make_order(corpus: Corpus, seed: int, weights: Sequence[float]) -> Order:
+    """Return the order of a corpus. `weights` lists the occurrences per epoch of the records of each source."""
+    return Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed)
+
+
 class Loader:
     """A stream of rows that is endless or `epochs` long and can be resumed at any row.
 
@@ -168,7 +173,7 @@ class Loader:
         self.seed, self.dropout, self.epochs = seed, dropout, epochs
         self._dropout_at = dropout_at
         weights = source_weights(corpus.manifest) if weights is None else weights
-        self.order = Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed)
+        self.order = make_order(corpus, seed, weights)
         if self.order.records_in_epochs(epochs or 1000) == 0:
             raise UserError(
                 f"{f'{epochs} epochs' if epochs else 'a thousand epochs'} of {corpus.folder} contain no records: "

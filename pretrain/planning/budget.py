@@ -37,14 +37,19 @@ class Progress:
         return Consumed(self.step, self.records, self.tokens)
 
 
-def consumed_fraction(consumed: Consumed, train: TrainConfig, total_epoch_records: int) -> float:
-    """Return the consumed fraction of the budget; the run ends at 1.
+def budget_use(consumed: Consumed, train: TrainConfig, total_epoch_records: int) -> tuple[float, float]:
+    """Return what has been consumed, and the budget, both in the unit of the budget: steps, tokens or records.
 
     `total_epoch_records` is the number of records in train.epochs epochs.
     """
     if train.steps is not None:
-        return consumed.steps / train.steps
+        return consumed.steps, train.steps
     if train.tokens is not None:
-        return consumed.tokens / train.tokens
-    budget = train.records if train.records is not None else total_epoch_records
-    return consumed.records / budget
+        return consumed.tokens, train.tokens
+    return consumed.records, train.records if train.records is not None else total_epoch_records
+
+
+def consumed_fraction(consumed: Consumed, train: TrainConfig, total_epoch_records: int) -> float:
+    """Return the consumed fraction of the budget; the run ends at 1. See `budget_use` for the arguments."""
+    used, budget = budget_use(consumed, train, total_epoch_records)
+    return used / budget

@@ -20,7 +20,6 @@ from pretrain.config import RunConfig, dump_config
 from pretrain.report.records import record_path
 from pretrain.report.runs import is_run
 from pretrain.run_folder import read_metrics
-from pretrain.sections import BUDGETS
 from pretrain.studies.config import Study, StudyConfig, run_name
 from pretrain.studies.matching import Arm, Matching
 from pretrain.studies.processes import ProcessRunner
@@ -56,10 +55,9 @@ class SecondsPerToken(NamedTuple):
 
 def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
     """Return the dotted keys that turn a run of an arm into a calibration run in `folder`."""
-    budgets = {f"train.{budget}": None for budget in BUDGETS if getattr(arm.config.train, budget) is not None}
     return (
         arm.overrides
-        | budgets
+        | {f"train.{key}": value for key, value in arm.config.train.without_budget().items()}
         | {
             "train.steps": STEPS,
             "name": arm.name,

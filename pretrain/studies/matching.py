@@ -99,10 +99,8 @@ class Matching:
         """Return the dotted keys that set an arm's corpus, batch and budget."""
         if self.study.config.matched_by == "none":
             return arm.overrides
-        cleared_budgets = {
-            f"train.{budget}": None for budget in BUDGETS if getattr(arm.config.train, budget) is not None
-        }
-        return arm.overrides | cleared_budgets | {"train.tokens": self.tokens(arm, speeds)}
+        cleared = {f"train.{key}": value for key, value in arm.config.train.without_budget().items()}
+        return arm.overrides | cleared | {"train.tokens": self.tokens(arm, speeds)}
 
     def _arm(self, name: str, overrides: dict[str, Any]) -> Arm:
         study = self.study
@@ -150,7 +148,7 @@ class Matching:
         """
         if self.study.config.matched_by == "none" or len(plan.step.dropout_levels) < 2:
             return plan
-        budget = dict.fromkeys(BUDGETS) | {"tokens": budget_tokens(plan)}
+        budget = plan.config.train.without_budget() | {"tokens": budget_tokens(plan)}
         config = plan.config.model_copy(update={"train": plan.config.train.model_copy(update=budget)})
         return replace(plan, step=make_plan(config, plan.corpus).step)
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from data_prep.utils.console import UserError
 from data_prep.utils.files import sha256_file, sync_folder, write_text
+from pretrain.planning.budget import Progress
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import die_with_parent
@@ -97,17 +98,23 @@ def _wait_for(folder: Path, files: dict[str, Any]) -> None:
         time.sleep(0.1)
 
 
-def prune(folder: Path, keep: int, keep_every: int | None) -> list[str]:
+def prune(
+    folder: Path, keep: int, keep_every: int | None, is_stable: Callable[[Progress], bool] | None = None
+) -> list[str]:
     """Remove old checkpoints; return the ones that could not be removed.
 
-    The newest `keep` checkpoints, steps that are multiples of `keep_every`, and pinned checkpoints are kept. A
-    checkpoint is first renamed to a hidden folder, so an interrupted removal leaves no incomplete checkpoint. If the
-    checkpoint was pinned in the meantime, perhaps on another machine, it is renamed back.
+    The newest `keep` checkpoints, steps that are multiples of `keep_every`, pinned checkpoints, and the last checkpoint
+    whose progress `is_stable` are kept. A checkpoint is first renamed to a hidden folder, so an interrupted removal
+    leaves no incomplete checkpoint. If the checkpoint was pinned in the meantime, perhaps on another machine, it is
+    renamed back.
     """
     failed = []
     pinned = _pins(folder)
-    for old in list_steps(folder)[:-keep]:
-        if (keep_every is None or old % keep_every) and step_name(old) not in pinned:
+    steps = list_steps(folder)
+    stable = (step for step in reversed(steps) if is_stable and is_stable(read_progress(folder / step_name(step))))
+    last_stable = next(stable, None)
+    for old in steps[:-keep]:
+        if (keep_every is None or old % keep_every) and step_name(old) not in pinned and old != last_stable:
             try:
                 os.replace(folder / step_name(old), folder / f".{step_name(old)}.tmp")
                 if step_name(old) in _pins(folder):
@@ -115,6 +122,16 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> list[str]:
             except OSError as error:
                 failed.append(f"{step_name(old)} ({error.strerror})")
     return failed + remove_leftovers(folder)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Return the counters of a checkpoint. Raises UserError if its manifest cannot be read."""
+    try:
+        return Progress(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["state"]["progress"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{checkpoint / MANIFEST} cannot be read: remove this checkpoint, or restore the file"
+        ) from None
 
 
 def remove_leftovers(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from data_prep.utils.files import sha256_file, write_json, write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.data.corpus import corpus_identity, source_weights
 from pretrain.revision import ROOT, revision
+from pretrain.training.extension import MAY_DIFFER, check_extension, larger_budget
 
 LOCK = ROOT / "requirements.lock"
 STARTS = "starts.jsonl"
@@ -89,13 +90,14 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     """Return a line for each allowed change since the last launch of the run; empty for a new run.
 
     `ranks` is None if the number of ranks is not known yet. Raises UserError if the folder contains a run with a
-    different corpus, tokenizer, or setting of IMMUTABLE_ON_RESUME.
+    different corpus, tokenizer, or setting of IMMUTABLE_ON_RESUME. A larger budget is allowed if the run can
+    be extended.
     """
     run_dir = config.run_dir
     data = _data(config, manifest)
-    if not (run_dir / "config.yaml").exists():
+    before = previous_config(run_dir)
+    if before is None:
         return []
-    before = _with_partitioning(_with_defaults(_read(run_dir / "config.yaml", yaml.safe_load)))
     now = _with_partitioning(yaml.safe_load(dump_config(config)))
     differing = sorted(
         key
@@ -108,6 +110,10 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
         if any(f"{key}.".startswith(f"{immutable}.") for immutable in IMMUTABLE_ON_RESUME)
         and key not in MUTABLE_ON_RESUME
     ]
+    if budget := larger_budget(before, config.train):
+        changed = [key for key in changed if key not in MAY_DIFFER]
+        if not changed:
+            check_extension(before, config, budget)
     if changed:
         listed = ", ".join(f"{key} ({_value_at(before, key)}, now {_value_at(now, key)})" for key in changed[:5])
         raise UserError(
@@ -142,6 +148,12 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
             "terms that compare pairs with each other (info_nce, regularizers) has a different size"
         )
     return accepted
+
+
+def previous_config(run_dir: Path) -> dict[str, Any] | None:
+    """Return the configuration of the last launch of a run; None for a new run. Raises UserError if it is corrupt."""
+    path = run_dir / "config.yaml"
+    return _with_partitioning(_with_defaults(_read(path, yaml.safe_load))) if path.exists() else None
 
 
 def _value_at(values: Any, key: str) -> Any:

@@ -16,12 +16,12 @@ from data_prep.layout import SpecialTokenIds
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch, micro_batches
-from pretrain.data.loader import Loader, Rows, count_pairs
+from pretrain.data.loader import Consumed, Loader, Rows, count_pairs
 from pretrain.data.prefetch import Prefetch, StepData
 from pretrain.objectives.base import Objective, total_loss
 from pretrain.objectives.monitors import embedding_monitors
 from pretrain.objectives.pool import Pool
-from pretrain.planning.budget import Progress, consumed_fraction
+from pretrain.planning.budget import Progress, budget_use, consumed_fraction
 from pretrain.run_folder import REWIND_REASON_PREFIX, list_steps, write_status
 from pretrain.training.collapse import CollapseWarning
 from pretrain.training.distributed import World
@@ -32,7 +32,7 @@ from pretrain.training.loggers import build_loggers
 from pretrain.training.progress_line import ProgressLines
 from pretrain.training.rank_store import LocalRankStore
 from pretrain.training.saving import Saver
-from pretrain.training.schedule import learning_rate
+from pretrain.training.schedule import is_before_decay, is_decaying, learning_rate
 from pretrain.training.spikes import SpikeGuard
 from pretrain.training.stop import LauncherGraceNote, StopRequest
 from pretrain.training.throughput import Throughput
@@ -85,8 +85,14 @@ class Trainer:
     """Function that prints to the console, on any rank, why this process ends."""
 
     def __post_init__(self) -> None:
+        self._consumed_before = Consumed()
         self.saver = Saver(
-            self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._on_saved
+            self.engine,
+            self.config.run_dir / "checkpoints",
+            self.config.checkpoint,
+            self.world,
+            self._on_saved,
+            partial(is_before_decay, self.config.train, self.loader.records),
         )
         self.watchdog = Watchdog(
             self.world.rank_store or LocalRankStore(),
@@ -184,7 +190,13 @@ class Trainer:
                 report, consensus = self._train_step(step, data)
                 data_failed = consensus.data_failed
                 stopping = not self._finish_step(report) or consensus.stopping
-                if self.at_end or stopping or data_failed or self.is_due(self.config.checkpoint.every):
+                if (
+                    self.at_end
+                    or stopping
+                    or data_failed
+                    or self.is_due(self.config.checkpoint.every)
+                    or self._decay_begins()
+                ):
                     self._save(step.state)
         except StopTraining as stop:
             self.reason = str(stop)
@@ -274,6 +286,7 @@ class Trainer:
         return self.progress.step % every == 0
 
     def _count(self, rows: Rows) -> None:
+        self._consumed_before = self.progress.consumed
         self.progress.step += 1
         self.progress.records += len(rows.records)
         self.progress.tokens += int(rows.lengths.sum())
@@ -281,7 +294,21 @@ class Trainer:
 
     def _set_learning_rate(self) -> None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.fraction, self.config.train)
+            group["lr"] = learning_rate(*self._budget_use(self.progress.consumed), self.config.train)
+
+    def _budget_use(self, consumed: Consumed) -> tuple[float, float]:
+        return budget_use(consumed, self.config.train, self.loader.records)
+
+    def _decay_begins(self) -> bool:
+        """Return whether this step is the last one before the decay of warmup_stable_decay.
+
+        With a budget in steps this is exact. Otherwise the next step is assumed to be as large as this one.
+        """
+        train, now = self.config.train, self.progress.consumed
+        if train.schedule != "warmup_stable_decay" or is_decaying(*self._budget_use(now), train):
+            return False
+        following = Consumed(*(2 * after - before for after, before in zip(now, self._consumed_before, strict=True)))
+        return is_decaying(*self._budget_use(following), train)
 
     def _compute(
         self, step: StepData, data: Prefetch, with_pool: bool

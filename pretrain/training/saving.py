@@ -20,6 +20,7 @@ from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARTITION_COUNT
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
+from pretrain.planning.budget import Progress
 from pretrain.planning.flops import full_shape
 from pretrain.planning.memory import OPTIMIZER_BYTES
 from pretrain.run_folder import list_steps, step_name
@@ -50,7 +51,11 @@ class _Save:
 
 
 class Saver:
-    """A writer of an engine's checkpoints: all ranks together write one checkpoint at a time."""
+    """A writer of an engine's checkpoints: all ranks together write one checkpoint at a time.
+
+    `on_saved` is called with the step of each complete checkpoint. The last checkpoint whose counters are in the stable
+    phase of the learning rate (`is_stable`) is never removed.
+    """
 
     def __init__(
         self,
@@ -59,12 +64,14 @@ class Saver:
         config: CheckpointConfig,
         world: World,
         on_saved: Callable[[int], None],
+        is_stable: Callable[[Progress], bool],
     ):
         self._engine = engine
         self._folder = folder
         self._config = config
         self._world = world
         self._on_saved = on_saved
+        self._is_stable = is_stable
         self._copies = HostCopies(world.device)
         self._collector = engine.checkpoint_engine = _ShardCollector(self._copies)
         # DeepSpeed would also write a recovery script on rank 0; if that failed, only rank 0 would raise an error.
@@ -157,7 +164,7 @@ class Saver:
             checkpoint.publish(save.temporary, save.step, self._world.size, save.state, files)
         except OSError as error:
             return _error_text(error)
-        if not_removed := checkpoint.prune(self._folder, self._config.keep, self._config.keep_every):
+        if not_removed := checkpoint.prune(self._folder, self._config.keep, self._config.keep_every, self._is_stable):
             logger.warning(
                 f"cannot remove old checkpoints in {self._folder}: {', '.join(not_removed)}; check the "
                 "permissions, or remove them by hand"

@@ -19,10 +19,11 @@ from pretrain.planning.settings import engine_settings
 from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import MODEL_DIR, list_steps, read_status, write_status
 from pretrain.training import checkpoint
-from pretrain.training.describe import check_same_run, record_start
+from pretrain.training.describe import check_same_run, previous_config, record_start
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine
 from pretrain.training.evaluation_requests import check_device, requested_evaluations, start_evaluations
+from pretrain.training.extension import extend, larger_budget
 from pretrain.training.loop import Trainer
 from pretrain.training.start_checks import check
 from pretrain.training.stop import StopRequest
@@ -79,6 +80,7 @@ def set_up(
     )
     for change in changes:
         logger.info(f"note: resuming with a changed setting: {change}")
+    world.run_and_sync_errors(lambda: _extend(config, corpus) if world.is_main else None)
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
         logger.info(f"{config.run_dir} is already finished")
@@ -108,6 +110,13 @@ def set_up(
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
     return trainer
+
+
+def _extend(config: RunConfig, corpus: Corpus) -> None:
+    """Go back to before the decay of the learning rate if the budget has become larger."""
+    before = previous_config(config.run_dir)
+    if before is not None and larger_budget(before, config.train):
+        _report_write_errors(config, lambda: extend(config, before, corpus))
 
 
 def _build_trainer(

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import shutil
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.utils.console import UserError
 from data_prep.utils.files import write_json
-from pretrain.run_folder import PINS, REWIND_REASON_PREFIX, REWINDS, list_steps, read_rewinds, step_name
+from pretrain.run_folder import REWIND_REASON_PREFIX, REWINDS, list_steps, read_rewinds, remove_later_steps
 from pretrain.training.hooks import Hook, StepReport, StopTraining
 
 if TYPE_CHECKING:
@@ -178,32 +177,22 @@ def rewind(run_dir: Path, step: int, score: float) -> int:
         raise CannotRewind(f"cannot read {run_dir / REWINDS}: {error}") from None
     if resume_step is None:
         raise CannotRewind("no checkpoint is older than the preceding step")
-    if sum(earlier["to"] == resume_step for earlier in earlier_rewinds) >= MAX_REWINDS_PER_CHECKPOINT:
+    if (
+        sum(earlier["to"] == resume_step and bool(earlier["left_out"]) for earlier in earlier_rewinds)
+        >= MAX_REWINDS_PER_CHECKPOINT
+    ):
         raise CannotRewind(f"the run has already gone back to step {resume_step} {MAX_REWINDS_PER_CHECKPOINT} times")
-    if len(earlier_rewinds) >= MAX_REWINDS:
+    if sum(bool(earlier["left_out"]) for earlier in earlier_rewinds) >= MAX_REWINDS:
         raise CannotRewind(
             f"the run has already gone back {MAX_REWINDS} times and may be diverging: lower train.learning_rate"
         )
     try:
         this_rewind = {"step": step, "score": score, "to": resume_step, "left_out": skipped}
         write_json(run_dir / REWINDS, [*earlier_rewinds, this_rewind])
-        _remove_later_steps(run_dir, resume_step)
+        remove_later_steps(run_dir, resume_step)
     except OSError as error:
         with contextlib.suppress(OSError):
             if read_rewinds(run_dir) != earlier_rewinds:
                 write_json(run_dir / REWINDS, earlier_rewinds)
         raise CannotRewind(f"cannot write to {run_dir}: {error.strerror}") from None
     return resume_step
-
-
-def _remove_later_steps(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints and exports of steps after `step`."""
-    checkpoints = run_dir / "checkpoints"
-    for folder in (checkpoints, run_dir / "export"):
-        for saved in list_steps(folder):
-            if saved > step:
-                (folder / step_name(saved)).rename(folder / f".{step_name(saved)}.tmp")
-                # saving the step again requests its evaluation again
-                (checkpoints / PINS / step_name(saved)).unlink(missing_ok=True)
-    for export in (run_dir / "export").glob(".*.tmp"):
-        shutil.rmtree(export, ignore_errors=True)

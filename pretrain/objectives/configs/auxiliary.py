@@ -101,6 +101,11 @@ class RegularizedConfig(ObjectiveConfig):
                 )
         return self
 
+    @property
+    def changes_during_run(self) -> bool:
+        """Whether weights or the dropout depend on the consumed fraction of the budget."""
+        return self.active is not None or self.weight_schedule is not None
+
     def factor(self, fraction: float) -> float:
         """Return the factor for the weights of all terms except `lm` when `fraction` of the budget is used.
 

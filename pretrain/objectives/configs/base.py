@@ -34,6 +34,11 @@ class ObjectiveConfig(Section):
         """Whether the term on pairs compares a prediction with other targets too."""
         return False
 
+    @property
+    def changes_during_run(self) -> bool:
+        """Whether weights or the dropout depend on the consumed fraction of the budget."""
+        return False
+
     def loss_dropout(self, fraction: float) -> float:
         """Return the loss dropout when `fraction` of the budget is used."""
         return 0.0

@@ -105,6 +105,11 @@ class Config(AuxiliaryConfig):
             self.predictor_tokens, self.predictor_placement, self.direction, in_context=self.target == "in_context"
         )
 
+    @property
+    def changes_during_run(self) -> bool:
+        """Whether weights or the dropout depend on the consumed fraction of the budget."""
+        return super().changes_during_run or isinstance(self.dropout, list)
+
     def loss_dropout(self, fraction: float) -> float:
         """Return the fraction of the records that loss dropout excludes."""
         if isinstance(self.dropout, float):

@@ -72,7 +72,7 @@ def test_optimizer_schedule_and_precision(folder):
     assert trainer.engine.optimizer.fp32_partitioned_groups_flat[0].dtype == torch.float32
     trainer.engine.optimizer.param_groups[1]["lr"] = 9.0
     trainer.train()
-    assert {group["lr"] for group in groups} == {learning_rate(1.0, trainer.config.train)}
+    assert {group["lr"] for group in groups} == {learning_rate(1, 1, trainer.config.train)}
 
 
 def test_layout_labels_dropout_and_budget(folder):

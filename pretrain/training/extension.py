@@ -1,0 +1,105 @@
+"""Extension of a run: the same command with a larger budget continues before the decay of the learning rate."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.utils.console import UserError
+from data_prep.utils.files import write_json
+from pretrain.config import RunConfig
+from pretrain.data.corpus import Corpus, source_weights
+from pretrain.data.loader import make_order
+from pretrain.run_folder import REWINDS, list_steps, read_rewinds, remove_later_steps, step_name, write_status
+from pretrain.sections import BUDGETS, DECAYS, WARMUPS, TrainConfig
+from pretrain.training.checkpoint import read_progress
+from pretrain.training.schedule import is_before_decay
+
+logger = logging.getLogger(__name__)
+
+DECAYED = "decayed-"
+"""Prefix of the last checkpoint and the last export of the shorter run, which are kept under this name."""
+
+
+MAY_DIFFER = tuple(f"train.{key}" for key in (*BUDGETS, *WARMUPS, *DECAYS))
+"""Keys that may differ in an extended run."""
+
+
+def larger_budget(before: Mapping[str, Any], train: TrainConfig) -> str | None:
+    """Return the key of the budget if it is larger than in the earlier configuration of the run, else None."""
+    (budget,) = (key for key in BUDGETS if getattr(train, key) is not None)
+    return budget if getattr(train, budget) > (before["train"].get(budget) or math.inf) else None
+
+
+def check_extension(before: Mapping[str, Any], config: RunConfig, budget: str) -> None:
+    """Raise UserError if steps before the decay would have been different with the larger budget.
+
+    `before` is the earlier configuration of the run.
+    """
+    now, earlier = config.train, TrainConfig.model_validate(before["train"])
+    change = f"{config.run_dir} cannot be extended from train.{budget}={getattr(earlier, budget)} to "
+    change += str(getattr(now, budget))
+    alternative = f"to continue from one of its checkpoints, start a new run with branch_from.run={config.run_dir}"
+    if now.schedule != "warmup_stable_decay":
+        raise UserError(
+            f"{change}: with train.schedule={now.schedule}, every learning rate depends on the budget; {alternative}, "
+            "or use warmup_stable_decay for runs that may grow"
+        )
+    if config.objective.changes_during_run:
+        raise UserError(
+            f"{change}: objective has a schedule over fractions of the budget (active, weight_schedule or dropout), "
+            f"so its earlier steps would have been different; {alternative}"
+        )
+    length = earlier.warmup_share * getattr(earlier, budget)
+    if not math.isclose(length, now.warmup_share * getattr(now, budget), rel_tol=1e-9):
+        same_warmup = (
+            f"set train.warmup_fraction=null train.warmup_{budget}={round(length)}"
+            if budget in ("steps", "tokens") and math.isclose(length, round(length))
+            else f"set train.warmup_fraction={length / getattr(now, budget):.12g}"
+        )
+        raise UserError(
+            f"{change}: the warm-up, a fraction of the budget, would become longer; {same_warmup} to keep it, "
+            f"or {alternative[3:]}"
+        )
+
+
+def extend(config: RunConfig, before: Mapping[str, Any], corpus: Corpus) -> None:
+    """Make the run continue from its last checkpoint before the decay of the smaller budget.
+
+    `before` is the earlier configuration of the run. The last checkpoint and the last export of the decay are renamed,
+    and the earlier ones are removed. Raises UserError if there is no checkpoint before the decay.
+    """
+    earlier = TrainConfig.model_validate(before["train"])
+    folder = config.run_dir / "checkpoints"
+    steps = list_steps(folder)
+    if not steps:
+        return
+    order = make_order(corpus, config.seed, source_weights(corpus.manifest, config.data.sources))
+    epoch_records = order.records_in_epochs(earlier.epochs or 0)
+    stable = [
+        step for step in steps if is_before_decay(earlier, epoch_records, read_progress(folder / step_name(step)))
+    ]
+    if not stable:
+        raise UserError(
+            f"{config.run_dir} cannot be extended: it has no checkpoint from before the decay of the learning rate; "
+            f"the first one is of step {steps[0]}"
+        )
+    newest, resume_step = steps[-1], stable[-1]
+    if newest > resume_step:
+        undone = {"step": newest, "to": resume_step, "left_out": [], "extended": True}
+        write_json(config.run_dir / REWINDS, [*read_rewinds(config.run_dir), undone])
+        for parent in (folder, config.run_dir / "export"):
+            if saved := list_steps(parent)[-1:]:
+                _keep_as_decayed(parent / step_name(saved[0]), saved[0] > resume_step)
+        remove_later_steps(config.run_dir, resume_step)
+        logger.info(
+            f"note: the run is extended; it continues from step {resume_step}, before the decay of the learning rate. "
+            f"The checkpoint of step {newest} is kept as {folder / (DECAYED + step_name(newest))}"
+        )
+    write_status(config.run_dir, "resumable", resume_step, "extended")
+
+
+def _keep_as_decayed(path: Path, is_decayed: bool) -> None:
+    if is_decayed:
+        path.replace(path.with_name(DECAYED + path.name))
