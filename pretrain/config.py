@@ -16,7 +16,16 @@ from data_prep.utils.config_file import LocalPath, Section, apply_overrides, loa
 from data_prep.utils.console import UserError
 from pretrain.deepspeed_options import check_deepspeed
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
-from pretrain.sections import BUDGETS, DECAYS, WARMUPS, CheckpointConfig, ModelConfig, MonitorConfig, TrainConfig
+from pretrain.sections import (
+    BUDGETS,
+    DECAYS,
+    WARMUPS,
+    BranchConfig,
+    CheckpointConfig,
+    ModelConfig,
+    MonitorConfig,
+    TrainConfig,
+)
 from pretrain.tasks import task_configs
 from pretrain.tasks.options import AnswerTask, TaskConfig
 
@@ -69,6 +78,9 @@ class RunConfig(Section):
     objective: ObjectiveSection
     """Training objective, chosen by its name; see below."""
     train: TrainConfig
+    branch_from: BranchConfig | None = None
+    """Start from the checkpoint of another run instead of from initial weights. The budget includes the steps before
+    this checkpoint."""
     deepspeed: dict[str, Any] = {}
     """Options passed through to DeepSpeed; keys that the project computes are rejected."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -250,6 +262,7 @@ def finetuning_config(
         },
         "objective": task.finetune_objective or {"name": "next_token"},
         "train": train | task.finetune,
+        "branch_from": None,
         "checkpoint": {"every": sys.maxsize, "keep": 1},
         "evaluation": {},
         "monitor": {"log_every": config.monitor.log_every, "loggers": []},

@@ -25,7 +25,10 @@ REWIND_REASON_PREFIX = "rewinding"
 REWINDS = "rewinds.json"
 """File with the rewinds of the run so far; see `read_rewinds`."""
 PINS = "pins"
-"""Folder of empty files named like checkpoints. A checkpoint that has one is kept until it has been evaluated."""
+"""Folder of empty files named like checkpoints. A checkpoint that has one is kept until it has been evaluated.
+
+A file with a further part of the name, after a dot, belongs to a branch that has no checkpoint yet.
+"""
 
 
 def step_name(step: int) -> str:

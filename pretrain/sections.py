@@ -189,6 +189,15 @@ class TrainConfig(Section):
         return changes
 
 
+class BranchConfig(Section):
+    """The checkpoint that a run starts from, with its weights, optimizer state, random states and data position."""
+
+    run: LocalPath
+    """Run directory of the run to branch from."""
+    step: int = Field(gt=0)
+    """Step of the checkpoint."""
+
+
 class CheckpointConfig(Section):
     """Checkpoint interval and retention, and the use of existing checkpoints when the run starts."""
 

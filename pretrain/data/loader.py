@@ -132,6 +132,13 @@ def plan_rows(
     )
 
 
+class Packing(NamedTuple):
+    """The layout and the row length, which determine how records fill rows."""
+
+    layout: Layout
+    row_length: int
+
+
 class Consumed(NamedTuple):
     """Counters of a stream of rows, over all ranks. Means of several steps need not be integers."""
 
@@ -146,6 +153,15 @@ def make_order(corpus: Corpus, seed: int, weights: Sequence[float]) -> Order:
     return Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed)
 
 
+class _RowPlan(NamedTuple):
+    """Packing of the records of a window, from one of its rows on."""
+
+    dropout: float
+    first: int
+    """Row of the window at which the plan begins."""
+    packing: int = 0
+
+
 class Loader:
     """A stream of rows that is endless or `epochs` long and can be resumed at any row.
 
@@ -153,8 +169,9 @@ class Loader:
     `dropout` is the fraction of records that are excluded from the pair loss in a pass over their source. They are
     drawn from seed, pass and record, and the space of their pair segments is used by other records. If the dropout
     changes during the run, `dropout_at` returns it for what has been consumed before a step; 1 excludes all records. At
-    a change, the remaining records of the window are planned anew, so each record still occurs once. Raises UserError
-    if the epochs contain no records.
+    a change, the remaining records of the window are planned anew, so each record still occurs once. The same happens
+    if the state comes from a run with a different packing; `earlier` lists the packings of the runs that this run
+    continues, the oldest first. Raises UserError if the epochs contain no records.
     """
 
     def __init__(
@@ -168,8 +185,14 @@ class Loader:
         dropout: float = 0.0,
         dropout_at: Callable[[Consumed], float] | None = None,
         epochs: int | None = None,
+        earlier: Sequence[Packing] = (),
     ):
         self.corpus, self.layout, self.row_length = corpus, layout, row_length
+        packing = Packing(layout, row_length)
+        self._packings = [other for number, other in enumerate(earlier) if other not in earlier[:number]]
+        if packing not in self._packings:
+            self._packings.append(packing)
+        self._packing = self._packings.index(packing)
         self.seed, self.dropout, self.epochs = seed, dropout, epochs
         self._dropout_at = dropout_at
         weights = source_weights(corpus.manifest) if weights is None else weights
@@ -181,7 +204,7 @@ class Loader:
             )
         self.epoch = self.window = self.row = 0
         self.consumed = Consumed()
-        self._plans: list[tuple[float, int]] = []  # dropout and first row of each plan of this window
+        self._plans: list[_RowPlan] = []  # of this window
         self._replayed = 0  # number of these plans that are computed
         self._rows: Rows  # of the last computed plan
 
@@ -193,7 +216,8 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """Return the position in the stream; it is the same on every rank and for any number of ranks.
 
-        `plans` lists the dropout and the first row of each plan of the window.
+        `plans` lists the dropout, the first row and the packing of each plan of the window. A packing is an index into
+        the different packings of the runs that this run continues, and of this run.
         """
         plans = [list(plan) for plan in self._plans]
         return {"epoch": self.epoch, "window": self.window, "row": self.row, "plans": plans}
@@ -201,11 +225,11 @@ class Loader:
     def load_state(self, state: Mapping[str, Any], consumed: Consumed = Consumed()) -> None:  # noqa: B008 (immutable)
         """Continue from a `state()`. `consumed` counts what was returned before it.
 
-        A state of an earlier version has no plans: the dropout was constant.
+        A state of an earlier version has no plans, because the dropout was constant, or plans without a packing.
         """
         self.epoch, self.window, self.row = state["epoch"], state["window"], state["row"]
         plans = state.get("plans", [(self.dropout, 0)] if self.row else [])
-        self._plans = [(dropout, first) for dropout, first in plans]
+        self._plans = [_RowPlan(*plan) for plan in plans]
         self._replayed = 0
         self.consumed = consumed
 
@@ -223,10 +247,11 @@ class Loader:
         missing = count
         dropout = self._current_dropout()
         while missing and not self.exhausted:
-            if not self._plans or self._plans[-1][0] != dropout:
-                self._plans.append((dropout, self.row))
+            last = self._plans[-1] if self._plans else None
+            if last is None or (last.dropout, last.packing) != (dropout, self._packing):
+                self._plans.append(_RowPlan(dropout, self.row, self._packing))
             rows = self._plan()
-            first = self.row - self._plans[-1][1]
+            first = self.row - self._plans[-1].first
             take = min(missing, rows.count - first)
             parts.append(rows.select(first, first + take))
             missing -= take
@@ -260,20 +285,21 @@ class Loader:
         """
         while self._replayed < len(self._plans):
             number = self._replayed
-            dropout, first = self._plans[number]
+            dropout, first, packing = self._plans[number]
+            layout, row_length = self._packings[packing]
             if number == 0:
                 records, passes = self.order.window(self.epoch, self.window)
                 random_bits = draw_random_bits(records, self.seed, passes)
             else:
-                returned = self._check_row(first, self._plans[number - 1][1])
+                returned = self._check_row(first, self._plans[number - 1].first)
                 remaining = self._rows.select(returned, self._rows.count)
                 records, random_bits = remaining.records, remaining.random_bits
-            paired = _drawn_pairs(random_bits, dropout) & bool(self.layout.read_outs)
-            rows = plan_rows(self.corpus, records, self.layout, self.row_length, paired, random_bits)
+            paired = _drawn_pairs(random_bits, dropout) & bool(layout.read_outs)
+            rows = plan_rows(self.corpus, records, layout, row_length, paired, random_bits)
             rng = np.random.default_rng([self.seed, self.epoch, self.window, 1, *([number] if number else [])])
             self._rows = _shuffled(rows, rng)
             self._replayed += 1
-        self._check_row(self.row, self._plans[-1][1])
+        self._check_row(self.row, self._plans[-1].first)
         return self._rows
 
     def _check_row(self, row: int, first: int) -> int:

@@ -6,7 +6,7 @@ folder.
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from data_prep.layout import Layout, make_layout
 from data_prep.tokenizer import Tokenizer, import_tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
-from pretrain.data.loader import Consumed, Loader, Unit, count_pairs, loss_denominators
+from pretrain.data.loader import Consumed, Loader, Packing, Unit, count_pairs, loss_denominators
 from pretrain.data.order import Order
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.models.lora import adapter_sizes
@@ -168,8 +168,11 @@ def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None
     return Plan(config, corpus, model, objective, parameters, adapters, step, zero, ranks)
 
 
-def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
-    """Return the loader of the training split. Raises UserError if the weights of the sources leave no record."""
+def make_loader(config: RunConfig, corpus: Corpus, layout: Layout, earlier: Sequence[Packing] = ()) -> Loader:
+    """Return the loader of the training split. Raises UserError if the weights of the sources leave no record.
+
+    `earlier` lists the packings of the runs whose data this run continues.
+    """
     objective, train = config.objective, config.train
     loader = _constant_loader(
         config,
@@ -177,6 +180,7 @@ def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
         layout,
         objective.loss_dropout(0.0),
         lambda consumed: objective.record_dropout(consumed_fraction(consumed, train, loader.records)),
+        earlier,
     )
     return loader
 
@@ -187,6 +191,7 @@ def _constant_loader(
     layout: Layout,
     dropout: float,
     dropout_at: Callable[[Consumed], float] | None = None,
+    earlier: Sequence[Packing] = (),
 ) -> Loader:
     """Return the loader of the training split with a constant dropout, or with `dropout_at`."""
     return Loader(
@@ -198,6 +203,7 @@ def _constant_loader(
         dropout=dropout,
         dropout_at=dropout_at,
         epochs=config.train.epochs,
+        earlier=earlier,
     )
 
 

@@ -410,6 +410,10 @@ def _differences(all_arms: Summaries) -> list[str]:
             "The runs did not read the same corpus with the same tokenizer: their losses are not comparable, "
             "and their scores should be compared with care."
         )
+    for run in comparison.runs:
+        if lineage := run.environment.get("lineage"):
+            steps = ", then ".join(f"step {entry['step']:,} of {entry['run']}" for entry in lineage)
+            sentences.append(f"{run.folder.name} branches from {steps} ({'; '.join(lineage[-1]['differences'])}).")
     machines = {
         f"{environment.get('ranks')} ranks on {environment.get('device')}, "
         f"{environment.get('threads_per_rank')} threads each"

@@ -240,9 +240,14 @@ class Study:
             | (extra_keys or {})
         )
         try:
-            return load_config(self.base, [as_override(key, value) for key, value in changes.items()])
+            config = load_config(self.base, [as_override(key, value) for key, value in changes.items()])
         except UserError as error:
             raise UserError(f"arms.{arm}: {error}") from None
+        if config.branch_from is not None:
+            raise UserError(
+                f"arms.{arm}: the runs of a study start from initial weights or model.init_from; remove branch_from"
+            )
+        return config
 
     def loss_terms(self) -> list[str]:
         """Return the terms of the objectives of all arms."""

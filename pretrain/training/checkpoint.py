@@ -35,6 +35,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from data_prep.utils.console import UserError
 from data_prep.utils.files import sha256_file, sync_folder, write_text
 from pretrain.planning.budget import Progress
+from pretrain.planning.flops import full_shape
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import die_with_parent
@@ -144,12 +145,12 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def _pins(folder: Path) -> set[str]:
-    """Return the names of checkpoints that wait for an evaluation.
+    """Return the names of checkpoints that wait for an evaluation, or for the first checkpoint of a branch.
 
     It lists the folder instead of checking for single files, because shared file systems do not answer a listing from a
     stale cache.
     """
-    return {path.name for path in (folder / PINS).iterdir()} if (folder / PINS).exists() else set()
+    return {path.name.partition(".")[0] for path in (folder / PINS).iterdir()} if (folder / PINS).exists() else set()
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
@@ -206,10 +207,18 @@ class VerifiedCheckpoint:
     ranks: int
     """Number of ranks of the run that wrote the checkpoint."""
     state: dict[str, Any]
+    folder: Path
+    """Folder in which a converted copy is written."""
+    has_same_weights: bool = True
+    """Whether the checkpoint has exactly the weights of the run. Otherwise it is converted and completed."""
+
+    def needs_conversion(self, ranks: int) -> bool:
+        """Return whether an engine on `ranks` ranks loads a converted copy."""
+        return ranks != self.ranks or not self.has_same_weights
 
     def load_path_for(self, ranks: int) -> Path:
         """Return the folder that an engine on `ranks` ranks loads from."""
-        return self.path if ranks == self.ranks else self.path.with_name(f".{self.path.name}.universal.tmp")
+        return self.folder / f".{self.path.name}.universal.tmp" if self.needs_conversion(ranks) else self.path
 
 
 def find_newest(folder: Path, world: World) -> VerifiedCheckpoint | None:
@@ -220,23 +229,31 @@ def find_newest(folder: Path, world: World) -> VerifiedCheckpoint | None:
     steps = world.gather_objects(list_steps(folder))[0]
     for step in reversed(steps):
         checkpoint = folder / step_name(step)
-        problems = [found for found in world.gather_objects(check(checkpoint, world.rank, world.size)) if found]
-        if not problems:
+        found = verify(checkpoint, world)
+        if isinstance(found, VerifiedCheckpoint):
             if world.is_main:
                 _repair_latest(folder, checkpoint.name)
-            manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-            return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"])
+            return found
         logger.warning(
-            f"the checkpoint {checkpoint} is corrupt: {problems[0]}; setting it aside as damaged-{checkpoint.name}"
+            f"the checkpoint {checkpoint} is corrupt: {found}; setting it aside as damaged-{checkpoint.name}"
         )
         if world.is_main:
-            _set_aside(checkpoint, problems[0])
+            _set_aside(checkpoint, found)
         world.barrier()
     if steps or any(folder.glob("damaged-*")):
         raise UserError(
             f"every checkpoint in {folder} is corrupt; to start over, remove that folder or choose another `name`"
         )
     return None
+
+
+def verify(checkpoint: Path, world: World) -> VerifiedCheckpoint | str:
+    """Return a checkpoint if its files are valid, else its problem. All ranks must call this together."""
+    problems = [found for found in world.gather_objects(check(checkpoint, world.rank, world.size)) if found]
+    if problems:
+        return str(problems[0])
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"], checkpoint.parent)
 
 
 def _set_aside(checkpoint: Path, problem: str) -> None:
@@ -274,10 +291,12 @@ def make_universal(found: VerifiedCheckpoint, world: World, stop: StopRequest, r
             "deepspeed.zero_optimization.round_robin_gradients, and DeepSpeed cannot load that on another number of "
             f"ranks: start with {found.ranks}"
         )
-    logger.info(
-        f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: "
-        "converting it"
+    reason = (
+        f"was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}"
+        if found.ranks != world.size
+        else "does not have the same weights as this run"
     )
+    logger.info(f"{found.path} {reason}: converting it")
     converted = world.run_and_sync_errors(lambda: _convert(found.path, target, stop) if world.is_main else True)
     if not all(world.gather_objects(converted)):
         raise Stopped("stopped by a signal while converting a checkpoint")
@@ -286,14 +305,15 @@ def make_universal(found: VerifiedCheckpoint, world: World, stop: StopRequest, r
 def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
     """Return True once the conversion is complete, False if a signal ended it. Raises UserError if it fails."""
     shutil.rmtree(target, ignore_errors=True)
-    with without_patterns(checkpoint.parent) as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with without_patterns(checkpoint.parent) as folder, without_patterns(target.parent) as target_folder:
         command = [
             sys.executable,
             *CONVERTER,
             "--input_folder",
             str(folder / checkpoint.name),
             "--output_folder",
-            str(folder / target.name),
+            str(target_folder / target.name),
             "--num_extract_workers",
             "1",
             "--num_merge_workers",
@@ -348,11 +368,15 @@ def without_patterns(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: World) -> None:
-    """Load a verified checkpoint, converted if necessary, into an engine on all ranks."""
+def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: World) -> list[str] | None:
+    """Load a verified checkpoint, converted if necessary, into an engine on all ranks.
+
+    Return the weights that it lacks and that therefore start anew; None if it has exactly the weights of the engine.
+    """
     shards = found.load_path_for(world.size)
     optimizer = engine.optimizer.optimizer
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    started_anew = None if found.has_same_weights else _complete(shards, engine, world)
     with without_patterns(shards.parent) as folder:
         path, _ = engine.load_checkpoint(str(folder), tag=shards.name)
     assert path is not None, f"DeepSpeed did not load {shards}"
@@ -371,6 +395,53 @@ def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: Wo
     if world.is_main and shards != found.path:
         shutil.rmtree(shards, ignore_errors=True)
         (shards.parent / LATEST_UNIVERSAL).unlink(missing_ok=True)
+    return started_anew
+
+
+def _complete(converted: Path, engine: deepspeed.DeepSpeedEngine, world: World) -> list[str]:
+    """Add the trained parameters of an engine that a converted checkpoint lacks or has in a different size.
+
+    They have the values in the engine, and an optimizer state of zeros. Return their names.
+    """
+    trained = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
+    folder = converted / "zero"
+    missing: list[str] = world.gather_objects(
+        [name for name, weight in trained.items() if _saved_size(folder / name) != full_shape(weight).numel()]
+        if world.is_main
+        else None
+    )[0]
+    if missing:
+        logger.info(f"note: these weights are not in the checkpoint and start anew: {', '.join(missing)}")
+    example = next((folder / name for name in trained if name not in missing), None)
+    for name in missing:
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([trained[name]]):
+            if world.is_main:
+                _write_parameter(folder / name, trained[name], example)
+    world.barrier()
+    return missing
+
+
+def _saved_size(folder: Path) -> int:
+    """Return the number of elements of a parameter in the universal format; 0 if it is missing."""
+    path = folder / "fp32.pt"
+    if not path.exists():
+        return 0
+    saved = torch.load(path, mmap=True, weights_only=False)
+    values: torch.Tensor = saved["param"] if isinstance(saved, dict) else saved  # stage 3 saves flat tensors
+    return values.numel()
+
+
+def _write_parameter(folder: Path, weight: torch.Tensor, example: Path | None) -> None:
+    """Write a parameter in the universal format, with the same files as the parameter in `example`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    assert example is not None  # the weights of the model are in the checkpoint
+    values = weight.detach().float().cpu()
+    for path in example.glob("*.pt"):
+        if path.name == "step.pt":
+            shutil.copy(path, folder)
+        else:
+            torch.save({"param": values if path.name == "fp32.pt" else torch.zeros_like(values)}, folder / path.name)
 
 
 def _load_frozen(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, world: World) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece",
 PARTITIONING = {"stage": 3, "round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 10**9}
 """Keys of deepspeed.zero_optimization that determine the layout of a checkpoint's shards, with their defaults."""
 IMMUTABLE_ON_RESUME = (
+    "branch_from",
     "seed",
     "model",
     "objective",
@@ -54,10 +55,18 @@ LOCATION_KEYS = ("name", "output_dir")
 """Keys of the run's location. A run directory may move, so their changes are not reported."""
 
 
-def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: int, changes: list[str]) -> None:
+def record_start(
+    config: RunConfig,
+    manifest: dict[str, Any],
+    ranks: int,
+    step: int,
+    changes: list[str],
+    lineage: Sequence[dict[str, Any]] = (),
+) -> None:
     """Write config.yaml and environment.json, and add a line to starts.jsonl for a launch that trains from `step`.
 
-    `changes` are the changed settings since the previous launch, from `check_same_run`.
+    `changes` are the changed settings since the previous launch, from `check_same_run`. `lineage` lists the sources of
+    a branch.
     """
     run_dir = config.run_dir
     environment = {
@@ -75,14 +84,16 @@ def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: 
         "threads_per_rank": torch.get_num_threads(),
     }
     write_text(run_dir / "config.yaml", dump_config(config))
-    write_json(run_dir / "environment.json", environment | {"data": _data(config, manifest)})
+    data = {"data": data_record(config, manifest)} | ({"lineage": list(lineage)} if lineage else {})
+    write_json(run_dir / "environment.json", environment | data)
     starts = run_dir / STARTS
     earlier_lines = starts.read_text(encoding="utf-8") if starts.exists() else ""
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "changes": changes} | environment
     write_text(starts, earlier_lines + json.dumps(start) + "\n")
 
 
-def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+def data_record(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity of the data of a run: its corpus, tokenizer and source weights."""
     return corpus_identity(manifest) | {"weights": source_weights(manifest, config.data.sources)}
 
 
@@ -94,16 +105,12 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     be extended.
     """
     run_dir = config.run_dir
-    data = _data(config, manifest)
+    data = data_record(config, manifest)
     before = previous_config(run_dir)
     if before is None:
         return []
-    now = _with_partitioning(yaml.safe_load(dump_config(config)))
-    differing = sorted(
-        key
-        for section in before.keys() | now.keys()
-        for key in _differences(before.get(section), now.get(section), section)
-    )
+    now = completed_config(config)
+    differing = changed_keys(before, now)
     changed = [
         key
         for key in differing
@@ -115,7 +122,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
         if not changed:
             check_extension(before, config, budget)
     if changed:
-        listed = ", ".join(f"{key} ({_value_at(before, key)}, now {_value_at(now, key)})" for key in changed[:5])
+        listed = ", ".join(f"{key} ({value_at(before, key)}, now {value_at(now, key)})" for key in changed[:5])
         raise UserError(
             f"{run_dir} contains a run with a different {listed}; this may not change on resume: choose another "
             "`name`, or remove that folder"
@@ -135,7 +142,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
             f"{environment['data']['weights']}: set these weights, or choose another `name`"
         )
     accepted = [
-        f"{key} is {_value_at(now, key)}, was {_value_at(before, key)}"
+        f"{key} is {value_at(now, key)}, was {value_at(before, key)}"
         for key in differing
         if key.split(".")[0] not in LOCATION_KEYS
     ]
@@ -156,7 +163,22 @@ def previous_config(run_dir: Path) -> dict[str, Any] | None:
     return _with_partitioning(_with_defaults(_read(path, yaml.safe_load))) if path.exists() else None
 
 
-def _value_at(values: Any, key: str) -> Any:
+def completed_config(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration in the form in which `previous_config` returns the configuration of an earlier launch."""
+    return _with_partitioning(yaml.safe_load(dump_config(config)))
+
+
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the dotted keys that differ between two configurations."""
+    return sorted(
+        key
+        for section in before.keys() | now.keys()
+        for key in _differences(before.get(section), now.get(section), section)
+    )
+
+
+def value_at(values: Any, key: str) -> Any:
+    """Return the value of a dotted key; None if it is not set."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values

@@ -11,6 +11,8 @@ from pretrain.data.corpus import Corpus
 from pretrain.planning.plan import Plan, make_plan
 from pretrain.planning.settings import engine_settings
 from pretrain.planning.tables import plan_tables
+from pretrain.run_folder import list_steps
+from pretrain.training.branch import read_branch
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import normalize_launcher_env
 from pretrain.training.start_checks import check
@@ -83,7 +85,11 @@ def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) ->
         Corpus(config.data.path, "validation")
     # a run that was killed early leaves a folder without config.yaml
     if corpus and (config.run_dir / "config.yaml").exists():
-        check_same_run(config, corpus.manifest, ranks)
+        for change in check_same_run(config, corpus.manifest, ranks):
+            logger.info(f"note: resuming with a changed setting: {change}")
+    if corpus and config.branch_from and not list_steps(config.run_dir / "checkpoints"):
+        for difference in read_branch(config, corpus).differences:
+            logger.info(f"note: the branch differs from its source: {difference}")
     existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {existing} is not a writable folder")

@@ -64,6 +64,12 @@ def check_extension(before: Mapping[str, Any], config: RunConfig, budget: str) -
         )
 
 
+def total_epoch_records(config: RunConfig, corpus: Corpus, epochs: int | None) -> int:
+    """Return the number of records in `epochs` epochs; 0 for a budget in a different unit (None)."""
+    order = make_order(corpus, config.seed, source_weights(corpus.manifest, config.data.sources))
+    return order.records_in_epochs(epochs or 0)
+
+
 def extend(config: RunConfig, before: Mapping[str, Any], corpus: Corpus) -> None:
     """Make the run continue from its last checkpoint before the decay of the smaller budget.
 
@@ -75,8 +81,7 @@ def extend(config: RunConfig, before: Mapping[str, Any], corpus: Corpus) -> None
     steps = list_steps(folder)
     if not steps:
         return
-    order = make_order(corpus, config.seed, source_weights(corpus.manifest, config.data.sources))
-    epoch_records = order.records_in_epochs(earlier.epochs or 0)
+    epoch_records = total_epoch_records(config, corpus, earlier.epochs)
     stable = [
         step for step in steps if is_before_decay(earlier, epoch_records, read_progress(folder / step_name(step)))
     ]

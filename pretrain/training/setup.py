@@ -3,7 +3,8 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -19,6 +20,14 @@ from pretrain.planning.settings import engine_settings
 from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import MODEL_DIR, list_steps, read_status, write_status
 from pretrain.training import checkpoint
+from pretrain.training.branch import (
+    SourcePin,
+    branch_state,
+    earlier_packings,
+    read_branch,
+    read_lineage,
+    verified_checkpoint,
+)
 from pretrain.training.describe import check_same_run, previous_config, record_start
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine
@@ -89,21 +98,28 @@ def set_up(
     if config.ignored_keys:
         logger.info(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
 
-    newest = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop)
-    trainer = _build_trainer(config, corpus, world, stop, newest)
+    newest, lineage, pin = _find_start(config, corpus, settings["zero_optimization"], world, stop)
+    trainer = _build_trainer(config, corpus, world, stop, newest, lineage)
+    if pin:
+        trainer.hooks.append(pin)
     if config.monitor.gradients_every and settings["zero_optimization"]["stage"] == 3:
         logger.info(
             "note: monitor.gradients_every makes ZeRO stage 3 gather each module separately, so all steps are slower"
         )
     if newest:
-        checkpoint.load(trainer.engine, newest, world)
-        check_weights(newest.state.get("weights"), weight_sums(trainer.engine.module, world), newest.path)
+        started_anew = checkpoint.load(trainer.engine, newest, world)
+        check_weights(
+            newest.state.get("weights"),
+            weight_sums(trainer.engine.module, world),
+            newest.path,
+            started_anew,
+        )
         trainer.resume(newest.state)
-        logger.info(f"resuming from step {trainer.progress.step}")
+        logger.info(f"{'branching' if pin else 'resuming'} from step {trainer.progress.step}")
 
     def describe() -> None:
         _write_model_folder(config, trainer.engine.module.model, corpus)
-        record_start(config, corpus.manifest, world.size, trainer.progress.step, changes)
+        record_start(config, corpus.manifest, world.size, trainer.progress.step, changes, lineage)
 
     world.run_and_sync_errors(lambda: _report_write_errors(config, describe) if world.is_main else None)
     if world.is_main:
@@ -125,9 +141,13 @@ def _build_trainer(
     world: World,
     stop: StopRequest,
     newest: checkpoint.VerifiedCheckpoint | None,
+    lineage: Sequence[dict[str, Any]],
 ) -> Trainer:
-    """Build the model, the engine and the loader. The state of the `newest` checkpoint is loaded later."""
-    universal = newest is not None and newest.ranks != world.size
+    """Build the model, the engine and the loader. The state of the `newest` checkpoint is loaded later.
+
+    `lineage` lists the runs that this run branches from.
+    """
+    universal = newest is not None and newest.needs_conversion(world.size)
     engine = world.run_and_sync_errors(
         lambda: build_engine(config, corpus.tokenizer, world, resuming=newest is not None, universal=universal)
     )
@@ -141,7 +161,9 @@ def _build_trainer(
         specials=specials,
         objective=engine.module.objective,
         stop=stop,
-        loader=world.run_and_sync_errors(lambda: make_loader(config, corpus, layout)),
+        loader=world.run_and_sync_errors(
+            lambda: make_loader(config, corpus, layout, earlier_packings(lineage, specials, corpus.views))
+        ),
         throughput=Throughput(
             count_parameters(model, engine.module.objective), world.size, config.data.sequence_length
         ),
@@ -161,6 +183,32 @@ def _build_trainer(
     return trainer
 
 
+def _find_start(
+    config: RunConfig, corpus: Corpus, zero: dict[str, Any], world: World, stop: StopRequest
+) -> tuple[checkpoint.VerifiedCheckpoint | None, list[dict[str, Any]], SourcePin | None]:
+    """Return the checkpoint that the run starts from, its lineage, and the pin of the checkpoint if it is of a source.
+
+    A run with a checkpoint resumes from it. A branch without one starts from the checkpoint of its source, which is
+    pinned. Raises UserError, and Stopped if a signal ends a conversion.
+    """
+    newest = _find_checkpoint(config.run_dir / "checkpoints", zero, world, stop)
+    if config.branch_from is None:
+        return newest, [], None
+    pin = SourcePin(config)
+    if newest is not None:
+        if world.is_main:
+            pin.release()
+        return newest, read_lineage(config.run_dir), None
+    branch = world.run_and_sync_errors(lambda: read_branch(config, corpus))
+    if world.is_main:
+        pin.set()
+    for difference in branch.differences:
+        logger.info(f"note: the branch differs from its source: {difference}")
+    source = verified_checkpoint(branch, config, world)
+    _convert(source, zero, world, stop)
+    return replace(source, state=branch_state(branch, source.state)), branch.lineage, pin
+
+
 def _find_checkpoint(
     folder: Path, zero: dict[str, Any], world: World, stop: StopRequest
 ) -> checkpoint.VerifiedCheckpoint | None:
@@ -173,10 +221,13 @@ def _find_checkpoint(
         checkpoint.remove_leftovers(folder)
     newest = checkpoint.find_newest(folder, world)
     if newest is not None:
-        checkpoint.make_universal(
-            newest, world, stop, round_robin=zero["stage"] < 3 and zero.get("round_robin_gradients", False)
-        )
+        _convert(newest, zero, world, stop)
     return newest
+
+
+def _convert(found: checkpoint.VerifiedCheckpoint, zero: dict[str, Any], world: World, stop: StopRequest) -> None:
+    round_robin = zero["stage"] < 3 and zero.get("round_robin_gradients", False)
+    checkpoint.make_universal(found, world, stop, round_robin=round_robin)
 
 
 def _resume_evaluations(config: RunConfig, world: World) -> None:

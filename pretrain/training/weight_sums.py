@@ -6,6 +6,7 @@ weights.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,20 @@ def weight_sums(module: nn.Module, world: World) -> Sums:
     }
 
 
-def check_weights(saved: Sums | None, loaded: Sums, checkpoint: Path) -> None:
-    """Raise UserError if the loaded weights differ from the saved ones. Older checkpoints have no sums to compare."""
+def check_weights(
+    saved: Sums | None, loaded: Sums, checkpoint: Path, started_anew: Sequence[str] | None = None
+) -> None:
+    """Raise UserError if the loaded weights differ from the saved ones. Older checkpoints have no sums to compare.
+
+    If `started_anew` lists weights that were not loaded, these and weights that are saved only are ignored.
+    """
     if saved is None:
         return
-    different = sorted(saved.keys() ^ loaded.keys()) + [
-        name for name in saved if name in loaded and not _are_close(saved[name], loaded[name])
+    different = sorted(saved.keys() ^ loaded.keys()) if started_anew is None else []
+    different += [
+        name
+        for name in saved.keys() & loaded.keys() - set(started_anew or ())
+        if not _are_close(saved[name], loaded[name])
     ]
     if different:
         raise UserError(

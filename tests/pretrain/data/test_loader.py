@@ -18,7 +18,7 @@ from data_prep.layout import Pairing, make_layout
 from data_prep.utils.console import UserError
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import source_weights
-from pretrain.data.loader import Loader, Rows
+from pretrain.data.loader import Loader, Packing, Rows
 from pretrain.data.order import WINDOW, Order
 from tests.row_plans import plan
 
@@ -103,7 +103,7 @@ def test_a_small_state_resumes_anywhere(large, layout):
     assert len(edges) == 5 and all(states[edge]["row"] == 0 for edge in edges)
     for first in [0, 1, 17, len(states) // 3, *edges, *(edge - 1 for edge in edges), len(states) - 20]:
         state = json.loads(json.dumps(states[first]))
-        assert state.pop("plans") == ([[0.25, 0]] if state["row"] else [])
+        assert state.pop("plans") == ([[0.25, 0, 0]] if state["row"] else [])
         assert sorted(state) == ["epoch", "row", "window"] and all(type(value) is int for value in state.values())
         resumed = Loader(large, layout, ROW, seed=2, dropout=0.25)
         resumed.load_state(state)
@@ -151,7 +151,7 @@ def test_a_run_resumes_after_each_step_of_a_changing_dropout(corpus, layout):
     for _ in range(45):
         states.append((json.dumps(loader.state()), loader.consumed))
         steps.append(loader.next_rows(8))
-    assert json.loads(states[12][0])["plans"] == [[0.25, 0], [0.5, 24], [1.0, 32], [0.0, 80]]
+    assert json.loads(states[12][0])["plans"] == [[0.25, 0, 0], [0.5, 24, 0], [1.0, 32, 0], [0.0, 80, 0]]
     assert max(len(json.loads(state)["plans"]) for state, _ in states) == 4
     for number, (state, consumed) in enumerate(states):
         resumed = fresh_loader()
@@ -189,6 +189,29 @@ def test_without_pairs_the_dropout_makes_no_difference(corpus, specials):
         assert equal_rows(one.next_rows(8), other.next_rows(8))
 
 
+def test_each_record_occurs_once_per_epoch_if_the_packing_changes(corpus, layout, specials):
+    """Continue a stream twice in the middle of a window, each time with another packing, and resume from each state."""
+    plain = make_layout("joint", specials, pairing=None)
+    packings = [Packing(plain, 128), Packing(layout, 160), Packing(plain, 128)]
+    records, state = [], None
+    for number, (own, row_length) in enumerate(packings):
+        loader = Loader(corpus, own, row_length, seed=6, epochs=2, earlier=packings[:number])
+        if state is not None:
+            loader.load_state(json.loads(json.dumps(state)))
+        for _ in range(3):
+            resumed = Loader(corpus, own, row_length, seed=6, epochs=2, earlier=packings[:number])
+            resumed.load_state(json.loads(json.dumps(loader.state())))
+            rows = loader.next_rows(8)
+            assert equal_rows(resumed.next_rows(8), rows) and rows.paired.any() == (own is layout)
+            records.append(rows.records)
+        state = loader.state()
+    assert [plan[1:] for plan in state["plans"]] == [[0, 0], [24, 1], [48, 0]]
+    while not loader.exhausted:
+        records.append(loader.next_rows(8).records)
+    epochs = np.split(np.concatenate(records), 2)
+    assert [sorted(epoch.tolist()) for epoch in epochs] == [list(range(len(corpus)))] * 2
+
+
 def test_a_state_of_an_earlier_version_continues_with_its_constant_dropout(corpus, layout):
     loader = Loader(corpus, layout, 128, seed=6, dropout=0.25, epochs=1)
     loader.next_rows(24)
@@ -197,7 +220,7 @@ def test_a_state_of_an_earlier_version_continues_with_its_constant_dropout(corpu
     resumed = Loader(corpus, layout, 128, seed=6, dropout=0.25, dropout_at=switching((0, 1.0), (4, 0.25)), epochs=1)
     resumed.load_state(state, consumed)
     first = resumed.next_rows(8)
-    assert resumed.state()["plans"] == [[0.25, 0], [1.0, 24]] and not first.paired.any()
+    assert resumed.state()["plans"] == [[0.25, 0, 0], [1.0, 24, 0]] and not first.paired.any()
     resumed.load_state(state, consumed._replace(steps=4))
     assert equal_rows(resumed.next_rows(8), rows)
 

@@ -234,6 +234,20 @@ def test_flops_and_pictures_are_not_computed_from_a_different_corpus(study, tmp_
             read(run)
 
 
+def test_the_sources_of_a_branch_are_named(study_with_values):
+    study = study_with_values({"plain": {1: 0.7, 2: 0.6, 3: 0.8}, "pairs": {1: 0.7, 2: 0.6, 3: 0.8}})
+    run_dir = study / "arm1-2"
+    environment = read_json(run_dir / "environment.json")
+    sources = [
+        {"run": "first", "step": 40, "differences": []},
+        {"run": "second", "step": 1200, "differences": ["x is 1"]},
+    ]
+    write_json(run_dir / "environment.json", environment | {"lineage": sources})
+    text, page = render_report(study)
+    expected = "arm1-2 branches from step 40 of first, then step 1,200 of second (x is 1)."
+    assert expected in text.replace("\\", "") and expected in page
+
+
 def test_the_correction_for_several_arms_is_reported(study_with_values):
     study = study_with_values(
         {

@@ -1,0 +1,195 @@
+"""Branches: runs that start from a checkpoint of another run, and may continue it in a different way."""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.layout import SpecialTokenIds
+from data_prep.utils.config_file import validate
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json_or_none
+from pretrain.config import RunConfig
+from pretrain.data.corpus import Corpus
+from pretrain.data.loader import Packing
+from pretrain.objectives.base import ModelShape, build_objective
+from pretrain.planning.budget import Progress, consumed_fraction
+from pretrain.run_folder import PINS, list_steps, step_name
+from pretrain.training import checkpoint
+from pretrain.training.describe import (
+    IMMUTABLE_ON_RESUME,
+    changed_keys,
+    completed_config,
+    data_record,
+    previous_config,
+    value_at,
+)
+from pretrain.training.distributed import World
+from pretrain.training.extension import total_epoch_records
+from pretrain.training.hooks import Hook
+
+logger = logging.getLogger(__name__)
+
+SAME_IN_BRANCH = ("model", "train.precision", *(key for key in IMMUTABLE_ON_RESUME if key.startswith("deepspeed.")))
+"""Keys that a branch must share with its source: the checkpoint could not be loaded otherwise."""
+NOT_COMPARED = ("name", "output_dir", "branch_from", "checkpoint", "evaluation", "monitor")
+"""Keys and sections whose differences are not listed: they do not change the training."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The start of a run from a checkpoint of its source."""
+
+    checkpoint: Path
+    config: RunConfig
+    """Configuration of the source."""
+    differences: list[str]
+    """Differences between the two runs."""
+    continues_data: bool
+    """Whether the branch continues the data of its source: it has the same corpus, source weights and seed."""
+    lineage: list[dict[str, Any]]
+    """The sources of this run, the first run first: `run`, `step`, `differences`, `continues_data` and `config`."""
+
+
+def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
+    """Return the branch that a configuration describes. Raises UserError if it is not possible."""
+    assert config.branch_from is not None  # checked by the caller
+    run_dir, step = Path(config.branch_from.run), config.branch_from.step
+    source = previous_config(run_dir)
+    environment = read_json_or_none(run_dir / "environment.json")
+    if source is None or environment is None:
+        raise UserError(f"branch_from.run: {run_dir} is not a run directory, because it has no config.yaml")
+    steps = list_steps(run_dir / "checkpoints")
+    if step not in steps:
+        listed = f"it has checkpoints of steps {', '.join(map(str, steps))}" if steps else "it has no checkpoints"
+        raise UserError(f"branch_from.step: {run_dir} has no checkpoint of step {step}; {listed}")
+    path = run_dir / "checkpoints" / step_name(step)
+    now = completed_config(config)
+    differing = [key for key in changed_keys(source, now) if key.split(".")[0] not in NOT_COMPARED]
+    fixed = [key for key in differing if any(f"{key}.".startswith(f"{same}.") for same in SAME_IN_BRANCH)]
+    if fixed:
+        listed = ", ".join(f"{key} ({value_at(source, key)}, now {value_at(now, key)})" for key in fixed[:5])
+        raise UserError(f"branch_from.run: {run_dir} has a different {listed}; a branch cannot change this")
+    data = data_record(config, corpus.manifest)
+    if environment["data"]["tokenizer"] != data["tokenizer"]:
+        raise UserError(
+            f"the tokenizer of {config.data.path} differs from the tokenizer of {run_dir}: prepare the corpus with "
+            f"data.tokenizer.path={Path(str(value_at(source, 'data.path'))) / 'tokenizer'}"
+        )
+    continues = (environment["data"], source["seed"]) == (data, config.seed)
+    if not continues and config.train.epochs is not None:
+        raise UserError(
+            "train.epochs counts the epochs of one corpus in one order, but this branch reads other data than "
+            f"{run_dir}: set a budget in steps or tokens, which includes the steps before the branch"
+        )
+    _check_budget(config, corpus, checkpoint.read_progress(path))
+    differences = [
+        f"{key} is {value_at(now, key)}, was {value_at(source, key)}"
+        for key in differing
+        # the keys of an objective that is no longer used
+        if "objective.name" not in differing or not key.startswith("objective.") or value_at(now, key) is not None
+    ]
+    if not continues:
+        differences.append("the data are read from the beginning, because the corpus, its weights or the seed differ")
+    entry = {
+        "run": str(run_dir.absolute()),
+        "step": step,
+        "differences": differences,
+        "continues_data": continues,
+        "config": source,
+    }
+    lineage = [*environment.get("lineage", []), entry]
+    return Branch(path, validate(RunConfig, source), differences, continues, lineage)
+
+
+def _check_budget(config: RunConfig, corpus: Corpus, progress: Progress) -> None:
+    if (
+        consumed_fraction(progress.consumed, config.train, total_epoch_records(config, corpus, config.train.epochs))
+        >= 1
+    ):
+        raise UserError(
+            f"the budget of `train` is used up at step {progress.step} of the source ({progress.tokens:,} tokens, "
+            f"{progress.records:,} records): raise it; it includes the steps before the branch"
+        )
+
+
+def read_lineage(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the sources of a run from its environment.json, the first run first; empty if it is not a branch."""
+    environment = read_json_or_none(run_dir / "environment.json") or {}
+    lineage: list[dict[str, Any]] = environment.get("lineage", [])
+    return lineage
+
+
+def earlier_packings(lineage: Sequence[dict[str, Any]], specials: SpecialTokenIds, views: int) -> list[Packing]:
+    """Return the packings of the runs whose data a run continues, the oldest first."""
+    packings: list[Packing] = []
+    for entry in lineage:
+        config = validate(RunConfig, entry["config"])
+        packing = Packing(config.make_layout(specials, views), config.data.sequence_length)
+        packings = [*packings, packing] if entry["continues_data"] else []
+    return packings
+
+
+def verified_checkpoint(branch: Branch, config: RunConfig, world: World) -> checkpoint.VerifiedCheckpoint:
+    """Return the verified checkpoint of a branch's source. Raises UserError if it is corrupt.
+
+    All ranks must call this together.
+    """
+    found = checkpoint.verify(branch.checkpoint, world)
+    if isinstance(found, str):
+        raise UserError(f"branch_from: the checkpoint {branch.checkpoint} is corrupt: {found}; choose another step")
+    return replace(
+        found,
+        folder=config.run_dir / "checkpoints",
+        has_same_weights=_added_weights(branch.config) == _added_weights(config),
+    )
+
+
+def _added_weights(config: RunConfig) -> dict[str, Any]:
+    """Return the shapes of the weights that the objective adds to a model, for any width and number of layers."""
+    with torch.device("meta"):
+        objective = build_objective(config.objective, ModelShape(width=8, layers=10**6))
+    shapes = {name: tuple(weight.shape) for name, weight in objective.named_parameters()}
+    return shapes | {"predictor tokens": config.predictor_tokens}
+
+
+def branch_state(branch: Branch, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of the source's checkpoint as the branch continues it."""
+    start = {} if branch.continues_data else {"loader": {"epoch": 0, "window": 0, "row": 0}}
+    return state | {"owed": None} | start
+
+
+class SourcePin(Hook):
+    """A pin that keeps the source's checkpoint until the branch has a checkpoint."""
+
+    def __init__(self, config: RunConfig):
+        assert config.branch_from is not None  # checked by the caller
+        folder = Path(config.branch_from.run) / "checkpoints" / PINS
+        owner = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:12]
+        self._path = folder / f"{step_name(config.branch_from.step)}.branch-{owner}"
+
+    def set(self) -> None:
+        """Create the pin. Without permission to write to the source, only warn."""
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            self._path.touch()
+        except OSError as error:
+            logger.warning(
+                f"cannot pin the checkpoint of the source ({error.strerror}: {self._path}); "
+                "if that run is active, it may remove the checkpoint"
+            )
+
+    def release(self) -> None:
+        """Remove the pin."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def after_save(self, run: Any, step: int) -> None:
+        """Remove the pin, because the branch has a checkpoint."""
+        if run.world.is_main:
+            self.release()
