@@ -132,6 +132,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_optimizer(self) -> "RunConfig":
+        if self.train.optimizer.name == "muon":
+            if self.model.lora:
+                raise ValueError("train.optimizer: muon trains whole matrices; use adamw with model.lora")
+            offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
+            if isinstance(offload, dict) and offload.get("device") == "nvme":
+                raise ValueError(
+                    "train.optimizer: muon cannot gather matrices whose states are on NVMe; use adamw, "
+                    "or offload the optimizer to cpu"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_gradient_diagnostics(self) -> "RunConfig":
         if self.monitor.gradients_every and self.model.lora:
             raise ValueError(

@@ -1,6 +1,6 @@
 """The sections of a run's configuration for the model, training, checkpoints and monitoring."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,24 @@ class ModelConfig(Section):
         return self
 
 
+class AdamWConfig(Section):
+    """AdamW for all weights."""
+
+    name: Literal["adamw"] = "adamw"
+
+
+class MuonConfig(Section):
+    """Muon for the hidden matrices, and AdamW for embeddings, output head, norms and biases.
+
+    An update is scaled by 0.2 sqrt(max(m, n)) for a matrix (m, n), so the learning rate and the weight decay of AdamW
+    suit both (Liu et al., arXiv 2502.16982).
+    """
+
+    name: Literal["muon"]
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Momentum of the gradients of the matrices, with Nesterov's form."""
+
+
 BUDGETS = ("steps", "tokens", "records", "epochs")
 """Keys of `train` for the budget; a run sets exactly one of them."""
 WARMUPS = ("warmup_fraction", "warmup_steps", "warmup_tokens")
@@ -73,8 +91,10 @@ class TrainConfig(Section):
     """Rows of one optimizer step, over all ranks."""
     micro_batch_rows: int = Field(gt=0)
     """Rows of one forward pass on one rank."""
+    optimizer: Annotated[AdamWConfig | MuonConfig, Field(discriminator="name")] = AdamWConfig()
+    """Optimizer, chosen by its name: adamw or muon; see below."""
     learning_rate: float = Field(gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
     """Shape of the learning-rate decay after the warm-up, as a function of the consumed fraction of the budget."""
     warmup_fraction: float | None = Field(default=0.02, ge=0, lt=1)

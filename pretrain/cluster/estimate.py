@@ -36,7 +36,7 @@ def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
     Raises UserError if the run could not start with this configuration.
     """
     # Imported here, because torch and DeepSpeed take seconds to import.
-    from pretrain.planning.memory import ITEM_BYTES, OPTIMIZER_BYTES
+    from pretrain.planning.memory import ITEM_BYTES, MUON_SAVING, OPTIMIZER_BYTES
     from pretrain.planning.rank_memory import model_states_per_rank, non_state_memory
     from pretrain.training.dry_run import checked_plan
 
@@ -53,6 +53,7 @@ def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
     permanent_checkpoints = (
         config.train.steps // config.checkpoint.keep_every if config.train.steps and config.checkpoint.keep_every else 0
     )
+    before_decay = config.train.schedule == "warmup_stable_decay"  # the last one before the decay is kept
     return ResourceEstimate(
         parameters=plan.total,
         rank_memory={device: PROCESS_BYTES[device] + tensor_bytes[device] for device in tensor_bytes},
@@ -60,6 +61,8 @@ def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
         bucket=item * min(plan.zero.reduce_bucket_size, plan.trained),
         precision=config.train.precision,
         # a trained parameter is saved like the state of the optimizer; other parameters keep their precision
-        checkpoint=OPTIMIZER_BYTES * plan.trained + item * (plan.total - plan.trained),
-        checkpoints=config.checkpoint.keep + 1 + permanent_checkpoints,
+        checkpoint=OPTIMIZER_BYTES * plan.trained
+        + item * (plan.total - plan.trained)
+        - MUON_SAVING * sum(shape.numel() for shape in plan.muon_matrices),
+        checkpoints=config.checkpoint.keep + 1 + permanent_checkpoints + before_decay,
     )

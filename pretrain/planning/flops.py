@@ -1,13 +1,17 @@
 """Parameter counts of a model, its FLOPs, and the peak FLOP/s of devices."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from pretrain.models.hidden_matrices import full_shape
 from pretrain.models.language_model import LanguageModel
 from pretrain.objectives.base import Objective
 
+ITERATIONS = 5
+"""Iterations of Newton-Schulz in a step of Muon."""
 PEAK_BF16_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -25,11 +29,6 @@ PEAK_BF16_FLOPS = {
 }
 """Dense bf16 peak in FLOP/s by the full name of a device, from its manufacturer's data sheet. Other devices have no
 MFU, because a guessed peak would be misleading."""
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of a parameter before partitioning by ZeRO stage 3."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -73,6 +72,15 @@ def count_parameters(model: LanguageModel, objective: Objective) -> Parameters:
     predictor = 0 if model.predictor is None else parameter_count(model.predictor)
     layers = parameter_count(model) - predictor - embedding * (1 if tied else 2)
     return Parameters(layers, embedding, embedding, tied, predictor, parameter_count(objective))
+
+
+def muon_flops(shapes: Iterable[torch.Size]) -> float:
+    """Return the FLOPs of a step of Muon for matrices of these shapes.
+
+    With m <= n, an iteration has two products of (m, m) with n columns, 4 m^2 n, and one of (m, m) with m, 2 m^3.
+    """
+    sides = [sorted(shape) for shape in shapes]
+    return float(sum(ITERATIONS * (4 * short**2 * long + 2 * short**3) for short, long in sides))
 
 
 def peak_flops() -> float | None:

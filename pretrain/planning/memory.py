@@ -11,6 +11,8 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes per element for each precision."""
 OPTIMIZER_BYTES = 12
 """Bytes per trained parameter of DeepSpeed's optimizer: an fp32 copy of the parameter, and two moments."""
+MUON_SAVING = 4
+"""Bytes per parameter that Muon needs less than AdamW, because it has one moment."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class ModelStates:
     parameters: float
     gradients: float
     optimizer: float
-    """The fp32 copy of the parameters, which the optimizer updates, and the two moments of Adam."""
+    """The fp32 copy of the parameters, which the optimizer updates, and the moments of the optimizer."""
     in_step: float
     """All model states during the optimizer step, including DeepSpeed's fp32 copy of the gradients. There are no
     activations at that time."""
@@ -32,11 +34,19 @@ class ModelStates:
 
 
 def model_states(
-    parameters: int, trained: int, small: int, precision: str, stage: int, ranks: int, accumulated: int
+    parameters: int,
+    trained: int,
+    small: int,
+    precision: str,
+    stage: int,
+    ranks: int,
+    accumulated: int,
+    by_muon: int = 0,
 ) -> ModelStates:
     """Return the model states of a ZeRO stage, without offloading.
 
-    Stage 0 is plain data parallelism with AdamW, for comparison. Only the `trained` parameters have gradients and
+    Stage 0 is plain data parallelism with the same optimizer, for comparison. Muon trains `by_muon` of the parameters,
+    and AdamW all other ones. Only the `trained` parameters have gradients and
     optimizer states. `small` is the number of parameters in tensors up to stage3_param_persistence_threshold.
     `accumulated` is the size in bytes of an element of the accumulated gradients.
 
@@ -52,13 +62,13 @@ def model_states(
     """
     item_bytes = ITEM_BYTES[precision]
     if stage == 0:
-        adam = (8 if precision == "fp32" else OPTIMIZER_BYTES) * float(trained)
+        plain = (8 if precision == "fp32" else OPTIMIZER_BYTES) * float(trained) - MUON_SAVING * by_muon
         return ModelStates(
-            item_bytes * parameters, item_bytes * trained, adam, item_bytes * (parameters + trained) + adam
+            item_bytes * parameters, item_bytes * trained, plain, item_bytes * (parameters + trained) + plain
         )
     weights = item_bytes * parameters / (ranks if stage == 3 else 1)
     unpartitioned = item_bytes * small if stage == 3 and ranks > 1 else 0
-    optimizer = OPTIMIZER_BYTES * trained / ranks
+    optimizer = (OPTIMIZER_BYTES * trained - MUON_SAVING * by_muon) / ranks
     if stage == 1 and accumulated > item_bytes:
         gradients = float((accumulated + item_bytes) * trained)
         return ModelStates(weights, gradients, optimizer, weights + gradients + optimizer)

@@ -22,11 +22,12 @@ from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.loader import Consumed, Loader, Packing, Unit, count_pairs, loss_denominators
 from pretrain.data.order import Order
+from pretrain.models.hidden_matrices import hidden_matrices
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.models.lora import adapter_sizes
 from pretrain.objectives.base import Objective, build_objective
 from pretrain.planning.budget import consumed_fraction
-from pretrain.planning.flops import Parameters, count_parameters
+from pretrain.planning.flops import Parameters, count_parameters, muon_flops
 from pretrain.planning.memory import layer_widths
 from pretrain.planning.model import meta_model
 from pretrain.planning.settings import check_zero_options, engine_settings
@@ -128,6 +129,13 @@ class Plan:
         return self.total
 
     @property
+    def muon_matrices(self) -> list[torch.Size]:
+        """Shapes of the matrices that Muon trains; empty with AdamW."""
+        if self.config.train.optimizer.name != "muon":
+            return []
+        return [matrix.shape for matrix in hidden_matrices(self.model, self.objective)]
+
+    @property
     def rank_counts(self) -> list[int]:
         """Numbers of ranks to show: the launcher's, or the ones of RANKS that divide the global batch."""
         if self.ranks is not None:
@@ -139,8 +147,12 @@ class Plan:
     @property
     def flops_by_part(self) -> dict[str, float]:
         """FLOPs of a step by part of the model."""
-        own = self.objective.flops(self.step.counts, self.parameters.head)
-        return self.step.stream.flops(self.parameters, self.model) | ({"objective": own} if own else {})
+        parts = self.step.stream.flops(self.parameters, self.model)
+        if own := self.objective.flops(self.step.counts, self.parameters.head):
+            parts["objective"] = own
+        if matrices := self.muon_matrices:
+            parts["Muon"] = muon_flops(matrices)
+        return parts
 
     @property
     def flops(self) -> float:

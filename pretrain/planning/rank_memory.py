@@ -14,7 +14,10 @@ def model_states_per_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
     ]
     small = sum(size for size in sizes if size <= plan.zero.param_persistence_threshold)
     accumulated = 4 if gradient_accumulation_dtype(plan.config) in FP32_NAMES else 2
-    return model_states(plan.total, plan.trained, small, plan.config.train.precision, stage, ranks, accumulated)
+    by_muon = sum(shape.numel() for shape in plan.muon_matrices)
+    return model_states(
+        plan.total, plan.trained, small, plan.config.train.precision, stage, ranks, accumulated, by_muon
+    )
 
 
 def reduce_buffers(plan: Plan) -> dict[str, float]:

@@ -37,6 +37,7 @@ def engine_settings(config: RunConfig, ranks: int | None) -> dict[str, Any]:
             "steps_per_print": 10**12,
             "zero_force_ds_cpu_optimizer": False,
         }
+        | ({"zero_allow_untested_optimizer": True} if train.optimizer.name == "muon" else {})
     )
 
 

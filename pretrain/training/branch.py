@@ -35,7 +35,12 @@ from pretrain.training.hooks import Hook
 
 logger = logging.getLogger(__name__)
 
-SAME_IN_BRANCH = ("model", "train.precision", *(key for key in IMMUTABLE_ON_RESUME if key.startswith("deepspeed.")))
+SAME_IN_BRANCH = (
+    "model",
+    "train.precision",
+    "train.optimizer.name",
+    *(key for key in IMMUTABLE_ON_RESUME if key.startswith("deepspeed.")),
+)
 """Keys that a branch must share with its source: the checkpoint could not be loaded otherwise."""
 NOT_COMPARED = ("name", "output_dir", "branch_from", "checkpoint", "evaluation", "monitor")
 """Keys and sections whose differences are not listed: they do not change the training."""

@@ -34,11 +34,12 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from data_prep.utils.console import UserError
 from data_prep.utils.files import sha256_file, sync_folder, write_text
+from pretrain.models.hidden_matrices import full_shape
 from pretrain.planning.budget import Progress
-from pretrain.planning.flops import full_shape
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import die_with_parent
+from pretrain.training.muon import MuonWithAdamW
 from pretrain.training.random_state import restore_random_state
 from pretrain.training.stop import Stopped, StopRequest
 
@@ -384,6 +385,8 @@ def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: Wo
         # The checkpoint's settings are not used: after a conversion all groups have the weight decay of the first
         # (DeepSpeed 0.19.8).
         group |= setting
+    if isinstance(optimizer, MuonWithAdamW):
+        optimizer.drop_placeholders()
     for parameter, state in optimizer.state.items():
         # DeepSpeed lets all parameters share one step counter, and each of them would advance it, so copy the counter
         # for each parameter. The fused step needs the counter on the device.

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
+from typing import Any
 
 import deepspeed
 import torch
@@ -14,6 +16,7 @@ from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_objective_weights, load_predictor
+from pretrain.models.hidden_matrices import full_shape, hidden_matrices
 from pretrain.models.language_model import (
     LanguageModel,
     pretrained_causal_lm,
@@ -23,7 +26,6 @@ from pretrain.models.layer_states import LayerStates
 from pretrain.models.lora import add_adapters
 from pretrain.objectives.base import ForwardPass, Objective, ObjectiveOutput, build_objective
 from pretrain.objectives.pool import Gather
-from pretrain.planning.flops import full_shape
 from pretrain.planning.model import check_model_fits_corpus, resolve_hf_config
 from pretrain.planning.settings import check_zero_options, engine_settings
 from pretrain.training.distributed import World
@@ -34,6 +36,7 @@ from pretrain.training.layers import (
     mark_layers_as_z3_leaves,
     raise_recompile_limit,
 )
+from pretrain.training.muon import MuonWithAdamW
 from pretrain.training.random_state import seed_all
 
 
@@ -101,10 +104,12 @@ def build_engine(
         raise_recompile_limit(model)
         limit_compile_threads(world.hosts.count(world.hosts[world.rank]))
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
-    optimizer = _adamw(module, config, world.device)
+    optimizer = _optimizer(module, config, world.device)
     with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer in bf16 prints a dozen lines about memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive
+    if isinstance(optimizer, MuonWithAdamW):
+        optimizer.bind(engine.optimizer, hidden_matrices(model, objective), world)
     if config.monitor.gradients_every and any(
         hasattr(parameter, "ds_z3_leaf_module") for parameter in module.parameters()
     ):
@@ -115,22 +120,35 @@ def build_engine(
     return engine
 
 
-def _adamw(module: nn.Module, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
+def _optimizer(module: TrainingModule, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
     """Return the optimizer of the trained parameters; weight decay applies to matrices only."""
+    train = config.train
+    options: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": train.betas,
+        # on the GPU, the unfused optimizer would pass over all weights several times and would copy them
+        "fused": device.type == "cuda",
+    }
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if len(full_shape(parameter)) >= 2]
     undecayed = [parameter for parameter in trained if len(full_shape(parameter)) < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.train.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.train.learning_rate,
-        betas=config.train.betas,
-        # on the GPU, the unfused optimizer would pass over all weights several times and would copy them
-        fused=device.type == "cuda",
+    if train.optimizer.name == "adamw":
+        return torch.optim.AdamW(_groups(train.weight_decay, {}, decayed, undecayed), **options)
+    matrices = hidden_matrices(module.model, module.objective)
+    among_matrices = {id(matrix) for matrix in matrices}
+    decayed = [parameter for parameter in decayed if id(parameter) not in among_matrices]
+    groups = _groups(train.weight_decay, {"muon": True}, matrices) + _groups(
+        train.weight_decay, {"muon": False}, decayed, undecayed
     )
+    return MuonWithAdamW(groups, train.optimizer.momentum, **options)
+
+
+def _groups(
+    weight_decay: float, options: dict[str, Any], decayed: list[nn.Parameter], undecayed: Sequence[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Return the parameter groups with and without weight decay, without empty ones."""
+    groups = [(decayed, weight_decay), (list(undecayed), 0.0)]
+    return [{"params": weights, "weight_decay": decay, **options} for weights, decay in groups if weights]
 
 
 def _initial_objective(config: RunConfig, model: LanguageModel) -> Objective:

@@ -58,6 +58,8 @@ class HostCopies:
         return copy.deepcopy(value)
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() > 1 and not any(tensor.stride()):  # one value, repeated without memory
+            return self._copy_tensor(tensor[(0,) * tensor.ndim]).expand(tensor.shape)
         buffer = self._buffer(tensor)
         if self._stream and tensor.is_cuda:
             with torch.cuda.stream(self._stream):

@@ -20,14 +20,15 @@ from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARTITION_COUNT
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
+from pretrain.models.hidden_matrices import full_shape
 from pretrain.planning.budget import Progress
-from pretrain.planning.flops import full_shape
-from pretrain.planning.memory import OPTIMIZER_BYTES
+from pretrain.planning.memory import MUON_SAVING, OPTIMIZER_BYTES
 from pretrain.run_folder import list_steps, step_name
 from pretrain.sections import CheckpointConfig
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
 from pretrain.training.host_copies import HostCopies
+from pretrain.training.muon import MuonWithAdamW
 from pretrain.training.random_state import random_state, random_state_file_name
 
 logger = logging.getLogger(__name__)
@@ -205,18 +206,23 @@ class Saver:
         previous_bytes = sum(
             path.stat().st_size for step in newest for path in (self._folder / step_name(step)).iterdir()
         )
-        return SPACE_FACTOR * (previous_bytes or min_checkpoint_bytes(self._engine.module))
+        if previous_bytes:
+            return SPACE_FACTOR * previous_bytes
+        optimizer = self._engine.optimizer.optimizer
+        by_muon = optimizer.size if isinstance(optimizer, MuonWithAdamW) else 0
+        return SPACE_FACTOR * min_checkpoint_bytes(self._engine.module, by_muon)
 
 
-def min_checkpoint_bytes(module: nn.Module) -> int:
-    """Return the minimum size of a checkpoint of a module, in bytes.
+def min_checkpoint_bytes(module: nn.Module, by_muon: int = 0) -> int:
+    """Return the minimum size of a checkpoint of a module, in bytes. Muon trains `by_muon` of its parameters.
 
     A trained parameter is saved like the state of the optimizer, a frozen one in its own type.
     """
-    return sum(
+    saved = sum(
         full_shape(parameter).numel() * (OPTIMIZER_BYTES if parameter.requires_grad else parameter.element_size())
         for parameter in module.parameters()
     )
+    return saved - MUON_SAVING * by_muon
 
 
 class _ShardCollector(TorchCheckpointEngine):
