@@ -62,7 +62,8 @@ class _Matrix:
 class MuonWithAdamW(torch.optim.AdamW):
     """Optimizer that updates the parameter groups with `muon=True` by Muon, and all other groups by AdamW.
 
-    DeepSpeed replaces the parameters of a group by flat partitions. `bind` finds the matrices in them. Before that, a step only creates the state, as DeepSpeed expects it.
+    DeepSpeed replaces the parameters of a group by flat partitions. `bind` finds the matrices in them. Before that, a
+    step only creates the state, as DeepSpeed expects it.
 
     The state of a flat partition is the momentum, `exp_avg`, and the number of steps. `state_dict` adds zeros as
     `exp_avg_sq`, without memory, because DeepSpeed's conversion to a different number of ranks expects Adam's state.
