@@ -132,6 +132,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_profile(self) -> "RunConfig":
+        profile, steps = self.monitor.profile, self.train.steps
+        if profile is not None and steps is not None and profile.steps[1] > steps:
+            raise ValueError(f"monitor.profile.steps ends at step {profile.steps[1]}, but train.steps is {steps}")
+        return self
+
+    @model_validator(mode="after")
     def _check_optimizer(self) -> "RunConfig":
         if self.train.optimizer.name == "muon":
             if self.model.lora:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.utils.config_file import LocalPath, Section
 
@@ -234,6 +234,20 @@ class CheckpointConfig(Section):
     fail if there is one."""
 
 
+class ProfileConfig(Section):
+    """The steps to profile."""
+
+    steps: tuple[int, int]
+    """First and last step."""
+
+    @field_validator("steps")
+    @classmethod
+    def _check_order(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= steps[0] <= steps[1]:
+            raise ValueError("must be the first and the last step, such as [20, 22]")
+        return steps
+
+
 class MonitorConfig(Section):
     """Logging, validation and monitoring."""
 
@@ -251,6 +265,9 @@ class MonitorConfig(Section):
     hang_seconds: float = Field(default=600.0, ge=10)
     """Time after which the run ends if a rank makes no progress, in seconds; applies after the first step. An error
     line names that rank."""
+    profile: ProfileConfig | None = None
+    """Steps of which every rank writes a trace by PyTorch's profiler, in RUN/profile, for Perfetto or TensorBoard. A
+    table of the slowest operators is printed. Profiling slows these steps down."""
     loggers: list[str] = ["tensorboard"]
     """Loggers that record the metrics in addition to metrics.jsonl: names of modules in pretrain/training/loggers."""
 

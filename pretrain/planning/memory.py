@@ -46,9 +46,9 @@ def model_states(
     """Return the model states of a ZeRO stage, without offloading.
 
     Stage 0 is plain data parallelism with the same optimizer, for comparison. Muon trains `by_muon` of the parameters,
-    and AdamW all other ones. Only the `trained` parameters have gradients and optimizer states. `small` is the number of
-    parameters in tensors up to stage3_param_persistence_threshold. `accumulated` is the size in bytes of an element of
-    the accumulated gradients.
+    and AdamW all other ones. Only the `trained` parameters have gradients and optimizer states. `small` is the number
+    of parameters in tensors up to stage3_param_persistence_threshold. `accumulated` is the size in bytes of an element
+    of the accumulated gradients.
 
     Rajbhandari et al., arXiv 1910.02054, section 3.1: a parameter needs 2 + 2 + 12 bytes in bf16. Stage 1 divides the
     optimizer states by the number of ranks, stage 2 also the gradients, and stage 3 everything. In fp32, plain training

@@ -29,6 +29,7 @@ from pretrain.training.evaluation_requests import BackgroundEvaluations
 from pretrain.training.gradients import gradient_diagnostics
 from pretrain.training.hooks import Ending, Hook, StepReport, StopTraining
 from pretrain.training.loggers import build_loggers
+from pretrain.training.profile import Profile
 from pretrain.training.progress_line import ProgressLines
 from pretrain.training.rank_store import LocalRankStore
 from pretrain.training.saving import Saver
@@ -112,6 +113,7 @@ class Trainer:
             ProgressLines(),
             CollapseWarning(),
             PeriodicValidation(),
+            *([Profile(self.config.monitor.profile)] if self.config.monitor.profile else []),
             *(build_loggers(self.config.monitor.loggers) if self.world.is_main else []),
         ]
 
