@@ -91,6 +91,8 @@ def _step_table(plan: Plan) -> Table:
         rows.append(("pairs", f"{step.pairs:,.0f}"))
     flops = plan.flops_by_part
     plain_flops = plain.flops(plan.parameters, plan.model) if plain else {}
+    if plain and "Muon" in flops:
+        plain_flops["Muon"] = flops["Muon"]
     rows += [_comparison_row(f"FLOPs, {part}", value, plain_flops.get(part), ".3g") for part, value in flops.items()]
     return [*rows, _comparison_row("FLOPs", sum(flops.values()), sum(plain_flops.values()), ".3g")]
 

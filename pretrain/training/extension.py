@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,4 +108,6 @@ def extend(config: RunConfig, before: Mapping[str, Any], corpus: Corpus) -> None
 
 def _keep_as_decayed(path: Path, is_decayed: bool) -> None:
     if is_decayed:
-        path.replace(path.with_name(DECAYED + path.name))
+        kept = path.with_name(DECAYED + path.name)
+        shutil.rmtree(kept, ignore_errors=True)
+        path.replace(kept)
