@@ -143,7 +143,13 @@ class RunConfig(Section):
         if self.train.optimizer.name == "muon":
             if self.model.lora:
                 raise ValueError("train.optimizer: muon trains whole matrices; use adamw with model.lora")
-            offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
+            zero = self.deepspeed.get("zero_optimization", {})
+            if zero.get("round_robin_gradients") and zero.get("stage", 3) < 3:
+                raise ValueError(
+                    "train.optimizer: muon does not find its matrices with "
+                    "deepspeed.zero_optimization.round_robin_gradients; remove one of the two"
+                )
+            offload = zero.get("offload_optimizer")
             if isinstance(offload, dict) and offload.get("device") == "nvme":
                 raise ValueError(
                     "train.optimizer: muon cannot gather matrices whose states are on NVMe; use adamw, "

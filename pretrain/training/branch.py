@@ -13,7 +13,6 @@ import torch
 from data_prep.layout import SpecialTokenIds
 from data_prep.utils.config_file import validate
 from data_prep.utils.console import UserError
-from data_prep.utils.files import read_json_or_none
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Packing
@@ -27,6 +26,7 @@ from pretrain.training.describe import (
     completed_config,
     data_record,
     previous_config,
+    read_environment,
     value_at,
 )
 from pretrain.training.distributed import World
@@ -66,9 +66,11 @@ def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
     assert config.branch_from is not None  # checked by the caller
     run_dir, step = Path(config.branch_from.run), config.branch_from.step
     source = previous_config(run_dir)
-    environment = read_json_or_none(run_dir / "environment.json")
+    environment = read_environment(run_dir)
     if source is None or environment is None:
-        raise UserError(f"branch_from.run: {run_dir} is not a run directory, because it has no config.yaml")
+        raise UserError(
+            f"branch_from.run: {run_dir} is not a run directory, because it has no config.yaml or no environment.json"
+        )
     steps = list_steps(run_dir / "checkpoints")
     if step not in steps:
         listed = f"it has checkpoints of steps {', '.join(map(str, steps))}" if steps else "it has no checkpoints"
@@ -92,7 +94,17 @@ def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
             "train.epochs counts the epochs of one corpus in one order, but this branch reads other data than "
             f"{run_dir}: set a budget in steps or tokens, which includes the steps before the branch"
         )
-    _check_budget(config, corpus, checkpoint.read_progress(path))
+    progress = checkpoint.read_progress(path)
+    if progress is None:
+        raise UserError(f"branch_from.step: the manifest of {path} cannot be read; choose another step")
+    _check_budget(config, corpus, progress)
+    zero = config.deepspeed.get("zero_optimization", {})
+    has_round_robin = zero.get("round_robin_gradients", False) and zero.get("stage", 3) < 3
+    if has_round_robin and _added_weights(config) != _added_weights(validate(RunConfig, source)):
+        raise UserError(
+            "branch_from: a branch with deepspeed.zero_optimization.round_robin_gradients cannot add or drop weights, "
+            "because DeepSpeed cannot convert its checkpoints; keep the objective"
+        )
     differences = [
         f"{key} is {value_at(now, key)}, was {value_at(source, key)}"
         for key in differing
@@ -124,9 +136,13 @@ def _check_budget(config: RunConfig, corpus: Corpus, progress: Progress) -> None
 
 
 def read_lineage(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the sources of a run from its environment.json, the first run first; empty if it is not a branch."""
-    environment = read_json_or_none(run_dir / "environment.json") or {}
-    lineage: list[dict[str, Any]] = environment.get("lineage", [])
+    """Return the sources of a branch with a checkpoint, the first run first. Raises UserError if they are unknown."""
+    lineage: list[dict[str, Any]] = (read_environment(run_dir) or {}).get("lineage", [])
+    if not lineage:
+        raise UserError(
+            f"{run_dir} is a branch, but the runs that it continues are unknown, because environment.json has no "
+            "`lineage`: restore that file from a copy, or choose another `name`"
+        )
     return lineage
 
 
@@ -164,9 +180,16 @@ def _added_weights(config: RunConfig) -> dict[str, Any]:
 
 
 def branch_state(branch: Branch, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of the source's checkpoint as the branch continues it."""
-    start = {} if branch.continues_data else {"loader": {"epoch": 0, "window": 0, "row": 0}}
-    return state | {"owed": None} | start
+    """Return the state of the source's checkpoint as the branch continues it.
+
+    With a different objective or different data, the recent losses of the source are not comparable.
+    """
+    changes: dict[str, Any] = {"owed": None}
+    if not branch.continues_data:
+        changes["loader"] = {"epoch": 0, "window": 0, "row": 0}
+    if not branch.continues_data or any(line.startswith(("objective", "data")) for line in branch.differences):
+        changes["losses"] = {}
+    return state | changes
 
 
 class SourcePin(Hook):

@@ -113,8 +113,7 @@ def prune(
     failed = []
     pinned = _pins(folder)
     steps = list_steps(folder)
-    stable = (step for step in reversed(steps) if is_stable and is_stable(read_progress(folder / step_name(step))))
-    last_stable = next(stable, None)
+    last_stable = last_stable_step(folder, is_stable) if is_stable else None
     for old in steps[:-keep]:
         if (keep_every is None or old % keep_every) and step_name(old) not in pinned and old != last_stable:
             try:
@@ -126,14 +125,21 @@ def prune(
     return failed + remove_leftovers(folder)
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """Return the counters of a checkpoint. Raises UserError if its manifest cannot be read."""
+def read_progress(checkpoint: Path) -> Progress | None:
+    """Return the counters of a checkpoint; None if its manifest cannot be read."""
     try:
         return Progress(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["state"]["progress"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{checkpoint / MANIFEST} cannot be read: remove this checkpoint, or restore the file"
-        ) from None
+        return None
+
+
+def last_stable_step(folder: Path, is_stable: Callable[[Progress], bool]) -> int | None:
+    """Return the step of the last checkpoint whose progress `is_stable`; None if there is none."""
+    for step in reversed(list_steps(folder)):
+        progress = read_progress(folder / step_name(step))
+        if progress is not None and is_stable(progress):
+            return step
+    return None
 
 
 def remove_leftovers(folder: Path) -> list[str]:

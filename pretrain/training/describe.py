@@ -127,9 +127,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
             f"{run_dir} contains a run with a different {listed}; this may not change on resume: choose another "
             "`name`, or remove that folder"
         )
-    environment: dict[str, Any] = (
-        _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
-    )
+    environment: dict[str, Any] = read_environment(run_dir) or {"data": data}
     for part, word in (("tokenizer", "tokenizer files"), ("corpus", "shards")):
         if environment["data"][part] != data[part]:
             raise UserError(
@@ -161,6 +159,22 @@ def previous_config(run_dir: Path) -> dict[str, Any] | None:
     """Return the configuration of the last launch of a run; None for a new run. Raises UserError if it is corrupt."""
     path = run_dir / "config.yaml"
     return _with_partitioning(_with_defaults(_read(path, yaml.safe_load))) if path.exists() else None
+
+
+def read_environment(run_dir: Path) -> dict[str, Any] | None:
+    """Return environment.json of a run; None if there is none. Raises UserError if it is corrupt."""
+    path = run_dir / "environment.json"
+    if not path.exists():
+        return None
+    environment = _read(path, json.loads)
+    if (
+        not isinstance(environment.get("data"), dict)
+        or not {"corpus", "tokenizer", "weights"} <= environment["data"].keys()
+    ):
+        raise UserError(
+            f"{path}, which describes the run, is corrupt: restore it from a copy, or choose another `name`"
+        )
+    return environment
 
 
 def completed_config(config: RunConfig) -> dict[str, Any]:

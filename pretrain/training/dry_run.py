@@ -13,8 +13,9 @@ from pretrain.planning.settings import engine_settings
 from pretrain.planning.tables import plan_tables
 from pretrain.run_folder import list_steps
 from pretrain.training.branch import read_branch
-from pretrain.training.describe import check_same_run
+from pretrain.training.describe import check_same_run, previous_config
 from pretrain.training.distributed import normalize_launcher_env
+from pretrain.training.extension import larger_budget, step_to_extend
 from pretrain.training.start_checks import check
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,10 @@ def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) ->
     if corpus and (config.run_dir / "config.yaml").exists():
         for change in check_same_run(config, corpus.manifest, ranks):
             logger.info(f"note: resuming with a changed setting: {change}")
+        before = previous_config(config.run_dir)
+        if before is not None and larger_budget(before, config.train):
+            step = step_to_extend(config, before, corpus)
+            logger.info(f"note: the run is extended from step {step or 0}")
     if corpus and config.branch_from and not list_steps(config.run_dir / "checkpoints"):
         for difference in read_branch(config, corpus).differences:
             logger.info(f"note: the branch differs from its source: {difference}")

@@ -12,9 +12,18 @@ from data_prep.utils.files import write_json
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.loader import make_order
-from pretrain.run_folder import REWINDS, list_steps, read_rewinds, remove_later_steps, step_name, write_status
+from pretrain.planning.budget import Progress
+from pretrain.run_folder import (
+    PINS,
+    REWINDS,
+    list_steps,
+    read_rewinds,
+    remove_later_steps,
+    step_name,
+    write_status,
+)
 from pretrain.sections import BUDGETS, DECAYS, WARMUPS, TrainConfig
-from pretrain.training.checkpoint import read_progress
+from pretrain.training import checkpoint
 from pretrain.training.schedule import is_before_decay
 
 logger = logging.getLogger(__name__)
@@ -71,39 +80,72 @@ def total_epoch_records(config: RunConfig, corpus: Corpus, epochs: int | None) -
     return order.records_in_epochs(epochs or 0)
 
 
-def extend(config: RunConfig, before: Mapping[str, Any], corpus: Corpus) -> None:
-    """Make the run continue from its last checkpoint before the decay of the smaller budget.
+def step_to_extend(config: RunConfig, before: Mapping[str, Any], corpus: Corpus) -> int | None:
+    """Return the step of the checkpoint from which the run is extended; None if it has no checkpoints.
 
-    `before` is the earlier configuration of the run. The last checkpoint and the last export of the decay are renamed,
-    and the earlier ones are removed. Raises UserError if there is no checkpoint before the decay.
+    `before` is the earlier configuration of the run. The checkpoint is before the decay of both configurations. Raises
+    UserError if there is none.
     """
-    earlier = TrainConfig.model_validate(before["train"])
     folder = config.run_dir / "checkpoints"
     steps = list_steps(folder)
     if not steps:
-        return
-    epoch_records = total_epoch_records(config, corpus, earlier.epochs)
-    stable = [
-        step for step in steps if is_before_decay(earlier, epoch_records, read_progress(folder / step_name(step)))
-    ]
-    if not stable:
+        return None
+    earlier = TrainConfig.model_validate(before["train"])
+    records = {epochs: total_epoch_records(config, corpus, epochs) for epochs in (earlier.epochs, config.train.epochs)}
+
+    def is_stable(progress: Progress) -> bool:
+        return all(is_before_decay(train, records[train.epochs], progress) for train in (earlier, config.train))
+
+    step = checkpoint.last_stable_step(folder, is_stable)
+    if step is None:
         raise UserError(
             f"{config.run_dir} cannot be extended: it has no checkpoint from before the decay of the learning rate; "
             f"the first one is of step {steps[0]}"
         )
-    newest, resume_step = steps[-1], stable[-1]
+    return step
+
+
+def extend(config: RunConfig, before: Mapping[str, Any], corpus: Corpus) -> None:
+    """Make the run continue from its last checkpoint before the decay of the smaller budget.
+
+    `before` is the earlier configuration of the run. The last checkpoint and the last export of the decay are renamed,
+    and the earlier ones are removed. Raises UserError, before anything is changed, if there is no valid checkpoint
+    before the decay, or if a branch is starting from a checkpoint of the decay.
+    """
+    folder = config.run_dir / "checkpoints"
+    resume_step = step_to_extend(config, before, corpus)
+    if resume_step is None:
+        return
+    newest = list_steps(folder)[-1]
     if newest > resume_step:
+        if problem := checkpoint.check(folder / step_name(resume_step)):
+            raise UserError(
+                f"{config.run_dir} cannot be extended: {step_name(resume_step)}, its last checkpoint from before the "
+                f"decay of the learning rate, is corrupt ({problem}); remove it to use an earlier one"
+            )
+        _check_branches(folder, resume_step)
         undone = {"step": newest, "to": resume_step, "left_out": [], "extended": True}
         write_json(config.run_dir / REWINDS, [*read_rewinds(config.run_dir), undone])
         for parent in (folder, config.run_dir / "export"):
             if saved := list_steps(parent)[-1:]:
                 _keep_as_decayed(parent / step_name(saved[0]), saved[0] > resume_step)
+        (folder / PINS / step_name(newest)).unlink(missing_ok=True)
         remove_later_steps(config.run_dir, resume_step)
         logger.info(
             f"note: the run is extended; it continues from step {resume_step}, before the decay of the learning rate. "
             f"The checkpoint of step {newest} is kept as {folder / (DECAYED + step_name(newest))}"
         )
     write_status(config.run_dir, "resumable", resume_step, "extended")
+
+
+def _check_branches(folder: Path, resume_step: int) -> None:
+    """Raise UserError if a branch without a checkpoint has pinned a checkpoint that would be removed."""
+    for pin in sorted((folder / PINS).glob("*.branch-*")):
+        if pin.name.partition(".")[0] > step_name(resume_step):
+            raise UserError(
+                f"{folder.parent} cannot be extended while a branch starts from {pin.name.partition('.')[0]}: wait "
+                f"until it has a checkpoint, or remove {pin} if there is no such branch"
+            )
 
 
 def _keep_as_decayed(path: Path, is_decayed: bool) -> None:

@@ -93,7 +93,9 @@ class Trainer:
             self.config.checkpoint,
             self.world,
             self._on_saved,
-            partial(is_before_decay, self.config.train, self.loader.records),
+            partial(is_before_decay, self.config.train, self.loader.records)
+            if self.config.train.schedule == "warmup_stable_decay"
+            else None,
         )
         self.watchdog = Watchdog(
             self.world.rank_store or LocalRankStore(),
@@ -302,15 +304,16 @@ class Trainer:
         return budget_use(consumed, self.config.train, self.loader.records)
 
     def _decay_begins(self) -> bool:
-        """Return whether this step is the last one before the decay of warmup_stable_decay.
+        """Return whether the next step may be the first one of the decay of warmup_stable_decay.
 
-        With a budget in steps this is exact. Otherwise the next step is assumed to be as large as this one.
+        With a budget in steps this is exact. Otherwise the next step is assumed to be up to twice as large as this one.
         """
         train, now = self.config.train, self.progress.consumed
         if train.schedule != "warmup_stable_decay" or is_decaying(*self._budget_use(now), train):
             return False
-        following = Consumed(*(2 * after - before for after, before in zip(now, self._consumed_before, strict=True)))
-        return is_decaying(*self._budget_use(following), train)
+        size = 1 if train.steps is not None else 2
+        largest = (after + size * (after - before) for after, before in zip(now, self._consumed_before, strict=True))
+        return is_decaying(*self._budget_use(Consumed(*largest)), train)
 
     def _compute(
         self, step: StepData, data: Prefetch, with_pool: bool

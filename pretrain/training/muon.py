@@ -115,21 +115,23 @@ class MuonWithAdamW(torch.optim.AdamW):
         if self._world is None or flat.grad is None:
             return
         momentum = state["exp_avg"].lerp_(flat.grad, 1 - self._momentum)
-        direction = flat.grad.lerp(momentum, self._momentum)  # Nesterov
         flat.mul_(1 - rate * weight_decay)
-        all_matrices = self._matrices.get(flat, [])
+        all_matrices = self._matrices[flat]
         for first in range(0, len(all_matrices), self._world.size):
             matrices = all_matrices[first : first + self._world.size]
-            updates = _orthogonalized(matrices, [direction[matrix.place] for matrix in matrices], self._world)
+            places = [matrix.place for matrix in matrices]
+            directions = [flat.grad[place].lerp(momentum[place], self._momentum) for place in places]  # Nesterov
+            updates = _orthogonalized(matrices, directions, self._world)
             for matrix, update in zip(matrices, updates, strict=True):
                 flat[matrix.place].add_(update.to(flat), alpha=-rate * update_scale(matrix.shape))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with zeros as the second moment of the matrices."""
         saved = super().state_dict()
-        for state in saved["state"].values():
-            if "exp_avg" in state and "exp_avg_sq" not in state:
-                state["exp_avg_sq"] = torch.zeros(1, device=state["exp_avg"].device).expand_as(state["exp_avg"])
+        for key, state in saved["state"].items():
+            if "exp_avg_sq" not in state:
+                zeros = torch.zeros(1, device=state["exp_avg"].device).expand_as(state["exp_avg"])
+                saved["state"][key] = state | {"exp_avg_sq": zeros}
         return saved
 
     def drop_placeholders(self) -> None:

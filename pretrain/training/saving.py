@@ -55,7 +55,7 @@ class Saver:
     """A writer of an engine's checkpoints: all ranks together write one checkpoint at a time.
 
     `on_saved` is called with the step of each complete checkpoint. The last checkpoint whose counters are in the stable
-    phase of the learning rate (`is_stable`) is never removed.
+    phase of the learning rate (`is_stable`) is never removed; None if the schedule has no stable phase.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Saver:
         config: CheckpointConfig,
         world: World,
         on_saved: Callable[[int], None],
-        is_stable: Callable[[Progress], bool],
+        is_stable: Callable[[Progress], bool] | None,
     ):
         self._engine = engine
         self._folder = folder

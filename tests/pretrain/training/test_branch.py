@@ -7,8 +7,11 @@ from itertools import chain
 import pytest
 import yaml
 
+from data_prep.layout import SpecialTokenIds
 from data_prep.utils.files import read_json
+from pretrain.config import load_config
 from pretrain.run_folder import PINS, list_steps, read_status, step_name
+from pretrain.training.branch import Branch, SourcePin, branch_state, earlier_packings
 from pretrain.training.checkpoint import consolidate
 from tests.commands import (
     ROOT,
@@ -144,6 +147,66 @@ def test_a_branch_that_is_killed_before_its_first_checkpoint_starts_again(folder
     assert metrics(folder, "killed") == metrics(folder, "undisturbed") and not list(pins.iterdir())
 
 
+def test_a_resumed_branch_removes_its_pin(folder, tmp_path):
+    path = write_run(folder, "pinned")
+    config = load_config(path)
+    pin = SourcePin(config)
+    checkpoints = config.run_dir / "checkpoints"
+    running = BackgroundCommand(
+        ["python", str(TESTS / "faulty_run.py"), f"hold:{STEP + 4}", str(path)], tmp_path / "log"
+    )
+    running.wait_until(lambda: list_steps(checkpoints), "the first checkpoint")
+    running.kill()
+    pin.set()  # as if the kill had come just before its removal
+    run_command(["python", "launcher/run.py", str(path)])
+    assert not list((folder / "runs" / "source" / "checkpoints" / PINS).iterdir())
+    # without its record, the packing of the earlier runs is unknown
+    (config.run_dir / "environment.json").unlink()
+    (config.run_dir / "status.json").unlink()
+    done = run_command(["python", "launcher/run.py", str(path)], check=False)
+    assert done.returncode == 2 and "environment.json has no `lineage`" in done.stderr
+
+
+def test_recent_losses_are_kept_only_if_they_are_comparable(folder):
+    state = {"owed": {"loss/lm": 1.0}, "losses": {"lm": [[1.0, 2]]}, "loader": {"epoch": 3}}
+
+    def continued(differences, continues_data):
+        return branch_state(Branch(folder, load_config(folder / "same.yaml"), differences, continues_data, []), state)
+
+    assert continued(["train.steps is 12, was 8"], True) == state | {"owed": None}
+    assert continued(["objective.weight is 1, was 2"], True)["losses"] == {}
+    assert continued(["data.lm_views is last, was all"], True)["losses"] == {}
+    assert continued([], False) == {"owed": None, "losses": {}, "loader": {"epoch": 0, "window": 0, "row": 0}}
+
+
+def test_packings_before_new_data_are_not_used(folder):
+    config = yaml.safe_load((folder / "same.yaml").read_text())
+    specials = SpecialTokenIds(1, 2, 3, 4, 5)
+
+    def lengths(*entries):
+        lineage = [
+            {"config": config | {"data": config["data"] | {"sequence_length": length}}, "continues_data": continues}
+            for length, continues in entries
+        ]
+        return [packing.row_length for packing in earlier_packings(lineage, specials, 2)]
+
+    assert lengths((128, True), (192, True)) == [128, 192]
+    assert lengths((128, True), (192, False)) == []
+    assert lengths((128, True), (192, False), (256, True)) == [256]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"data": {}}'])
+def test_a_source_with_a_corrupt_environment_is_refused(folder, tmp_path, content):
+    (tmp_path / "checkpoints" / step_name(STEP)).mkdir(parents=True)
+    shutil.copy(folder / "runs" / "source" / "config.yaml", tmp_path)
+    (tmp_path / "environment.json").write_text(content)
+    path = write_run(folder, "corrupt_environment", branch_from={"run": str(tmp_path), "step": STEP})
+    done = run_command(["python", "launcher/run.py", str(path), "--dry-run"], check=False)
+    assert (
+        done.returncode == 2 and f"{tmp_path / 'environment.json'}, which describes the run, is corrupt" in done.stderr
+    )
+
+
 def test_a_branch_resumes_without_its_source_on_another_number_of_ranks(folder, tmp_path):
     source = tmp_path / "runs" / "source"
     shutil.copytree(folder / "runs" / "source", source)
@@ -213,6 +276,19 @@ def test_an_impossible_branch_is_refused(folder, changes, expected):
     path = write_run(folder, "impossible", **changes)
     done = run_command(["python", "launcher/run.py", str(path), "--dry-run"], check=False)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+
+
+def test_weights_cannot_change_with_round_robin_gradients(folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folder / "runs" / "source", source)
+    options = {"deepspeed": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}}
+    config = yaml.safe_load((source / "config.yaml").read_text())
+    (source / "config.yaml").write_text(yaml.safe_dump(config | options))
+    settings = options | {"branch_from": {"run": str(source), "step": STEP}}
+    for objective, code in (({"name": "nitp"}, 2), ({"name": "llm_jepa", "distance": "info_nce", "weight": 2}, 0)):
+        path = write_run(folder, "round_robin", objective=objective, **settings)
+        done = run_command(["python", "launcher/run.py", str(path), "--dry-run"], check=False)
+        assert done.returncode == code and ("cannot add or drop weights" in done.stderr) == (code == 2)
 
 
 def test_another_tokenizer_is_refused(folder, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from data_prep.utils.files import read_json
-from pretrain.run_folder import list_steps, read_rewinds, step_name
+from pretrain.run_folder import PINS, list_steps, read_rewinds, step_name
 from pretrain.training.extension import DECAYED
 from tests.commands import (
     ROOT,
@@ -98,7 +98,7 @@ def test_with_a_budget_in_tokens_the_decay_is_left_too(folder, tmp_path):
     shutil.copytree(folder / "runs" / "short-tokens", run_dir)
     last_stable, end = list_steps(run_dir / "checkpoints")
     rates = {line["step"]: line["optimizer/lr"] for line in metrics(tmp_path, "short-tokens")}
-    assert rates[last_stable] == 1e-2 > rates[last_stable + 2] and end == max(rates) > last_stable + 2
+    assert rates[last_stable] == 1e-2 > rates[last_stable + 1] and end == max(rates) > last_stable + 2
     path = write_run(folder, "short-tokens", output_dir=str(tmp_path / "runs"), **TOKENS | {"train__tokens": 9500})
     assert f"resuming from step {last_stable}" in run_command(ranks_command(2, "launcher/run.py", path)).stdout
     assert metrics(tmp_path, "short-tokens") == metrics(folder, "long-tokens")
@@ -120,8 +120,8 @@ def test_a_corrupt_checkpoint_before_the_decay_is_not_used(folder, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     path = write_run(folder, "short", train__steps=LONG, output_dir=str(tmp_path / "runs"))
     done = run_command(ranks_command(2, "launcher/run.py", path), check=False)
-    assert done.returncode == 2 and "every checkpoint in" in done.stderr + done.stdout
-    assert (run_dir / "checkpoints" / (DECAYED + step_name(SHORT))).exists()
+    assert done.returncode == 2 and "its last checkpoint from before the decay" in done.stderr + done.stdout
+    assert list_steps(run_dir / "checkpoints") == [SHORT - 3, SHORT] and not read_rewinds(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,7 @@ def test_a_corrupt_checkpoint_before_the_decay_is_not_used(folder, tmp_path):
             "set train.warmup_fraction=null train.warmup_steps=2 to keep it",
         ),
         ({}, {"train__learning_rate": 2e-2}, "contains a run with a different train.learning_rate"),
+        ({}, TOKENS | {"train__tokens": 10**6}, "contains a run with a different train.decay_steps"),
         ({}, {"train__steps": SHORT - 1}, f"different train.steps ({SHORT}, now {SHORT - 1})"),
     ],
 )
@@ -155,10 +156,37 @@ def test_what_would_change_earlier_steps_is_refused(folder, tmp_path, before, ch
         assert f"branch_from.run={run_dir}" in done.stderr
 
 
+def test_earlier_checkpoints_of_the_decay_are_removed_and_the_last_stable_one_is_used(folder, tmp_path):
+    output = {"output_dir": str(tmp_path / "runs"), "checkpoint": {"every": 1, "keep": 9, "background": False}}
+    for steps in (SHORT, SHORT + 3):
+        done = run_command(["python", "launcher/run.py", str(write_run(folder, "many", train__steps=steps, **output))])
+        checkpoints = tmp_path / "runs" / "many" / "checkpoints"
+    assert f"resuming from step {SHORT - 3}" in done.stdout
+    assert (checkpoints / (DECAYED + step_name(SHORT))).exists()
+    # the run is killed early in its next decay, extended again, and has the same step as its first end again
+    for step in (SHORT + 1, SHORT + 2, SHORT + 3):
+        shutil.rmtree(checkpoints / step_name(step))
+    path = write_run(folder, "many", train__steps=LONG, train__decay_steps=7, **output)
+    pin = checkpoints / PINS / f"{step_name(SHORT)}.branch-0"
+    pin.parent.mkdir(exist_ok=True)
+    pin.touch()
+    done = run_command(["python", "launcher/run.py", str(path)], check=False)
+    assert done.returncode == 2 and f"while a branch starts from {step_name(SHORT)}" in done.stderr
+    pin.unlink()
+    done = run_command(["python", "launcher/run.py", str(path)])
+    # the new decay is longer, and a run with it from the start would decay from step 7 on
+    assert f"resuming from step {LONG - 7}" in done.stdout
+    rates = [line["optimizer/lr"] for line in metrics(tmp_path, "many")]
+    assert rates[LONG - 8] == 1e-2 > rates[LONG - 7] and len(rates) == LONG
+    assert not list(checkpoints.glob(f"{DECAYED}{step_name(SHORT + 1)}")) and len(read_rewinds(checkpoints.parent)) == 2
+
+
 def test_a_run_without_a_checkpoint_before_the_decay_is_not_extended(folder, tmp_path):
     run_dir = copy_of_short(folder, tmp_path)
     shutil.rmtree(run_dir / "checkpoints" / step_name(SHORT - 3))
     path = write_run(folder, "short", train__steps=LONG, output_dir=str(tmp_path / "runs"))
     done = run_command(["python", "launcher/run.py", str(path)], check=False)
     assert done.returncode == 2 and "it has no checkpoint from before the decay" in done.stderr
+    planned = run_command(["python", "launcher/run.py", str(path), "--dry-run"], check=False)
+    assert (planned.returncode, planned.stderr) == (2, done.stderr)
     assert list_steps(run_dir / "checkpoints") == [SHORT]

@@ -1,5 +1,6 @@
 """Old checkpoints are removed unless they are permanent, pinned or impossible to remove."""
 
+import json
 import os
 import subprocess
 
@@ -22,6 +23,15 @@ def test_the_newest_the_permanent_and_the_pinned_checkpoints_are_kept(tmp_path):
     assert prune(tmp_path, 2, 4) == []
     assert list_steps(tmp_path) == [3, 4, 8, 9, 10]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_last_checkpoint_before_the_decay_is_kept_and_a_manifest_may_be_unreadable(tmp_path):
+    write_checkpoints(tmp_path, range(1, 11))
+    for step in range(1, 11):
+        manifest = {"state": {"progress": {"step": step}}}
+        (tmp_path / step_name(step) / "manifest.json").write_text(json.dumps(manifest) if step != 5 else "{")
+    assert prune(tmp_path, 2, None, lambda progress: progress.step <= 5) == []
+    assert list_steps(tmp_path) == [4, 9, 10]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root is needed to mount a folder that cannot be moved")
