@@ -160,6 +160,8 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
                 f"{key}.{first['ctx']['discriminator'].strip(chr(39))} is missing; it selects the kind of this section"
             ) from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("model_type", "model_attributes_type"):
+            message = "must be a section of keys, such as {key: value}"
         given_value = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
         raise UserError(f"{key or 'configuration'}: {_one_line(message)}{given_value}") from None
 

@@ -122,6 +122,11 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
     path = folder / STUDY
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
+        if "arms" not in study and study.get("tune"):
+            raise UserError(
+                f"{folder}: the tuning is not finished, so there is nothing to compare yet; for the trials, use "
+                f"{folder / 'tuning'}"
+            )
         runs_folder = extract(folder / RUNS_ARCHIVE) if (folder / RUNS_ARCHIVE).is_file() else folder
         power = study.get("power")
         # The seeds of the pilot are not compared once they have determined the number of seeds.

@@ -5,6 +5,7 @@ from typing import get_args
 from pretrain.report.arms import NOT_SET, STUDY, differing_keys, flatten, shorten, training_settings
 from pretrain.report.overfitting import Overfitting
 from pretrain.report.runs import finetune_settings, parse_scoring_version
+from pretrain.report.sensitivity import WITHIN, sensitivity
 from pretrain.report.statistics import POWER, PairedTest, Verdict, format_seeds
 from pretrain.report.summary import Spread, Summaries, Summary, spread
 from pretrain.tasks.directions import VALIDATION
@@ -91,6 +92,8 @@ def tuning_sentences(all_arms: Summaries) -> list[str]:
     tune = all_arms.comparison.tune
     if len(all_arms.arms) < 2:
         return []
+    if all_arms.comparison.matched_by is None:
+        return ["The runs are not part of a study: whether their settings were tuned alike is not known."]
     if tune is None:
         return [
             "The arms were not tuned: all have the settings of the base, such as its learning rate, which may suit one "
@@ -118,6 +121,12 @@ def tuning_sentences(all_arms: Summaries) -> list[str]:
     if at_edge:
         listed = join_names([f"{arm} ({', '.join(keys)})" for arm, keys in at_edge.items()])
         sentences.append(f"The best value is at the edge of the range that was tried for {listed}.")
+    for key, measured in sensitivity(all_arms.comparison).items():
+        if isolated := [scores.arm for scores in measured if len(scores.good) == 1 and not scores.at_edge]:
+            sentences.append(
+                f"For {join_names(isolated)}, no other value of {key} that was tried scores within {WITHIN:g} of the "
+                "best: values in between may score higher."
+            )
     return sentences
 
 
@@ -321,9 +330,9 @@ def _metric(all_arms: Summaries) -> list[str]:
         )
     if all_arms.num_tested_arms > 1:
         sentences.append(
-            f"{all_arms.num_tested_arms} arms are compared with one baseline, and p and intervals are corrected for "
-            "that (Holm). Other metrics are not tested, except in a section on overfitting if there is one; their "
-            "differences are descriptive only."
+            f"{all_arms.num_tested_arms} {'other ' * (comparison.primary is not None)}arms are compared with one "
+            "baseline, and their p and intervals are corrected for that (Holm). Other metrics are not tested, except "
+            "in a section on overfitting if there is one; their differences are descriptive only."
         )
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS and not comparison.pending:

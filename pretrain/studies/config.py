@@ -188,7 +188,11 @@ class StudyConfig(Section):
     def _check_tuning(self, tune: TuneConfig) -> None:
         if unknown := tune.arms.keys() - self.arms.keys():
             raise ValueError(f"tune.arms names {min(unknown)!r}, which is not an arm")
-        if shared := set(tune.seeds) & set(self.seeds):
+        compared = set(self.seeds)
+        if self.power:  # the further seeds follow the pilot
+            first = max(self.power.pilot) + 1
+            compared |= set(range(first, first + self.power.most))
+        if shared := set(tune.seeds) & compared:
             raise ValueError(
                 f"tune.seeds and seeds share {min(shared)}: runs with the seed of a trial would not be fresh; choose "
                 "different seeds"

@@ -7,6 +7,7 @@ seeds of the tuning. If the best value of an arm is at the edge of its range, th
 import datetime
 import itertools
 import logging
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -66,8 +67,16 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> list[Values]:
 
 
 def best_trial(trials: Sequence[Trial], higher_is_better: bool) -> Trial:
-    """Return the trial with the best mean score; among equal ones, the first."""
-    return max(trials, key=lambda trial: trial.mean if higher_is_better else -trial.mean)
+    """Return the trial with the best mean score; among equal ones, the first.
+
+    Raises UserError if no trial has finite scores.
+    """
+    finite = [trial for trial in trials if trial.scores and all(map(math.isfinite, trial.scores.values()))]
+    if not finite:
+        raise UserError(
+            "tune: no trial of an arm has finite scores for all seeds; see the logs of the trials, and change the range"
+        )
+    return max(finite, key=lambda trial: trial.mean if higher_is_better else -trial.mean)
 
 
 def edge_values(grid: Mapping[str, Sequence[Any]], best: Values) -> dict[str, tuple[Any, Any]]:
@@ -130,6 +139,7 @@ class Tuning:
         self.study, self.corpora, self.record = study, corpora, record
         self.tune: TuneConfig = study.config.tune
         self.extensions: list[dict[str, list[Any]]] = record.tune.setdefault("extensions", [])
+        (study.folder / FOLDER).mkdir(parents=True, exist_ok=True)
         self.rows = _validation_rows(study)
 
     @property

@@ -67,6 +67,8 @@ def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
     run_dir, step = Path(config.branch_from.run), config.branch_from.step
     source = previous_config(run_dir)
     environment = read_environment(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"branch_from.run: there is no folder {run_dir}; name the run directory of the source")
     if source is None or environment is None:
         raise UserError(
             f"branch_from.run: {run_dir} is not a run directory, because it has no config.yaml or no environment.json"
@@ -81,12 +83,15 @@ def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
     fixed = [key for key in differing if any(f"{key}.".startswith(f"{same}.") for same in SAME_IN_BRANCH)]
     if fixed:
         listed = ", ".join(f"{key} ({value_at(source, key)}, now {value_at(now, key)})" for key in fixed[:5])
-        raise UserError(f"branch_from.run: {run_dir} has a different {listed}; a branch cannot change this")
+        raise UserError(
+            f"branch_from.run: {run_dir} has a different {listed}; a branch cannot change this; set the "
+            "value of the source, or start a run without branch_from"
+        )
     data = data_record(config, corpus.manifest)
     if environment["data"]["tokenizer"] != data["tokenizer"]:
         raise UserError(
-            f"the tokenizer of {config.data.path} differs from the tokenizer of {run_dir}: prepare the corpus with "
-            f"data.tokenizer.path={Path(str(value_at(source, 'data.path'))) / 'tokenizer'}"
+            f"the tokenizer of {config.data.path} differs from the tokenizer of {run_dir}: prepare the data in a new "
+            f"data.path with data.tokenizer={{path: {Path(str(value_at(source, 'data.path'))) / 'tokenizer'}}}"
         )
     continues = (environment["data"], source["seed"]) == (data, config.seed)
     if not continues and config.train.epochs is not None:
@@ -111,6 +116,9 @@ def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
         # the keys of an objective that is no longer used
         if "objective.name" not in differing or not key.startswith("objective.") or value_at(now, key) is not None
     ]
+    dropped = _added_weights(validate(RunConfig, source)).keys() - _added_weights(config).keys()
+    if dropped:
+        differences.append(f"these weights of the source are dropped: {', '.join(sorted(dropped))}")
     if not continues:
         differences.append("the data are read from the beginning, because the corpus, its weights or the seed differ")
     entry = {
@@ -176,7 +184,7 @@ def _added_weights(config: RunConfig) -> dict[str, Any]:
     with torch.device("meta"):
         objective = build_objective(config.objective, ModelShape(width=8, layers=10**6))
     shapes = {name: tuple(weight.shape) for name, weight in objective.named_parameters()}
-    return shapes | {"predictor tokens": config.predictor_tokens}
+    return shapes | ({"predictor tokens": config.predictor_tokens} if config.predictor_tokens else {})
 
 
 def branch_state(branch: Branch, state: dict[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,13 @@ def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(temporary, folder / name)
     sync_folder(folder)
+    point_to(folder, step)
+
+
+def point_to(folder: Path, step: int) -> None:
+    """Make `latest` name the checkpoint of a step. Errors are ignored, because the file is for information only."""
     with contextlib.suppress(OSError):  # it is repaired when the run resumes
-        write_text(folder / LATEST, name + "\n")
+        write_text(folder / LATEST, step_name(step) + "\n")
 
 
 def _wait_for(folder: Path, files: dict[str, Any]) -> None:

@@ -50,11 +50,13 @@ def check_extension(before: Mapping[str, Any], config: RunConfig, budget: str) -
     now, earlier = config.train, TrainConfig.model_validate(before["train"])
     change = f"{config.run_dir} cannot be extended from train.{budget}={getattr(earlier, budget)} to "
     change += str(getattr(now, budget))
-    alternative = f"to continue from one of its checkpoints, start a new run with branch_from.run={config.run_dir}"
+    alternative = (
+        f"start a new run from one of its checkpoints, with branch_from.run={config.run_dir} and branch_from.step"
+    )
     if now.schedule != "warmup_stable_decay":
         raise UserError(
             f"{change}: with train.schedule={now.schedule}, every learning rate depends on the budget; {alternative}, "
-            "or use warmup_stable_decay for runs that may grow"
+            "and use warmup_stable_decay for runs that may grow"
         )
     if config.objective.changes_during_run:
         raise UserError(
@@ -63,14 +65,16 @@ def check_extension(before: Mapping[str, Any], config: RunConfig, budget: str) -
         )
     length = earlier.warmup_share * getattr(earlier, budget)
     if not math.isclose(length, now.warmup_share * getattr(now, budget), rel_tol=1e-9):
-        same_warmup = (
-            f"set train.warmup_fraction=null train.warmup_{budget}={round(length)}"
-            if budget in ("steps", "tokens") and math.isclose(length, round(length))
-            else f"set train.warmup_fraction={length / getattr(now, budget):.12g}"
-        )
+        key = f"warmup_{budget}"
+        if budget in ("steps", "tokens") and math.isclose(length, round(length)):
+            same = {"warmup_fraction": "null", key: str(round(length))}
+        else:
+            same = {"warmup_fraction": f"{length / getattr(now, budget):.12g}"}
+            same |= {key: "null"} if getattr(now, key, None) is not None else {}
+        settings = " ".join(f"train.{key}={value}" for key, value in same.items())
         raise UserError(
-            f"{change}: the warm-up, a fraction of the budget, would become longer; {same_warmup} to keep it, "
-            f"or {alternative[3:]}"
+            f"{change}: the warm-up would take {now.warmup_share * getattr(now, budget):g} {budget} instead of "
+            f"{length:g}, so its learning rates would have been different; set {settings} to keep it, or {alternative}"
         )
 
 
@@ -131,6 +135,7 @@ def extend(config: RunConfig, before: Mapping[str, Any], corpus: Corpus) -> None
                 _keep_as_decayed(parent / step_name(saved[0]), saved[0] > resume_step)
         (folder / PINS / step_name(newest)).unlink(missing_ok=True)
         remove_later_steps(config.run_dir, resume_step)
+        checkpoint.point_to(folder, resume_step)
         logger.info(
             f"note: the run is extended; it continues from step {resume_step}, before the decay of the learning rate. "
             f"The checkpoint of step {newest} is kept as {folder / (DECAYED + step_name(newest))}"

@@ -1,12 +1,14 @@
 """Tuning of a study: the grid, its extension, the rows that decide, and what is recorded before the first score."""
 
 import json
+import math
 
 import pytest
 import yaml
 
+from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_lines
-from pretrain.report.arms import Comparison
+from pretrain.report.arms import Comparison, read_comparison
 from pretrain.report.runs import Metric
 from pretrain.report.sensitivity import sensitivity
 from pretrain.run_folder import read_metrics
@@ -30,6 +32,10 @@ def test_a_grid_is_all_combinations_and_their_names_have_the_values():
 def test_the_best_trial_has_the_best_mean_and_among_equal_ones_is_the_first():
     trials = [Trial({"a": number}, dict(enumerate(scores))) for number, scores in enumerate([(1, 3), (2, 2), (0, 3)])]
     assert best_trial(trials, True) is trials[0] and best_trial(trials, False) is trials[2]
+    diverged = [Trial({"a": 3}, {0: math.nan, 1: 9}), Trial({"a": 4}, {})]
+    assert best_trial([*diverged, *trials], True) is trials[0] and best_trial([*diverged, *trials], False) is trials[2]
+    with pytest.raises(UserError, match="no trial of an arm has finite scores"):
+        best_trial(diverged, True)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,7 @@ def test_a_range_continues_its_last_ratio_beyond_the_edge(values, best, expected
     ("tune", "expected"),
     [
         (TUNE | {"seeds": [1]}, "tune.seeds and seeds share 1"),
+        (TUNE | {"seeds": [6], "pilot": True}, "tune.seeds and seeds share 6"),
         (TUNE | {"arms": {"jepa": {"objective.weight": [0.1, 0.5]}}}, "different numbers of trials (plain 2, jepa 4)"),
         (TUNE | {"arms": {"jepq": {"objective.weight": [0.1]}}}, "tune.arms names 'jepq', which is not an arm"),
         (TUNE | {"keys": {RATE: [1e-3, 1e-3]}}, "none of them twice"),
@@ -64,7 +71,8 @@ def test_a_range_continues_its_last_ratio_beyond_the_edge(values, best, expected
     ],
 )
 def test_an_unfair_or_useless_tuning_is_refused(write_study, tune, expected):
-    done = run_command([*STUDY, str(write_study(tune=tune)), "--dry-run"], check=False)
+    seeds = {"seeds": {"detect": 0.1, "pilot": [1, 2, 3], "most": 3}} if tune.pop("pilot", False) else {}
+    done = run_command([*STUDY, str(write_study(tune=tune, **seeds)), "--dry-run"], check=False)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
 
 
@@ -132,6 +140,26 @@ def test_ranges_are_extended_for_all_arms_and_the_best_values_are_compared(write
     table = parse_table(text.partition("## Sensitivity")[2])
     assert set(table) == {RATE.replace("_", "\\_")} or set(table) == {RATE}
     assert "<h2>Sensitivity</h2>" in page
+
+
+def test_the_rows_of_the_task_decide_if_it_has_any(write_study, folder, monkeypatch, tmp_path):
+    rows = tmp_path / "validation.jsonl"
+    rows.write_text((folder / "pairs.jsonl").read_text().partition("\n")[0] + "\n")
+    base = yaml.safe_load((folder / "base.yaml").read_text())
+    base["evaluation"]["tasks"][0]["validation"] = str(rows)
+    base["data"]["path"] = str(folder / "corpus_with_rows")
+    (folder / "with_rows.yaml").write_text(yaml.safe_dump(base))
+    studies = FakeStudies(monkeypatch)
+    studies.failing = {"jepa.learning_rate-0.004-seed7"}
+    path = write_study(tune=TUNE | {"extensions": 0}, name="with_rows", base="with_rows.yaml")
+    code, study = studies.start(path)
+    assert code == 1 and json.loads((study / "study.json").read_text())["tune"]["plans"][0]["rows"]["source"] == str(
+        rows
+    )
+    trial = yaml.safe_load((study / "tuning" / "jepa.learning_rate-0.001-seed7" / "config.yaml").read_text())
+    assert trial["evaluation"]["tasks"][0]["test"] == str(rows)
+    with pytest.raises(UserError, match="the tuning is not finished, so there is nothing to compare yet"):
+        read_comparison([study], None, None)
 
 
 def test_sensitivity_is_measured_along_a_key_at_the_best_values_of_other_keys():
