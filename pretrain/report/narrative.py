@@ -329,10 +329,12 @@ def _metric(all_arms: Summaries) -> list[str]:
             "other arms."
         )
     if all_arms.num_tested_arms > 1:
+        other, their = ("other ", "their ") if comparison.primary is not None else ("", "")
         sentences.append(
-            f"{all_arms.num_tested_arms} {'other ' * (comparison.primary is not None)}arms are compared with one "
-            "baseline, and their p and intervals are corrected for that (Holm). Other metrics are not tested, except "
-            "in a section on overfitting if there is one; their differences are descriptive only."
+            f"{all_arms.num_tested_arms} {other}arms are compared with one baseline, and {their}p and intervals are "
+            "corrected for that (Holm). "
+            "Other metrics are not tested, except in a section on overfitting if there is one; their differences are "
+            "descriptive only."
         )
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS and not comparison.pending:

@@ -219,8 +219,8 @@ class VerifiedCheckpoint:
     ranks: int
     """Number of ranks of the run that wrote the checkpoint."""
     state: dict[str, Any]
-    folder: Path
-    """Folder in which a converted copy is written."""
+    folder: Path | None = None
+    """Folder in which a converted copy is written; by default next to the checkpoint."""
     has_same_weights: bool = True
     """Whether the checkpoint has exactly the weights of the run. Otherwise it is converted and completed."""
 
@@ -230,7 +230,9 @@ class VerifiedCheckpoint:
 
     def load_path_for(self, ranks: int) -> Path:
         """Return the folder that an engine on `ranks` ranks loads from."""
-        return self.folder / f".{self.path.name}.universal.tmp" if self.needs_conversion(ranks) else self.path
+        if not self.needs_conversion(ranks):
+            return self.path
+        return (self.folder or self.path.parent) / f".{self.path.name}.universal.tmp"
 
 
 def find_newest(folder: Path, world: World) -> VerifiedCheckpoint | None:
@@ -265,7 +267,7 @@ def verify(checkpoint: Path, world: World) -> VerifiedCheckpoint | str:
     if problems:
         return str(problems[0])
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"], checkpoint.parent)
+    return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"])
 
 
 def _set_aside(checkpoint: Path, problem: str) -> None:

@@ -262,7 +262,7 @@ def test_weights_can_be_added_under_every_stage(folder, stage, precision):
     ("changes", "expected"),
     [
         ({"branch_from__step": 5}, "has no checkpoint of step 5; it has checkpoints of steps 3, 6, 8"),
-        ({"branch_from__run": "nowhere"}, "nowhere is not a run directory"),
+        ({"branch_from__run": "nowhere"}, "there is no folder nowhere"),
         ({"model__shape__hidden_size": 64}, "has a different model.shape.hidden_size (32, now 64); a branch cannot"),
         ({"train__precision": "bf16"}, "has a different train.precision"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "has a different deepspeed.zero_optimization.stage"),
