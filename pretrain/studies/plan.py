@@ -142,10 +142,10 @@ def print_outcome(study: Study, runs: list[Run], speeds: dict[str, PairedRatio])
     if matched_by == "seconds":
         _warn_of_unmatched_times(study, runs, finished, "processor_seconds" if with_processor else "seconds")
     if finished:
-        tuning = f"; for the tuning, also {FILE} and {RECORDS} in {study.folder / 'tuning'}" if study.config.tune else ""
-        print(
-            f"To continue on another machine, copy or commit {study.folder / FILE} and {study.folder / RECORDS}{tuning}."
-        )
+        folder, tuning = study.folder, ""
+        if study.config.tune:
+            tuning = f"; for the tuning, also {FILE} and {RECORDS} in {folder / 'tuning'}"
+        print(f"To continue on another machine, copy or commit {folder / FILE} and {folder / RECORDS}{tuning}.")
 
 
 def _speed_heading(study: Study) -> str:
