@@ -17,7 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Packing
 from pretrain.objectives.base import ModelShape, build_objective
-from pretrain.planning.budget import Progress, consumed_fraction
+from pretrain.planning.budget import consumed_fraction
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training import checkpoint
 from pretrain.training.describe import (
@@ -63,10 +63,41 @@ class Branch:
 
 def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
     """Return the branch that a configuration describes. Raises UserError if it is not possible."""
+    path, source, environment = _read_source(config)
+    run_dir = path.parents[1]
+    source_config = validate(RunConfig, source)
+    now = completed_config(config)
+    differing = [key for key in changed_keys(source, now) if key.split(".")[0] not in NOT_COMPARED]
+    data = data_record(config, corpus.manifest)
+    continues = (environment["data"], source["seed"]) == (data, config.seed)
+    _check_shared_keys(run_dir, source, now, differing)
+    _check_data(config, run_dir, source_config, environment["data"], data, continues)
+    _check_budget(config, corpus, path)
+    differences = [
+        f"{key} is {value_at(now, key)}, was {value_at(source, key)}"
+        for key in differing
+        # the keys of an objective that is no longer used
+        if "objective.name" not in differing or not key.startswith("objective.") or value_at(now, key) is not None
+    ]
+    if dropped := _check_weights(config, source_config):
+        differences.append(f"these weights of the source are dropped: {', '.join(dropped)}")
+    if not continues:
+        differences.append("the data are read from the beginning, because the corpus, its weights or the seed differ")
+    entry = {
+        "run": str(run_dir.absolute()),
+        "step": int(path.name.removeprefix("step-")),
+        "differences": differences,
+        "continues_data": continues,
+        "config": source,
+    }
+    return Branch(path, source_config, differences, continues, [*environment.get("lineage", []), entry])
+
+
+def _read_source(config: RunConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Return the checkpoint of the source, and the source's configuration and environment.json."""
     assert config.branch_from is not None  # checked by the caller
     run_dir, step = Path(config.branch_from.run), config.branch_from.step
-    source = previous_config(run_dir)
-    environment = read_environment(run_dir)
+    source, environment = previous_config(run_dir), read_environment(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"branch_from.run: there is no folder {run_dir}; name the run directory of the source")
     if source is None or environment is None:
@@ -77,66 +108,59 @@ def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
     if step not in steps:
         listed = f"it has checkpoints of steps {', '.join(map(str, steps))}" if steps else "it has no checkpoints"
         raise UserError(f"branch_from.step: {run_dir} has no checkpoint of step {step}; {listed}")
-    path = run_dir / "checkpoints" / step_name(step)
-    now = completed_config(config)
-    differing = [key for key in changed_keys(source, now) if key.split(".")[0] not in NOT_COMPARED]
+    return run_dir / "checkpoints" / step_name(step), source, environment
+
+
+def _check_shared_keys(run_dir: Path, source: dict[str, Any], now: dict[str, Any], differing: Sequence[str]) -> None:
     fixed = [key for key in differing if any(f"{key}.".startswith(f"{same}.") for same in SAME_IN_BRANCH)]
     if fixed:
         listed = ", ".join(f"{key} ({value_at(source, key)}, now {value_at(now, key)})" for key in fixed[:5])
         raise UserError(
-            f"branch_from.run: {run_dir} has a different {listed}; a branch cannot change this; set the "
-            "value of the source, or start a run without branch_from"
+            f"branch_from.run: {run_dir} has a different {listed}; a branch cannot change this; set the value of the "
+            "source, or start a run without branch_from"
         )
-    data = data_record(config, corpus.manifest)
-    if environment["data"]["tokenizer"] != data["tokenizer"]:
+
+
+def _check_data(
+    config: RunConfig,
+    run_dir: Path,
+    source: RunConfig,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    continues: bool,
+) -> None:
+    """Raise UserError for a different tokenizer, or for a budget in epochs of other data."""
+    if before["tokenizer"] != now["tokenizer"]:
         raise UserError(
             f"the tokenizer of {config.data.path} differs from the tokenizer of {run_dir}: prepare the data in a new "
-            f"data.path with data.tokenizer={{path: {Path(str(value_at(source, 'data.path'))) / 'tokenizer'}}}"
+            f"data.path with data.tokenizer={{path: {Path(source.data.path) / 'tokenizer'}}}"
         )
-    continues = (environment["data"], source["seed"]) == (data, config.seed)
     if not continues and config.train.epochs is not None:
         raise UserError(
             "train.epochs counts the epochs of one corpus in one order, but this branch reads other data than "
             f"{run_dir}: set a budget in steps or tokens, which includes the steps before the branch"
         )
-    progress = checkpoint.read_progress(path)
-    if progress is None:
-        raise UserError(f"branch_from.step: the manifest of {path} cannot be read; choose another step")
-    _check_budget(config, corpus, progress)
+
+
+def _check_weights(config: RunConfig, source: RunConfig) -> list[str]:
+    """Return the weights that the branch drops. Raises UserError if it cannot add or drop weights."""
+    before, now = _added_weights(source), _added_weights(config)
     zero = config.deepspeed.get("zero_optimization", {})
-    has_round_robin = zero.get("round_robin_gradients", False) and zero.get("stage", 3) < 3
-    if has_round_robin and _added_weights(config) != _added_weights(validate(RunConfig, source)):
+    if before != now and zero.get("round_robin_gradients") and zero.get("stage", 3) < 3:
         raise UserError(
             "branch_from: a branch with deepspeed.zero_optimization.round_robin_gradients cannot add or drop weights, "
             "because DeepSpeed cannot convert its checkpoints; keep the objective"
         )
-    differences = [
-        f"{key} is {value_at(now, key)}, was {value_at(source, key)}"
-        for key in differing
-        # the keys of an objective that is no longer used
-        if "objective.name" not in differing or not key.startswith("objective.") or value_at(now, key) is not None
-    ]
-    dropped = _added_weights(validate(RunConfig, source)).keys() - _added_weights(config).keys()
-    if dropped:
-        differences.append(f"these weights of the source are dropped: {', '.join(sorted(dropped))}")
-    if not continues:
-        differences.append("the data are read from the beginning, because the corpus, its weights or the seed differ")
-    entry = {
-        "run": str(run_dir.absolute()),
-        "step": step,
-        "differences": differences,
-        "continues_data": continues,
-        "config": source,
-    }
-    lineage = [*environment.get("lineage", []), entry]
-    return Branch(path, validate(RunConfig, source), differences, continues, lineage)
+    return sorted(before.keys() - now.keys())
 
 
-def _check_budget(config: RunConfig, corpus: Corpus, progress: Progress) -> None:
-    if (
-        consumed_fraction(progress.consumed, config.train, total_epoch_records(config, corpus, config.train.epochs))
-        >= 1
-    ):
+def _check_budget(config: RunConfig, corpus: Corpus, path: Path) -> None:
+    """Raise UserError if the budget is used up at the source's checkpoint, or if its manifest cannot be read."""
+    progress = checkpoint.read_progress(path)
+    if progress is None:
+        raise UserError(f"branch_from.step: the manifest of {path} cannot be read; choose another step")
+    epoch_records = total_epoch_records(config, corpus, config.train.epochs)
+    if consumed_fraction(progress.consumed, config.train, epoch_records) >= 1:
         raise UserError(
             f"the budget of `train` is used up at step {progress.step} of the source ({progress.tokens:,} tokens, "
             f"{progress.records:,} records): raise it; it includes the steps before the branch"
