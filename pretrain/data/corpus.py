@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.config import DataConfig, Source
 from data_prep.layout import present_first
-from data_prep.shards import RecordTokens, ShardRows, open_shard, read_manifest, read_rows, row_lengths
+from data_prep.shards import RecordTokens, ShardRows, open_shard, read_manifest, read_rows, row_lengths, view_hashes
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_or_none
@@ -23,6 +23,9 @@ OPEN_SHARDS = 256
 A process may have 65,530 memory maps, and 1,024 open files while it maps a shard. A window of the order reads about 64
 shards.
 """
+
+READ_AT_A_TIME = 65_536
+"""Number of records that are read at a time when a whole split is read."""
 
 
 class SourceRecords(NamedTuple):
@@ -118,6 +121,17 @@ class Corpus:
         """Return the token ids of one record by the names of data.views; a missing view has an empty array."""
         contents = read_rows(self._parts(np.array([record]))[1])
         return {view: contents.view(number) for number, view in enumerate(self.manifest["views"])}
+
+    def all_hashes(self) -> Iterator[np.ndarray]:
+        """Yield the hashes of the views of all records, in blocks (N, views)."""
+        for first in range(0, len(self), READ_AT_A_TIME):
+            yield self.read(np.arange(first, min(first + READ_AT_A_TIME, len(self)))).hashes
+
+    def text_hashes(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the hash that a view with each text would have, (texts,)."""
+        encoded = self.tokenizer.encode_batch(list(texts))
+        tokens = np.array([token for ids in encoded for token in ids], np.uint32)
+        return view_hashes(tokens, np.array([len(ids) for ids in encoded], np.int64))
 
     def _parts(self, records: np.ndarray) -> tuple[np.ndarray, ShardRows]:
         """Return the indices (N,) that sort the records by shard, and the rows to read from each shard."""

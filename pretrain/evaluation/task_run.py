@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import HubSource, JsonSource, task_source
-from data_prep.shards import MANIFEST, read_manifest, view_hashes
+from data_prep.shards import MANIFEST, read_manifest
 from data_prep.task_rows import Row, read_rows, write_views
 from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
@@ -26,9 +26,6 @@ from pretrain.tasks.options import TaskConfig
 from pretrain.tasks.scoring import Answer
 
 logger = logging.getLogger(__name__)
-
-READ_AT_A_TIME = 65_536
-"""Number of records of the corpus that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -148,17 +145,9 @@ class CheckpointTask:
 
 def count_in_corpus(corpus: Corpus, texts: Sequence[str]) -> list[int]:
     """Return for each text the number of views of records in a split of a corpus that have the same tokens."""
-    encoded = corpus.tokenizer.encode_batch(list(texts))
-    text_hashes, inverse = np.unique(
-        view_hashes(
-            np.array([token for ids in encoded for token in ids], np.uint32),
-            np.array([len(ids) for ids in encoded], np.int64),
-        ),
-        return_inverse=True,
-    )
+    text_hashes, inverse = np.unique(corpus.text_hashes(texts), return_inverse=True)
     counts = np.zeros(len(text_hashes), np.int64)
-    for first in range(0, len(corpus), READ_AT_A_TIME):
-        hashes = corpus.read(np.arange(first, min(first + READ_AT_A_TIME, len(corpus)))).hashes
+    for hashes in corpus.all_hashes():
         found = hashes[np.isin(hashes, text_hashes)]
         counts += np.bincount(np.searchsorted(text_hashes, found), minlength=len(counts))
     return [int(count) for count in counts[inverse]]

@@ -36,6 +36,8 @@ class Arm:
     """Folders of planned runs that do not exist, by seed."""
     flops_per_token: float | None = None
     """FLOPs per corpus token, as the study planned them."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Changes of the base by which the study defines the arm; with the best values, if it is tuned."""
 
     @property
     def planned(self) -> int:
@@ -64,6 +66,8 @@ class Comparison:
     """Amount that is equal in all arms of the study: tokens, flops, seconds or none; None if there is no study."""
     primary: str | None = None
     """Arm of the primary comparison."""
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """Baseline, metric and primary arm with the time at which they were fixed, as in study.json."""
     tune: dict[str, Any] | None = None
     """Tuning of the arms as study.json records it; None if they were not tuned."""
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -158,7 +162,8 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
         comparison,
         calibration=calibration,
         primary=study.get("primary") if comparison.baseline == study_baseline else None,
-        tune=study.get("tune"),
+        decisions=study.get("decisions", []),
+        tune=study.get("tune") if study.get("tuned", True) else None,
         pending=_pending(arms, planned, power),
         power=power,
     )
@@ -186,7 +191,7 @@ def _study_arm(folder: Path, runs_folder: Path, name: str, arm: dict[str, Any], 
             missing[seed] = str(run_dir)
         else:
             runs[seed] = read_run(found) if found == run_dir else replace(read_run(found), record=record)
-    return Arm(name, runs, missing, arm.get("flops_per_token"))
+    return Arm(name, runs, missing, arm.get("flops_per_token"), arm.get("overrides", {}))
 
 
 def _comparison(

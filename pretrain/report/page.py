@@ -9,6 +9,8 @@ from markupsafe import Markup
 
 from data_prep.utils.console import UserError
 from pretrain.report import narrative, plots
+from pretrain.report.arms import flatten
+from pretrain.report.caveats import caveats
 from pretrain.report.curves import Band, metric_bands, tag_bands
 from pretrain.report.embeddings import EmbeddingProjection, picture
 from pretrain.report.examples import worst_examples
@@ -32,10 +34,13 @@ SENSITIVITY = ["key", "arm", "best value", "score", "good values", "width", "spr
 """Column headings of the table on sensitivity."""
 SENSITIVITY_REMARK = (
     "These are the scores of the tuning, on its rows. Good values are the best value and the values around it whose "
-    f"mean scores are within {WITHIN:g} of the best. Their width is the ratio of the largest and the smallest, and the "
-    "spread is the standard deviation of all scores at them. Other tuned keys have their best values."
+    f"mean scores are within {WITHIN:g} of the best, or within {WITHIN:.0%} of a best score above 1. Their width is "
+    "the ratio of the largest and the smallest, and the spread is the standard deviation of all scores at them. Other "
+    "tuned keys have their best values."
 )
 """Remark on the table on sensitivity."""
+DEFINITIONS = ["arm", "settings", "model", "rows per step", "training records"]
+"""Column headings of the table with the definitions of the arms."""
 AUXILIARY_TERMS = (
     "Auxiliary terms are unweighted. Their unit depends on the objective, so compare them only between arms with the "
     "same objective."
@@ -115,6 +120,42 @@ def rows_by_arm(values: dict[str, dict[str, Spread | None]]) -> list[list[str]]:
     return [[name, *map(narrative.format_spread, by_arm.values())] for name, by_arm in values.items()]
 
 
+def definition_rows(summaries: Summaries) -> list[list[str]]:
+    """Return a row for each arm that has runs; the column headings are DEFINITIONS.
+
+    The settings are the changes of the base, with the best values of the tuning; for runs without a study, they are
+    the keys in which the arms differ.
+    """
+    rows = []
+    for name, summary in summaries.arms.items():
+        arm = summary.arm
+        if arm.first is None:
+            continue
+        config, model = arm.first.config, arm.first.config["model"]
+        settings = flatten(arm.overrides) if arm.overrides else flatten(config.get("objective", {}), "objective.")
+        shape = ", ".join(f"{key}={value}" for key, value in (model.get("shape") or {}).items())
+        split = arm.first.environment.get("data", {}).get("corpus", {}).get("train", {})
+        rows.append(
+            [
+                name,
+                ", ".join(f"{key}={value}" for key, value in settings.items()),
+                f"{model['family']} ({shape})" if model.get("family") else str(model.get("init_from")),
+                str(config["train"]["global_batch_rows"]),
+                f"{split['records']:,}" if split else "–",
+            ]
+        )
+    return rows
+
+
+def seed_rows(summaries: Summaries) -> list[list[str]]:
+    """Return a row for each seed with the metric of each arm."""
+    seeds = sorted({seed for summary in summaries.arms.values() for seed in summary.values})
+    return [
+        [str(seed), *(narrative.format_number(summary.values.get(seed)) for summary in summaries.arms.values())]
+        for seed in seeds
+    ]
+
+
 def past_rows(past: Overfitting) -> list[list[str]]:
     """Return a row for each arm in the table on overfitting, whose column headings are PAST."""
     return [
@@ -144,11 +185,14 @@ def markdown(summaries: Summaries) -> str:
     heads = columns(summaries)
     lines += _table(heads, [row(summaries, summary) for summary in summaries.arms.values()])
     lines += ["", f"Mean ± standard deviation over seeds. Metric: {_plain(summaries.comparison.metric_origin)}."]
-    remarks = [*narrative.cost_sentences(summaries).values(), *narrative.caveats(summaries)]
+    remarks = [*narrative.cost_sentences(summaries).values(), *caveats(summaries)]
     if summaries.flops_unavailable_reason:
         remarks.append(f"FLOPs are not counted: {summaries.flops_unavailable_reason}.")
     if remarks:
         lines += ["", *(f"- {_plain(remark)}" for remark in remarks)]
+    lines += ["", "## Arms", "", *_table(DEFINITIONS, definition_rows(summaries))]
+    lines += ["", f"## {_plain(str(summaries.comparison.metric))} by seed", ""]
+    lines += _table(["seed", *summaries.arms], seed_rows(summaries))
     if measured := sensitivity(summaries.comparison):
         lines += ["", "## Sensitivity", "", *_table(SENSITIVITY, sensitivity_rows(measured)), "", SENSITIVITY_REMARK]
     if summaries.scores:
@@ -213,6 +257,9 @@ def html(summaries: Summaries) -> str:
     return ENVIRONMENT.get_template("page.html.jinja").render(
         comparison=comparison,
         narrative=narrative,
+        caveats=caveats,
+        definition_heads=DEFINITIONS,
+        definitions=definition_rows(summaries),
         summaries=summaries,
         heads=columns(summaries),
         rows={name: row(summaries, summary) for name, summary in summaries.arms.items()},

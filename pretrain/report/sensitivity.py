@@ -8,7 +8,8 @@ from typing import Any
 from pretrain.report.arms import Comparison
 
 WITHIN = 0.02
-"""Largest distance from the best score of an arm at which a value counts as good."""
+"""Largest distance from the best score of an arm at which a value counts as good. If the best score is above 1, as a
+loss or a percentage may be, it is this fraction of the best score."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ class KeyScores:
         return max(self.means) if self.higher_is_better else min(self.means)
 
     @property
+    def tolerance(self) -> float:
+        """Largest distance from the best score at which a value counts as good; see WITHIN."""
+        return WITHIN * max(1.0, abs(self._best_mean))
+
+    @property
     def good(self) -> list[int]:
-        """Indices of the values around the best one whose mean scores are all within WITHIN of it."""
-        close = [abs(mean - self._best_mean) <= WITHIN for mean in self.means]
+        """Indices of the values around the best one whose mean scores are all within `tolerance` of it."""
+        close = [abs(mean - self._best_mean) <= self.tolerance for mean in self.means]
         first = last = self.means.index(self._best_mean)
         while first and close[first - 1]:
             first -= 1

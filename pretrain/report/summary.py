@@ -11,7 +11,7 @@ from pretrain.objectives.monitors import has_collapsed
 from pretrain.report.arms import Arm, Comparison
 from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import Metric, Run
-from pretrain.report.statistics import PairedTest, compare, untested
+from pretrain.report.statistics import PairedTest, compare_with_primary, untested
 from pretrain.tasks.directions import VALIDATION
 
 MONITORS = ("paired_cosine", "shuffled_cosine", "retrieval_at_1", "effective_rank")
@@ -133,14 +133,11 @@ def summarize(comparison: Comparison) -> Summaries:
     if comparison.baseline is not None:
         others = {arm.name: values[arm.name] for arm in comparison.others}
         base = values[comparison.baseline]
-        families = [[name for name in others if (name == comparison.primary) == primary] for primary in (True, False)]
-        for family in families:
-            arms_of_family = {name: others[name] for name in family}
-            tests |= (
-                untested(arms_of_family, base, comparison.pending)
-                if comparison.pending
-                else compare(arms_of_family, base, comparison.metric.higher_is_better)
-            )
+        tests = (
+            untested(others, base, comparison.pending)
+            if comparison.pending
+            else compare_with_primary(others, base, comparison.metric.higher_is_better, comparison.primary)
+        )
         baseline_arm = comparison.arms.get(comparison.baseline)
     flops, problem = _all_flops(comparison)
     arms = {}

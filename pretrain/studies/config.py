@@ -1,9 +1,11 @@
 """The study file: arms, seeds, the metric that compares the arms, and the amount that is equal for all arms."""
 
+import itertools
 import math
 import os
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,8 @@ STUDY_KEYS = ("name", "seed", "output_dir", "checkpoint.resume")
 
 FEWEST_SEEDS = 3
 """Fewest seeds after a pilot."""
+Values = dict[str, Any]
+"""Dotted keys of a run and their values in a trial of the tuning."""
 
 
 class MetricConfig(Section):
@@ -88,6 +92,8 @@ class TuneConfig(Section):
     def _check_values(cls, keys: dict[str, Any]) -> dict[str, Any]:
         grids = [grid for grid in keys.values() if isinstance(grid, dict)] or [keys]
         for key, values in ((key, values) for grid in grids for key, values in grid.items()):
+            if text := next((value for value in values if isinstance(value, str) and _is_number(value)), None):
+                raise ValueError(f"{key}: {text} is text in YAML; write it with a point, such as {float(text):.1e}")
             if not values or len({str(value) for value in values}) < len(values):
                 raise ValueError(f"{key} must list at least one value, and none of them twice")
             if key.split(".")[0] not in ("train", "objective", "model"):
@@ -99,6 +105,14 @@ class TuneConfig(Section):
     def grid(self, arm: str) -> dict[str, list[Any]]:
         """Return the keys of an arm and their values."""
         return self.keys | self.arms.get(arm, {})
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class StudyConfig(Section):
@@ -119,7 +133,8 @@ class StudyConfig(Section):
     """Arm with which all other arms are compared and matched."""
     metric: MetricConfig
     primary: str | None = None
-    """Arm of the primary comparison, which is tested without a correction for the other arms."""
+    """Arm of the primary comparison, which is tested first and without a correction for the other arms. They are
+    tested only if it differs from the baseline."""
     tune: TuneConfig | None = None
     """Tuning of the arms; without it, the report states that the arms were not tuned."""
     arms: dict[str, dict[str, Any]]
@@ -263,6 +278,11 @@ class Study:
         return list(dict.fromkeys(term for objective in objectives for term in objective.weights))
 
 
+def combinations(grid: Mapping[str, Sequence[Any]]) -> list[Values]:
+    """Return all combinations of the values of a grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
 def run_name(arm: str, seed: int) -> str:
     """Return the name of a run, which is also the name of its folder in the study folder."""
     return f"{arm}-seed{seed}"
@@ -293,7 +313,16 @@ def load_study(path: Path, overrides: list[str]) -> Study:
             "add the task"
         )
     _resolve_metric(study, tasks[config.metric.task], base.data.views)
+    _check_trials(study)
     return study
+
+
+def _check_trials(study: Study) -> None:
+    """Raise UserError if a trial of the tuning is not a valid run."""
+    if tune := study.config.tune:
+        for arm in study.config.arms:
+            for values in combinations(tune.grid(arm)):
+                study.run_config(arm, tune.seeds[0], values)
 
 
 def _resolve_metric(study: Study, task: TaskConfig, views: tuple[str, ...]) -> None:

@@ -60,6 +60,8 @@ def _show(study: Study) -> None:
 
     overrides, corpora = assign_corpora(study, load_base_config(study))
     missing = [corpus.data.path for corpus in corpora if not is_prepared(corpus)]
+    if study.config.tune:
+        print(describe(study, study.config.tune))
     if missing:
         print(
             f"{len(study.config.arms)} arms x {len(study.config.seeds)} seeds: {', '.join(study.config.arms)}\n"
@@ -70,8 +72,6 @@ def _show(study: Study) -> None:
     matching = Matching(study, overrides)
     record = StudyRecord(study.folder)
     use_decision(study, record)
-    if study.config.tune:
-        print(describe(study, study.config.tune))
     print_plan(study, matching, read_ratios(record.calibration, study.config.baseline))
 
 
@@ -115,6 +115,7 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
             study,
             {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()},
             {name: arm.flops_per_token for name, arm in matching.arms.items()},
+            sum(map(is_done, runs)),
         )
         print_plan(study, matching, speeds)
         return runs

@@ -3,9 +3,12 @@
 Keys:
 
     name, matched_by, baseline, primary, metric    as in the study file
+    decisions      the baseline, the metric and the primary arm, with the time at which they were fixed and the number
+                   of runs that had been scored by then; several if they have changed
     first_seed     seed with which budgets are computed
     arms           ARM: {"overrides": as in the study file, "matched": the dotted keys set by matching,
                    "flops_per_token": FLOPs per corpus token, "runs": {SEED: the run's folder inside the study folder}}
+    tuned          whether the study file has `tune`; if so, the arms have the best values of the tuning
     tune           the tuning, if there is one: `plans` (its ranges, seeds, metric and rows, with the time at which they
                    were fixed; several if the study file has changed), `extensions` (values added to the range of a key,
                    by round), `trials` (ARM: the values and the scores by seed of each trial), `best` (ARM: its best
@@ -20,6 +23,7 @@ Keys:
                    the number of seeds that follows from it (power.py)
 """
 
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +65,11 @@ class Run:
         return self.config.name
 
 
+def now() -> str:
+    """Return the current time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 class StudyRecord:
     """Contents of study.json, read when the study starts and written after each change."""
 
@@ -72,24 +81,30 @@ class StudyRecord:
         self.wall_seconds: dict[str, float] = previous.get("wall_seconds", {})
         self.jobs: dict[str, list[int]] = previous.get("jobs", {})
         self.power: dict[str, Any] | None = previous.get("power")
+        self.decisions: list[dict[str, Any]] = previous.get("decisions", [])
         self._study: dict[str, Any] = {
             key: value
             for key, value in previous.items()
-            if key in ("name", "matched_by", "baseline", "primary", "metric", "first_seed", "arms")
+            if key in ("name", "matched_by", "baseline", "primary", "metric", "tuned", "first_seed", "arms")
         }
 
-    def describe(self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float]) -> None:
+    def describe(
+        self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float], scored: int
+    ) -> None:
         """Record the current arms and settings of the study.
 
-        `matched` contains the dotted keys that matching has set for each arm.
+        `matched` contains the dotted keys that matching has set for each arm, and `scored` is the number of runs with a
+        score.
         """
         config = study.config
+        self._record_decision(study, scored)
         settings = {
             "name": config.name,
             "matched_by": config.matched_by,
             "baseline": config.baseline,
             "primary": config.primary,
             "metric": config.metric.model_dump(),
+            "tuned": config.tune is not None,
             "first_seed": study.first_seed,
         }
         self._study = settings | {
@@ -105,11 +120,31 @@ class StudyRecord:
         }
         self.save()
 
+    def _record_decision(self, study: Study, scored: int) -> None:
+        """Record the baseline, metric and primary arm, unless they are as before."""
+        config = study.config
+        decision = {"baseline": config.baseline, "metric": str(study.metric), "primary": config.primary}
+        before = self.decisions[-1] if self.decisions else self._undated_decision()
+        if before is None or any(before[key] != value for key, value in decision.items()):
+            self.decisions.append({"time": now(), "scored": scored} | decision)
+
+    def _undated_decision(self) -> dict[str, Any] | None:
+        """Return the decision in the study.json of an earlier version; None if there is none."""
+        if "metric" not in self._study:
+            return None
+        metric = self._study["metric"]
+        return {
+            "baseline": self._study["baseline"],
+            "metric": f"{metric['task']}/{metric['name']}",
+            "primary": self._study.get("primary"),
+        }
+
     def save(self) -> None:
         """Write study.json."""
         write_json(
             self._path,
             self._study
+            | ({"decisions": self.decisions} if self.decisions else {})
             | {"calibration": self.calibration, "wall_seconds": self.wall_seconds, "jobs": self.jobs}
             | ({"tune": self.tune} if self.tune else {})
             | ({"power": self.power} if self.power else {}),

@@ -4,8 +4,6 @@ Each combination of values of an arm is a trial: an arm of a study within the st
 seeds of the tuning. If the best value of an arm is at the edge of its range, the range is extended for all arms.
 """
 
-import datetime
-import itertools
 import logging
 import math
 import re
@@ -15,30 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.task_rows import write_views
 from data_prep.utils.console import UserError
-from data_prep.utils.files import sha256_file
 from pretrain.config import RunConfig
-from pretrain.data.corpus import Corpus
+from pretrain.report.records import find_run, record_path
 from pretrain.report.runs import read_run
 from pretrain.studies.calibration import seconds_per_flop
-from pretrain.studies.config import Study, TuneConfig
+from pretrain.studies.config import Study, TuneConfig, Values, combinations, run_name
 from pretrain.studies.matching import Matching
 from pretrain.studies.plan import check_runs, make_runs
 from pretrain.studies.processes import ProcessRunner
-from pretrain.studies.record import Run, StudyRecord
+from pretrain.studies.record import Run, StudyRecord, now
 from pretrain.studies.runner import EXIT_CODE_STOPPED, is_done, run_locally, save_records
 from pretrain.studies.slurm import submit_runs
-from pretrain.tasks.options import RowTask, TaskConfig
+from pretrain.studies.tuning_rows import write_rows
+from pretrain.tasks.options import TaskConfig
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "tuning"
 """Folder of the trials in the study folder, which is a study folder too."""
-ROWS_FILE = "validation.jsonl"
-"""File in that folder with the validation split of the corpus, if the task has no validation rows."""
-Values = dict[str, Any]
-"""Dotted keys of a run and their values in a trial."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,6 @@ def trial_name(arm: str, values: Values) -> str:
     """Return the name of a trial, such as `cosine.learning_rate-0.002`."""
     parts = [re.sub(r"[^\w.+-]", "_", f"{key.rpartition('.')[2]}-{value}") for key, value in values.items()]
     return ".".join([arm, *parts])
-
-
-def combinations(grid: Mapping[str, Sequence[Any]]) -> list[Values]:
-    """Return all combinations of the values of a grid."""
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def best_trial(trials: Sequence[Trial], higher_is_better: bool) -> Trial:
@@ -112,9 +100,13 @@ def describe(study: Study, tune: TuneConfig) -> str:
     """Return how many trials the tuning has, as a line of the plan."""
     counts = [len(combinations(tune.grid(arm))) for arm in study.config.arms]
     return (
-        f"tuning first: {sum(counts)} trials ({', '.join(map(str, counts))} by arm) x {len(tune.seeds)} seeds = "
-        f"{sum(counts) * len(tune.seeds)} runs; the arms below have the values before the tuning"
+        f"tuning first: {sum(counts)} trials ({', '.join(map(str, counts))} by arm) x {_seeds(tune.seeds)} = "
+        f"{sum(counts) * len(tune.seeds)} runs; the arms have the values before the tuning below"
     )
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
 class _Planned(NamedTuple):
@@ -140,7 +132,8 @@ class Tuning:
         self.tune: TuneConfig = study.config.tune
         self.extensions: list[dict[str, list[Any]]] = record.tune.setdefault("extensions", [])
         (study.folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        self.rows = _validation_rows(study)
+        base = study.run_config(study.config.baseline, study.config.seeds[0])
+        self.rows = write_rows(base, _metric_task(study, base), study.folder / FOLDER)
 
     @property
     def arms(self) -> list[str]:
@@ -149,10 +142,9 @@ class Tuning:
 
     def grid(self, arm: str) -> dict[str, list[Any]]:
         """Return the keys of an arm and their values, with the values that extensions have added."""
-        added = {
-            key: [value for extension in self.extensions for value in extension.get(key, [])] for key in self.tune.keys
-        }
-        return {key: [*values, *added.get(key, [])] for key, values in self.tune.grid(arm).items()}
+        used = self.extensions[: self.tune.extensions]
+        added = {key: [value for extension in used for value in extension.get(key, [])] for key in self.tune.keys}
+        return {key: list(dict.fromkeys([*values, *added.get(key, [])])) for key, values in self.tune.grid(arm).items()}
 
     def trials_study(self) -> Study:
         """Return the study whose arms are the trials."""
@@ -181,7 +173,7 @@ class Tuning:
         """Return the dotted keys that make the task of the metric score the validation rows, without other tasks."""
         task = _metric_task(self.study, self.study.run_config(arm, self.tune.seeds[0]))
         options = task.model_dump(mode="json", exclude_none=True, exclude={"validation"}) | {
-            "test": self.rows["source"]
+            "test": self.rows.source.model_dump(mode="json", exclude_none=True)
         }
         return {"evaluation": {"tasks": [options]}, "data.decontaminate": False}
 
@@ -215,32 +207,48 @@ class Tuning:
             study,
             {name: matching.overrides(arm, {}) for name, arm in matching.arms.items()},
             {name: arm.flops_per_token for name, arm in matching.arms.items()},
+            sum(map(is_done, runs)),
         )
         return _Planned(study, matching, runs, record)
 
     def _run_trials(self, planned: "_Planned", launcher_dir: Path, processes: ProcessRunner) -> int:
         study, matching, runs, record = planned
-        logger.info(f"tuning: {len(study.config.arms)} trials x {len(self.tune.seeds)} seeds in {study.folder}")
+        logger.info(f"tuning: {len(study.config.arms)} trials x {_seeds(self.tune.seeds)} in {study.folder}")
         if study.config.slurm:
+            self._print_effort(runs, None)
             code = submit_runs(study.folder, launcher_dir, study.config.slurm, runs, record)
             logger.info("run the same command again when these jobs have ended; the compared runs are submitted then")
             return code
         seconds = seconds_per_flop(study, matching, runs, record, launcher_dir, processes)
         if processes.stopped:
             return EXIT_CODE_STOPPED
-        self._print_hours(matching, runs, seconds)
-        return run_locally(study, launcher_dir, runs, record, processes)
+        self._print_effort(runs, seconds)
+        code = run_locally(study, launcher_dir, runs, record, processes)
+        if code != EXIT_CODE_STOPPED and code and self.extensions:
+            logger.warning(
+                "tuning: the compared runs start when all trials are done; if a trial with an extended value can "
+                f"never finish, set tune.extensions below {min(len(self.extensions), self.tune.extensions)}"
+            )
+        return code
 
-    def _print_hours(self, trials: Matching, runs: list[Run], seconds: float) -> None:
-        """Print the estimated hours of the missing trials and of the compared runs, from the seconds of a FLOP."""
+    def _print_effort(self, runs: list[Run], seconds_per_flop: float | None) -> None:
+        """Print the estimated hours of the missing trials and of the compared runs; FLOPs if hours are unknown."""
         missing = sum(run.flops for run in runs if not is_done(run))
-        seeds = self.study.config.seeds
-        per_run = trials.baseline.flops_per_token * trials.base_tokens
-        compared = per_run * len(self.arms) * len(seeds)
+        flops_of_arm: dict[str, list[float]] = {}
+        for run in runs:
+            flops_of_arm.setdefault(self._arm_of(run.arm), []).append(run.flops)
+        compared = sum(map(statistics.fmean, flops_of_arm.values()))  # with one seed
+        power, seeds = self.study.config.power, self.study.config.seeds
+        effort = [missing, compared * len(seeds), compared * power.most if power else 0]
+        shown = [
+            f"{flops:.3g} FLOPs" if seconds_per_flop is None else f"{seconds_per_flop * flops / 3600:.1f} hours"
+            for flops in effort
+        ]
+        further = f" of the pilot, then at most {shown[2]} for the further seeds" if power else ""
         print(
-            f"about {seconds * missing / 3600:.1f} hours for the trials and {seconds * compared / 3600:.1f} hours for "
-            f"{len(self.arms)} arms x {len(seeds)} seeds; start-up and evaluation come on top of it unless runs of "
-            "this study have been timed, and an extension of a range adds trials",
+            f"about {shown[0]} for the trials and {shown[1]} for {len(self.arms)} arms x {_seeds(seeds)}{further}; "
+            "start-up and evaluation come on top of it unless runs of this study have been timed, and an extension of "
+            "a range adds trials",
             flush=True,
         )
 
@@ -286,15 +294,16 @@ class Tuning:
             "extensions": self.tune.extensions,
             "metric": str(self.study.metric),
             "primary": self.study.config.primary,
-            "rows": self.rows,
+            "rows": self.rows.description,
         }
         plans = self.record.tune.setdefault("plans", [])
-        if not plans or {key: plans[-1][key] for key in plan} != plan:
-            plans.append({"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | plan)
+        if not plans or {key: plans[-1].get(key) for key in plan} != plan:
+            plans.append({"time": now()} | plan)
             self.record.save()
 
     def _record_results(self, trials: dict[str, list[Trial]]) -> None:
         best = {arm: self._best(trials[arm]) for arm in self.arms}
+        self._check_unchanged({arm: trial.values for arm, trial in best.items()})
         self.record.tune |= {
             "trials": {
                 arm: [{"values": trial.values, "scores": trial.scores} for trial in trials[arm]] for arm in self.arms
@@ -307,6 +316,18 @@ class Tuning:
             chosen = ", ".join(f"{key}={value}" for key, value in trial.values.items())
             logger.info(f"tuning: {arm}: {chosen or 'nothing to choose'} ({self.study.metric} {trial.mean:.4f})")
 
+    def _check_unchanged(self, best: dict[str, Values]) -> None:
+        """Raise UserError if new trials have changed the best values of an arm that has compared runs."""
+        for arm, before in self.record.tune.get("best", {}).items():
+            folders = [self.study.folder / run_name(arm, seed) for seed in self.study.config.seeds]
+            has_runs = any(find_run(run_dir, record_path(run_dir.parent, run_dir.name)) for run_dir in folders)
+            if arm in best and best[arm] != before and has_runs:
+                raise UserError(
+                    f"tune: with the trials added since, {arm} is best with {best[arm]}, but its runs were trained "
+                    f"with {before}; set tune.extensions to a lower number to keep the earlier ranges, or start a "
+                    "study with another name, to which you may copy the folder of the trials, tuning"
+                )
+
 
 def with_best_values(study: Study, record: StudyRecord) -> Study:
     """Return the study whose arms have the best values of the tuning."""
@@ -316,48 +337,3 @@ def with_best_values(study: Study, record: StudyRecord) -> Study:
 
 def _metric_task(study: Study, config: RunConfig) -> TaskConfig:
     return next(task for task in config.evaluation.tasks if task.title == study.config.metric.task)
-
-
-def _validation_rows(study: Study) -> dict[str, Any]:
-    """Return the source of the validation rows, its checksum and where the rows come from.
-
-    Without `validation` of the task, the rows are the validation split of the corpus, written to a file. Raises
-    UserError if there are no rows, or if they are the test rows.
-    """
-    base = study.run_config(study.config.baseline, study.config.seeds[0])
-    task = _metric_task(study, base)
-    if not isinstance(task, RowTask):
-        raise UserError(f"tune cannot use the task {task.title}, because it has no rows; choose another metric")
-    if task.validation is not None:
-        source: Any = task.model_dump(mode="json", exclude_none=True)["validation"]
-        path = Path(source if isinstance(source, str) else source.get("path", ""))
-        checksum = sha256_file(path) if path.is_file() else None
-        if task.test == task.validation or (checksum and _is_same_file(task.test, checksum)):
-            raise UserError(
-                f"evaluation.tasks: validation and test of {task.title} are the same rows; tune on rows that are not "
-                "tested"
-            )
-        return {"source": source, "sha256": checksum, "origin": f"validation of {task.title}"}
-    corpus = _open_split(base)
-    path = study.folder / FOLDER / ROWS_FILE
-    texts = (
-        tuple(corpus.tokenizer.decode(ids) for ids in corpus.tokens_by_view(record).values())
-        for record in range(min(len(corpus), task.rows or len(corpus)))
-    )
-    write_views(path, base.data.views, (row for row in texts if all(row)))
-    return {"source": str(path), "sha256": sha256_file(path), "origin": "the validation split of the corpus"}
-
-
-def _open_split(base: RunConfig) -> Corpus:
-    try:
-        return Corpus(base.data.path, "validation")
-    except (KeyError, UserError):
-        raise UserError(
-            "tune needs rows that are neither trained on nor tested, but the task of the metric has no `validation`, "
-            f"and {base.data.path} no validation split: set evaluation.tasks.N.validation, or data.validation_fraction"
-        ) from None
-
-
-def _is_same_file(test: Any, checksum: str) -> bool:
-    path = Path(test if isinstance(test, str) else getattr(test, "path", "") or "")
-    return path.is_file() and sha256_file(path) == checksum

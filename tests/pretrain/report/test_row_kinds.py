@@ -86,6 +86,13 @@ def test_an_interval_is_never_narrower_than_the_t_test_over_seeds():
     assert (high - low) / 2 == pytest.approx(t.ppf(0.975, 3) * shared[0].std(ddof=1) / math.sqrt(40))
 
 
+def test_the_interval_of_rows_with_effects_equals_a_slow_computation():
+    draw = np.random.default_rng(2)
+    for seeds in (2, 3, 6):
+        table = draw.integers(0, 2, (seeds, 40)) + np.where(np.arange(40) < 20, 3, -3)  # the rows differ
+        assert interval(table.astype(float)) == pytest.approx(slow_interval(table.tolist()))
+
+
 def test_the_interval_contains_the_true_difference_in_most_samples_of_seeds_and_rows():
     draw = np.random.default_rng(1)
     covered = 0

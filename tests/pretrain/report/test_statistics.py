@@ -10,10 +10,12 @@ from scipy import stats
 from pretrain.report.statistics import (
     ALPHA,
     compare,
+    compare_with_primary,
     confidence_interval,
     holm_correction,
     min_detectable_difference,
     p_value,
+    sign_flip_p_value,
 )
 
 BASELINE = {1: 0.70, 2: 0.69, 3: 0.71, 4: 0.70, 5: 0.68}
@@ -163,6 +165,57 @@ def test_without_an_effect_at_most_one_study_in_twenty_finds_one():
         assert false_positives / studies < 0.07, (arms, false_positives)
         if arms == 1:  # Holm's correction is conservative for several arms
             assert false_positives / studies > 0.03, false_positives
+
+
+def test_the_other_arms_are_tested_only_if_the_primary_arm_differs():
+    draw = np.random.default_rng(2)
+    base = dict(enumerate(draw.normal(0.7, 0.01, 6)))
+
+    def arm(gain):
+        return {seed: value + gain + 0.001 * (seed % 3) for seed, value in base.items()}
+
+    arms = {"equal": {seed: value + 0.01 * (-1) ** seed for seed, value in base.items()}, "better": arm(0.05)}
+    found = compare_with_primary(arms, base, True, "equal")
+    assert found["equal"].verdict == "no difference found" and found["better"].verdict == "no verdict"
+    assert "only if the primary arm, equal, differs" in found["better"].reason and found["better"].low is None
+    assert found["better"].mean == pytest.approx(compare(arms, base, True)["better"].mean)
+
+    arms = {"first": arm(0.003), "other": arm(0.05), "third": arm(0.04)}
+    found, alone = compare_with_primary(arms, base, True, "first"), compare({"first": arms["first"]}, base, True)
+    others = compare({name: arms[name] for name in ("other", "third")}, base, True)
+    assert found["first"] == alone["first"] and found["first"].arms == 1 and found["other"].arms == 2
+    assert others["other"].corrected_p < found["first"].p < ALPHA
+    assert (
+        found["other"].corrected_p == found["third"].corrected_p == found["first"].p
+    )  # no arm counts before the first
+    assert (found["other"].low, found["other"].high) == (others["other"].low, others["other"].high)
+    assert compare_with_primary(arms, base, True, None) == compare(arms, base, True)
+
+
+def test_a_primary_arm_does_not_add_to_the_false_verdicts():
+    random, studies, wrong = np.random.default_rng(4), 2000, 0
+    for _ in range(studies):
+        baseline = dict(enumerate(random.normal(0.7, 0.02, 6)))
+        arms = {
+            name: {seed: value + random.normal(0, 0.01) for seed, value in baseline.items()}
+            for name in ("first", "second", "third")
+        }
+        found = compare_with_primary(arms, baseline, True, "first")
+        wrong += any(test.verdict in ("helps", "hurts") for test in found.values())
+    assert 0.03 < wrong / studies < 0.065, wrong
+
+
+def test_a_test_of_all_signs_equals_its_enumeration():
+    draw = np.random.default_rng(5)
+    for count in (1, 2, 5, 8):
+        differences = draw.normal(0.5, 1, count).tolist()
+        means = [
+            abs(sum(sign * value for sign, value in zip(signs, differences, strict=True)))
+            for signs in itertools.product((1, -1), repeat=count)
+        ]
+        expected = sum(mean >= abs(sum(differences)) - 1e-9 for mean in means) / len(means)
+        assert sign_flip_p_value(differences) == pytest.approx(expected)
+    assert sign_flip_p_value([1.0] * 6) == 2 / 64 and sign_flip_p_value([1.0] * 17) is None
 
 
 def test_the_detectable_difference_of_several_arms_uses_the_corrected_level():

@@ -2,17 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
 
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_lines
+from pretrain.data.corpus import Corpus
 from pretrain.report.arms import Comparison, read_comparison
 from pretrain.report.runs import Metric
 from pretrain.report.sensitivity import sensitivity
 from pretrain.run_folder import read_metrics
-from pretrain.studies.tuning import Trial, best_trial, combinations, edge_values, trial_name, value_beyond
+from pretrain.studies.config import combinations
+from pretrain.studies.tuning import Trial, best_trial, edge_values, trial_name, value_beyond
 from tests.commands import run_command
 from tests.pretrain.report.report_helpers import parse_table, render_report
 from tests.pretrain.studies.fake_runs import FakeStudies
@@ -68,6 +71,12 @@ def test_a_range_continues_its_last_ratio_beyond_the_edge(values, best, expected
         (TUNE | {"keys": {RATE: [1e-3, 1e-3]}}, "none of them twice"),
         (TUNE | {"keys": {"train.tokens": [10]}}, "the budget is matched"),
         (TUNE | {"keys": {"data.sequence_length": [64]}}, "cannot be tuned"),
+        (
+            TUNE | {"keys": {RATE: ["1e-3", 2e-3]}},
+            f"{RATE}: 1e-3 is text in YAML; write it with a point, such as 1.0e-03",
+        ),
+        (TUNE | {"keys": {RATE: [1e-3, -1.0]}}, "arms.plain: train.learning_rate: Input should be greater than 0"),
+        (TUNE | {"keys": {"train.learning_rat": [1e-3]}}, "unknown key 'train.learning_rat'"),
     ],
 )
 def test_an_unfair_or_useless_tuning_is_refused(write_study, tune, expected):
@@ -79,18 +88,19 @@ def test_an_unfair_or_useless_tuning_is_refused(write_study, tune, expected):
 def test_rows_that_are_tested_may_not_decide(write_study, folder):
     base = yaml.safe_load((folder / "base.yaml").read_text())
     base["evaluation"]["tasks"][0]["validation"] = base["evaluation"]["tasks"][0]["test"]
+    base["data"]["path"] = str(folder / "corpus_of_tested")
     (folder / "tested.yaml").write_text(yaml.safe_dump(base))
     done = run_command(
         [*STUDY, str(write_study(tune=TUNE, name="tested")), f"base={folder / 'tested.yaml'}"], check=False
     )
-    assert done.returncode == 2 and "validation and test of loss are the same rows" in done.stderr
+    assert done.returncode == 2 and "of the 20 rows of validation of loss, 20 are test rows" in done.stderr
 
 
 def test_a_study_is_tuned_before_it_is_compared(write_study, folder):
     tune = {"keys": {RATE: [4.0e-3]}, "arms": {"jepa": {RATE: [1.0e-3, 4.0e-3]}}, "seeds": [7], "equal": False}
     path, study = write_study(tune=tune | {"extensions": 0}, name="tuned", primary="jepa"), folder / "studies" / "tuned"
     shown = run_command([*STUDY, str(path), "--dry-run"]).stdout
-    assert "tuning first: 3 trials (1, 2 by arm) x 1 seeds = 3 runs" in shown and not study.exists()
+    assert "tuning first: 3 trials (1, 2 by arm) x 1 seed = 3 runs" in shown and not study.exists()
     done = run_command([*STUDY, str(path)])
     assert "hours for the trials and" in done.stdout
     found = json.loads((study / "study.json").read_text())["tune"]
@@ -126,7 +136,7 @@ def test_ranges_are_extended_for_all_arms_and_the_best_values_are_compared(write
             (result,) = read_json_lines(run_dir / "evaluation" / "results.jsonl")
             config = yaml.safe_load((run_dir / "config.yaml").read_text())
             assert config["train"]["learning_rate"] == rate and config["seed"] == 7
-            assert config["evaluation"]["tasks"][0]["test"] == str(study / "tuning" / "validation.jsonl")
+            assert config["evaluation"]["tasks"][0]["test"]["path"] == str(study / "tuning" / "validation.jsonl")
             scores[rate] = result["metrics"]["lm"]
         assert tune["best"][arm] == {RATE: 0.016} and tune["at_edge"][arm] == [RATE]
         assert {trial["values"][RATE]: trial["scores"]["7"] for trial in tune["trials"][arm]} == scores
@@ -142,31 +152,122 @@ def test_ranges_are_extended_for_all_arms_and_the_best_values_are_compared(write
     assert "<h2>Sensitivity</h2>" in page
 
 
-def test_the_rows_of_the_task_decide_if_it_has_any(write_study, folder, monkeypatch, tmp_path):
-    rows = tmp_path / "validation.jsonl"
-    rows.write_text((folder / "pairs.jsonl").read_text().partition("\n")[0] + "\n")
+@pytest.fixture
+def write_rows_study(write_study, folder):
+    """Return a function that writes a study whose task has validation rows, and the rows that no other split has.
+
+    Besides these, the file contains a test row and two training records.
+    """
+    corpus = Corpus(folder / "corpus", "train")
+    views = [[corpus.tokenizer.decode(ids) for ids in corpus.tokens_by_view(record).values()] for record in (0, 5)]
+    test = (folder / "pairs.jsonl").read_text().splitlines()[3]
+    same_context = json.loads(test) | {"code": "(a)&(b)"}
+    rows = [*(dict(zip(("text", "code"), texts, strict=True)) for texts in views), same_context, json.loads(test)]
+    rows.insert(1, {"text": "a line that nobody has seen", "code": "(.*zebra.*)"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = yaml.safe_load((folder / "base.yaml").read_text())
-    base["evaluation"]["tasks"][0]["validation"] = str(rows)
-    base["data"]["path"] = str(folder / "corpus_with_rows")
+    base["evaluation"]["tasks"][0]["validation"] = str(folder / "rows.jsonl")
+    base["data"] |= {"decontaminate": False, "path": str(folder / "corpus_with_rows")}
     (folder / "with_rows.yaml").write_text(yaml.safe_dump(base))
+    kept = [rows[1], same_context]
+    return lambda name, **changes: (write_study(name=name, base="with_rows.yaml", **changes), kept)
+
+
+def test_only_rows_that_are_neither_trained_on_nor_tested_decide(write_rows_study, monkeypatch):
     studies = FakeStudies(monkeypatch)
-    studies.failing = {"jepa.learning_rate-0.004-seed7"}
-    path = write_study(tune=TUNE | {"extensions": 0}, name="with_rows", base="with_rows.yaml")
+    path, kept = write_rows_study("rows", tune=TUNE | {"extensions": 0})
     code, study = studies.start(path)
-    assert code == 1 and json.loads((study / "study.json").read_text())["tune"]["plans"][0]["rows"]["source"] == str(
-        rows
-    )
-    trial = yaml.safe_load((study / "tuning" / "jepa.learning_rate-0.001-seed7" / "config.yaml").read_text())
-    assert trial["evaluation"]["tasks"][0]["test"] == str(rows)
+    (plan,) = json.loads((study / "study.json").read_text())["tune"]["plans"]
+    assert code == 0 and plan["rows"]["origin"] == "validation of loss" and plan["rows"]["rows"] == 2
+    assert plan["rows"]["dropped"] == {"tested": 1, "trained": 2}
+    for name in ("plain", "jepa"):
+        trial = yaml.safe_load((study / "tuning" / f"{name}.learning_rate-0.001-seed7" / "config.yaml").read_text())
+        assert read_json_lines(Path(trial["evaluation"]["tasks"][0]["test"]["path"])) == kept
+        assert "validation" not in trial["evaluation"]["tasks"][0] and trial["data"]["decontaminate"] is False
+    text, _ = render_report(study, page=False)
+    assert "on validation of loss (2 rows; dropped: 1 test rows, 2 training records)" in text
+    moved = studies.start(path, f"output_dir={study.parent / 'elsewhere'}")[1]  # the rows are in another folder
+    (plan_there,) = json.loads((moved / "study.json").read_text())["tune"]["plans"]
+    assert plan_there | {"time": ""} == plan | {"time": ""}
+
+
+def test_a_failed_trial_blocks_the_comparison_until_its_extension_is_given_up(write_study, monkeypatch, caplog):
+    studies = FakeStudies(monkeypatch)
+    studies.rate_effect, studies.best_rate = 0.01, 0.016
+    studies.failing = {"jepa.learning_rate-0.016-seed7"}
+    code, study = studies.start(write_study(tune=TUNE, name="failing"))
+    assert code == 1 and "tune.extensions below 1" in caplog.text
     with pytest.raises(UserError, match="the tuning is not finished, so there is nothing to compare yet"):
         read_comparison([study], None, None)
+    path = write_study(tune=TUNE | {"extensions": 0}, name="failing")
+    assert studies.start(path)[0] == 0 and studies.trained == ["plain-seed1", "jepa-seed1"]
+    tune = json.loads((study / "study.json").read_text())["tune"]
+    assert tune["best"]["jepa"] == {RATE: 4e-3} and tune["at_edge"]["jepa"] == [RATE]
 
 
-def test_sensitivity_is_measured_along_a_key_at_the_best_values_of_other_keys():
+def test_an_added_arm_may_not_change_the_best_values_of_compared_runs(write_study, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    studies.rate_effect, studies.best_rate = 0.01, 0.05
+    arms = {"plain": {"objective.name": "next_token"}, "jepa": {}}
+    rates = {"keys": {RATE: [1e-3, 2e-3, 4e-3]}, "seeds": [7], "extensions": 0}
+    assert studies.start(write_study(arms=arms, tune=rates, name="added"))[0] == 0
+    arms["other"] = {"objective.weight": 0.3}
+    path = write_study(arms=arms, tune=rates | {"extensions": 1}, name="added")
+    with pytest.raises(UserError, match=r"plain is best with .*0.008.*, but its runs were trained with .*0.004"):
+        studies.start(path)
+    code, study = studies.start(write_study(arms=arms, tune=rates, name="added"))
+    assert code == 0 and studies.trained == ["other-seed1"]
+    assert json.loads((study / "study.json").read_text())["tune"]["best"] == {arm: {RATE: 4e-3} for arm in arms}
+
+
+def test_only_common_keys_are_extended_and_a_value_counts_once(write_study, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    studies.rate_effect, studies.best_rate = 0.01, 0.016
+    weights = {"jepa": {"objective.weight": [0.1, 0.5]}}
+    tune = TUNE | {"arms": weights, "equal": False}
+    code, study = studies.start(write_study(tune=tune, name="keys", matched_by="seconds"))
+    found = json.loads((study / "study.json").read_text())["tune"]
+    assert code == 0 and found["extensions"] == [{RATE: [0.016]}]
+    assert "objective.weight" in found["at_edge"]["jepa"] and len(found["trials"]["jepa"]) == 6
+    assert json.loads((study / "tuning" / "study.json").read_text())["matched_by"] == "flops"
+    tune["keys"] = {RATE: [1e-3, 4e-3, 0.016]}  # now listed too
+    studies.start(write_study(tune=tune, name="keys", matched_by="seconds"))
+    again = json.loads((study / "study.json").read_text())["tune"]
+    assert again["trials"] == found["trials"] and not any("." in name for name in studies.trained)
+
+
+def test_without_tune_the_arms_do_not_count_as_tuned(write_study, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    code, study = studies.start(write_study(tune=TUNE | {"extensions": 0}, name="was_tuned"))
+    assert code == 0 and "The arms were tuned with 2 trials" in render_report(study, page=False)[0]
+    best = json.loads((study / "study.json").read_text())["tune"]["best"]
+    arms = {"plain": {"objective.name": "next_token"} | best["plain"], "jepa": best["jepa"]}
+    assert studies.start(write_study(arms=arms, name="was_tuned"))[0] == 0 and studies.trained == []
+    assert "The arms were not tuned" in render_report(study, page=False)[0]
+    assert json.loads((study / "study.json").read_text())["tune"]["best"] == best
+
+
+def test_what_is_decided_after_scores_exist_is_reported(write_study, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    code, study = studies.start(write_study(name="decided", seeds=[1, 2]))
+    decided = json.loads((study / "study.json").read_text())["decisions"]
+    assert code == 0 and [entry["scored"] for entry in decided] == [0] and decided[0]["primary"] is None
+    assert "Decided on" not in render_report(study, page=False)[0]
+    studies.start(write_study(name="decided", seeds=[1, 2], primary="jepa"))
+    assert [entry["scored"] for entry in json.loads((study / "study.json").read_text())["decisions"]] == [0, 4]
+    text, page = render_report(study)
+    for shown in (text, page):
+        assert "when 4 runs had already been scored: primary jepa." in shown
+
+
+@pytest.mark.parametrize(("higher_is_better", "scale"), [(True, 1.0), (False, 1.0), (True, 100.0)])
+def test_sensitivity_is_measured_along_a_key_at_the_best_values_of_other_keys(higher_is_better, scale):
     def trial(rate: float, weight: float, *scores: float) -> dict:
         return {
             "values": {"rate": rate, "weight": weight},
-            "scores": {str(seed): score for seed, score in enumerate(scores)},
+            "scores": {
+                str(seed): scale * (score if higher_is_better else 1 - score) for seed, score in enumerate(scores)
+            },
         }
 
     trials = [
@@ -178,9 +279,9 @@ def test_sensitivity_is_measured_along_a_key_at_the_best_values_of_other_keys():
         trial(4.0, 2.0, 0.99, 0.10),
     ]
     tune = {"trials": {"arm": trials}, "best": {"arm": {"rate": 4.0, "weight": 1.0}}, "at_edge": {"arm": ["weight"]}}
-    comparison = Comparison("t", {}, None, Metric("task", "exact", True), "", "flops", tune=tune)
+    comparison = Comparison("t", {}, None, Metric("task", "exact", higher_is_better), "", "flops", tune=tune)
     rate, weight = (found[0] for found in sensitivity(comparison).values())
     assert rate.values == [1.0, 2.0, 4.0, 8.0, 16.0] and rate.best == 4.0 and not rate.at_edge
     assert [rate.values[index] for index in rate.good] == [2.0, 4.0, 8.0] and rate.width == 4.0
-    assert rate.spread == pytest.approx(0.0110, abs=2e-4)
+    assert rate.spread == pytest.approx(scale * 0.0110, abs=scale * 2e-4)
     assert weight.values == [1.0, 2.0] and weight.width == 1.0 and weight.at_edge
