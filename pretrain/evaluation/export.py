@@ -9,7 +9,7 @@ from pretrain.models.export import OBJECTIVE_PREFIX, PREDICTOR_KEY, write_export
 from pretrain.models.export_readme import render_readme
 from pretrain.models.lora import merge_adapters
 from pretrain.run_folder import MODEL_DIR, step_name
-from pretrain.training.checkpoint import consolidate
+from pretrain.training.checkpoint_loading import consolidate
 
 
 def export_checkpoint(run_dir: Path, step: int) -> Path:

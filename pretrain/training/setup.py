@@ -19,7 +19,7 @@ from pretrain.planning.plan import make_loader
 from pretrain.planning.settings import engine_settings
 from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import MODEL_DIR, list_steps, read_status, write_status
-from pretrain.training import checkpoint
+from pretrain.training import checkpoint, checkpoint_loading
 from pretrain.training.branch import (
     SourcePin,
     branch_state,
@@ -107,7 +107,7 @@ def set_up(
             "note: monitor.gradients_every makes ZeRO stage 3 gather each module separately, so all steps are slower"
         )
     if newest:
-        started_anew = checkpoint.load(trainer.engine, newest, world)
+        started_anew = checkpoint_loading.load(trainer.engine, newest, world)
         check_weights(
             newest.state.get("weights"),
             weight_sums(trainer.engine.module, world),
@@ -227,7 +227,7 @@ def _find_checkpoint(
 
 def _convert(found: checkpoint.VerifiedCheckpoint, zero: dict[str, Any], world: World, stop: StopRequest) -> None:
     round_robin = zero["stage"] < 3 and zero.get("round_robin_gradients", False)
-    checkpoint.make_universal(found, world, stop, round_robin=round_robin)
+    checkpoint_loading.make_universal(found, world, stop, round_robin=round_robin)
 
 
 def _resume_evaluations(config: RunConfig, world: World) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from pretrain.data import prefetch
-from pretrain.training import checkpoint, loop, setup, stop
+from pretrain.training import checkpoint_loading, loop, setup, stop
 from pretrain.training.main import main
 from tests.pretrain.training.pause_points import hold_save, hold_steps, hold_validation
 
@@ -84,13 +84,13 @@ if {"hang", "fail", "abort", "bus"} & set(faults):
     loop.Trainer._count = count_then_fail
 
 if "convert" in faults:
-    checkpoint.CONVERTER = [
+    checkpoint_loading.CONVERTER = [
         "-c",
         "import os, sys, time; os.makedirs(sys.argv[4]); print('converting', flush=True); time.sleep(9999)",
     ]
 if "robin" in faults:
-    make_universal = checkpoint.make_universal
-    checkpoint.make_universal = lambda found, world, stop, round_robin=False: make_universal(found, world, stop)
+    make_universal = checkpoint_loading.make_universal
+    checkpoint_loading.make_universal = lambda found, world, stop, round_robin=False: make_universal(found, world, stop)
 if "grace" in faults:
     stop.LAUNCHER_GRACE = 0.0
 if "crash" in faults:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.models.families import register_family_from_folder
 from pretrain.run_folder import step_name
-from pretrain.training.checkpoint import consolidate
+from pretrain.training.checkpoint_loading import consolidate
 from tests.commands import ROOT, ranks_command, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests" / "pretrain" / "training" / "several_runs.py"

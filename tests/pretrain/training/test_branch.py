@@ -12,7 +12,7 @@ from data_prep.utils.files import read_json
 from pretrain.config import load_config
 from pretrain.run_folder import PINS, list_steps, read_status, step_name
 from pretrain.training.branch import Branch, SourcePin, branch_state, earlier_packings
-from pretrain.training.checkpoint import consolidate
+from pretrain.training.checkpoint_loading import consolidate
 from tests.commands import (
     ROOT,
     BackgroundCommand,

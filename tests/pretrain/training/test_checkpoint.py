@@ -19,18 +19,16 @@ import torch
 from data_prep.utils.console import UserError
 from data_prep.utils.files import sha256_file
 from pretrain.run_folder import PINS, list_steps, step_name
-from pretrain.training import checkpoint
+from pretrain.training import checkpoint, checkpoint_loading
 from pretrain.training.checkpoint import (
     VerifiedCheckpoint,
     check,
-    consolidate,
     find_newest,
-    load,
-    make_universal,
     manifest_entry,
     prune,
     publish,
 )
+from pretrain.training.checkpoint_loading import consolidate, load, make_universal
 from pretrain.training.distributed import World
 from pretrain.training.random_state import random_state, random_state_file_name
 from pretrain.training.stop import Stopped
@@ -395,7 +393,7 @@ def test_a_latest_file_that_cannot_be_repaired_is_not_an_error(tmp_path):
 
 
 def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch, messages):
-    monkeypatch.setattr(checkpoint, "CONVERTER", None)
+    monkeypatch.setattr(checkpoint_loading, "CONVERTER", None)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
     make_universal(found, ALONE, NOT_STOPPED)
     assert found.load_path_for(1) == found.path and messages == []
@@ -422,7 +420,7 @@ def fake_conversion(monkeypatch, record: Path, returncode: int, stderr: str = ""
     The script appends the path of the folder that it converts to the file `record`.
     """
     code = CONVERSION.format(record=str(record), returncode=returncode, stderr=stderr, writes=writes)
-    monkeypatch.setattr(checkpoint, "CONVERTER", ["-c", code])
+    monkeypatch.setattr(checkpoint_loading, "CONVERTER", ["-c", code])
 
 
 @pytest.mark.parametrize(("before", "ranks"), [(1, 2), (4, 2), (2, 1)])
@@ -476,7 +474,7 @@ def test_a_signal_ends_the_conversion_and_its_children_on_every_rank(tmp_path, m
         f"open({str(started)!r} + '.tmp', 'w').write(f'{{child.pid}}'); "
         f"os.rename({str(started)!r} + '.tmp', {str(started)!r}); time.sleep(9999)"
     )
-    monkeypatch.setattr(checkpoint, "CONVERTER", ["-c", code])
+    monkeypatch.setattr(checkpoint_loading, "CONVERTER", ["-c", code])
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
     for error in run_on_ranks(2, lambda world: _convert_until_stopped(found, world, StopOnceStarted(started))):
         assert isinstance(error, Stopped)
@@ -588,7 +586,7 @@ def test_frozen_weights_are_loaded_for_a_different_number_of_ranks(tmp_path, mon
     engine.module.model = torch.nn.Module()
     engine.module.model.register_parameter("weight", torch.nn.Parameter(torch.zeros(2), requires_grad=False))
     weights = {path: {"weight": torch.tensor([1.0, 2.0]), "base.weight": torch.tensor([3.0, 4.0])}}
-    monkeypatch.setattr(checkpoint, "consolidate", weights.__getitem__)
+    monkeypatch.setattr(checkpoint_loading, "consolidate", weights.__getitem__)
     load(engine, VerifiedCheckpoint(path, 2, STATE), ALONE)
     assert engine.module.model.weight.tolist() == [1, 2] and engine.module.base.weight.tolist() == [3, 4]
 
@@ -650,7 +648,7 @@ def test_consolidated_weights_are_named_as_in_the_model_and_nothing_is_printed(t
         assert Path(folder) / tag == path
         return {"model.model.weight": torch.ones(2), "lm_head.model.": torch.zeros(1)}
 
-    monkeypatch.setattr(checkpoint, "get_fp32_state_dict_from_zero_checkpoint", gather)
+    monkeypatch.setattr(checkpoint_loading, "get_fp32_state_dict_from_zero_checkpoint", gather)
     assert list(consolidate(path)) == ["model.weight", "lm_head.model."]
     assert capfd.readouterr() == ("", "")
 
@@ -664,7 +662,7 @@ def test_frozen_weights_come_from_the_state_of_the_module(tmp_path, monkeypatch)
     )
     publish(temporary, 1, 2, STATE, {path.name: manifest_entry(path) for path in temporary.iterdir()})
     monkeypatch.setattr(
-        checkpoint, "get_fp32_state_dict_from_zero_checkpoint", lambda folder, tag: {"trained": torch.ones(2)}
+        checkpoint_loading, "get_fp32_state_dict_from_zero_checkpoint", lambda folder, tag: {"trained": torch.ones(2)}
     )
     state = consolidate(tmp_path / step_name(1))
     assert {key: (value.dtype, value.tolist()) for key, value in state.items()} == {

@@ -11,7 +11,7 @@ from pretrain.models.hidden_matrices import hidden_matrices
 from pretrain.planning.plan import make_plan
 from pretrain.planning.rank_memory import model_states_per_rank
 from pretrain.run_folder import list_steps, step_name
-from pretrain.training.checkpoint import consolidate
+from pretrain.training.checkpoint_loading import consolidate
 from pretrain.training.muon import COEFFICIENTS, orthogonalize, update_scale
 from tests.commands import (
     ROOT,

@@ -8,7 +8,7 @@ import torch
 
 from data_prep.utils.console import UserError
 from pretrain.run_folder import step_name
-from pretrain.training.checkpoint import consolidate
+from pretrain.training.checkpoint_loading import consolidate
 from pretrain.training.distributed import World
 from pretrain.training.weight_sums import PERIOD, check_weights, weight_sums
 from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config

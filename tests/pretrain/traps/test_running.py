@@ -19,7 +19,8 @@ from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.loader import Loader
 from pretrain.run_folder import list_steps, step_name
-from pretrain.training.checkpoint import check, consolidate
+from pretrain.training.checkpoint import check
+from pretrain.training.checkpoint_loading import consolidate
 from pretrain.training.distributed import World
 from pretrain.training.setup import set_up
 from tests.commands import ROOT, TIMEOUT, free_port, run_command, start, tiny_config, write_config
