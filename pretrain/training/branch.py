@@ -59,6 +59,8 @@ class Branch:
     """Whether the branch continues the data of its source: it has the same corpus, source weights and seed."""
     lineage: list[dict[str, Any]]
     """The sources of this run, the first run first: `run`, `step`, `differences`, `continues_data` and `config`."""
+    used: float
+    """Fraction of the budget that is used before the branch."""
 
 
 def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
@@ -72,7 +74,7 @@ def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
     continues = (environment["data"], source["seed"]) == (data, config.seed)
     _check_shared_keys(run_dir, source, now, differing)
     _check_data(config, run_dir, source_config, environment["data"], data, continues)
-    _check_budget(config, corpus, path)
+    used = _used_budget(config, corpus, path)
     differences = [
         f"{key} is {value_at(now, key)}, was {value_at(source, key)}"
         for key in differing
@@ -90,7 +92,7 @@ def read_branch(config: RunConfig, corpus: Corpus) -> Branch:
         "continues_data": continues,
         "config": source,
     }
-    return Branch(path, source_config, differences, continues, [*environment.get("lineage", []), entry])
+    return Branch(path, source_config, differences, continues, [*environment.get("lineage", []), entry], used)
 
 
 def _read_source(config: RunConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -154,17 +156,22 @@ def _check_weights(config: RunConfig, source: RunConfig) -> list[str]:
     return sorted(before.keys() - now.keys())
 
 
-def _check_budget(config: RunConfig, corpus: Corpus, path: Path) -> None:
-    """Raise UserError if the budget is used up at the source's checkpoint, or if its manifest cannot be read."""
+def _used_budget(config: RunConfig, corpus: Corpus, path: Path) -> float:
+    """Return the fraction of the budget that is used at the source's checkpoint.
+
+    Raises UserError if nothing is left, or if the manifest of the checkpoint cannot be read.
+    """
     progress = checkpoint.read_progress(path)
     if progress is None:
         raise UserError(f"branch_from.step: the manifest of {path} cannot be read; choose another step")
     epoch_records = total_epoch_records(config, corpus, config.train.epochs)
-    if consumed_fraction(progress.consumed, config.train, epoch_records) >= 1:
+    used = consumed_fraction(progress.consumed, config.train, epoch_records)
+    if used >= 1:
         raise UserError(
             f"the budget of `train` is used up at step {progress.step} of the source ({progress.tokens:,} tokens, "
             f"{progress.records:,} records): raise it; it includes the steps before the branch"
         )
+    return used
 
 
 def read_lineage(run_dir: Path) -> list[dict[str, Any]]:

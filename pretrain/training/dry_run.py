@@ -93,8 +93,10 @@ def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) ->
             step = step_to_extend(config, before, corpus)
             logger.info(f"note: the run is extended from step {step or 0}")
     if corpus and config.branch_from and not list_steps(config.run_dir / "checkpoints"):
-        for difference in read_branch(config, corpus).differences:
+        branch = read_branch(config, corpus)
+        for difference in branch.differences:
             logger.info(f"note: the branch differs from its source: {difference}")
+        logger.info(f"note: {branch.used:.0%} of the budget is used before the branch; the figures include that part")
     existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {existing} is not a writable folder")
