@@ -13,7 +13,7 @@ import pytest
 from tests.commands import ROOT, environment, tiny_config, write_config
 from tests.processes import TIMEOUT
 
-COMMANDS = {"prepare", "train", "evaluate", "study", "report", "doctor", "supervise"}
+COMMANDS = {"prepare", "train", "evaluate", "study", "report", "doctor", "supervise", "generate", "search", "status"}
 
 
 def run(command: list[str | Path], **options) -> str:

@@ -152,6 +152,15 @@ def report(error: UserError, silent: bool = False) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """Return a duration as 1h02m, 3m05s or 12s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a table, the heading first. Only the first column is left-aligned; rows may omit their last columns."""
     columns = max(map(len, rows))

@@ -13,6 +13,7 @@ from data_prep.utils.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, step_name
+from pretrain.silence import silence_transformers
 from pretrain.tasks.options import TaskConfig
 
 logger = logging.getLogger(__name__)
@@ -83,13 +84,10 @@ def evaluate_step(
 
     The caller has pinned the checkpoint and holds the lock.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils.logging import disable_progress_bar
-
+    silence_transformers()
     from pretrain.evaluation.task_evaluation import evaluate_task
 
-    disable_progress_bar()
     failures: list[Exception] = []
     for task in tasks:
         try:

@@ -142,38 +142,71 @@ def _parse_source(file: str) -> JsonSource | HubSource:
 
 def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     """Return the embeddings of rows that have all views of the export."""
-    jepa = read_json(export / "jepa.json")
-    # Even on CUDA, use the attention kernel for CPU, because it accepts rows that are not packed.
-    model, tokenizer = load_language_model(export, "auto", torch.device("cpu"))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
-    names, pairing = jepa["views"], pairing_from_export(jepa)
-    objective = load_objective(export, objective_from_export(jepa), model)
-    tokens = [tokenizer.encode_batch(list(view_texts)) for view_texts in zip(*texts, strict=True)]
-
-    limit = model.causal_lm.config.max_position_embeddings
-    fits = np.ones(len(texts), bool)
-
-    def encode_view(view: int, front: Sequence[int] = (), back: Sequence[int] = ()) -> np.ndarray:
-        template: ViewTemplate = view_template(jepa, view)
-        before, after = ([ids[name] for name in part] for part in template)
-        rows = [[*before, *front, *row, *after, *back] for row in tokens[view]]
-        np.logical_and(fits, [len(row) <= limit for row in rows], out=fits)
-        return encode(model, rows)
-
-    views = {name: encode_view(number) for number, name in enumerate(names)}
-    predictor = list(
-        range(model.vocab_size, model.vocab_size + (model.predictor.num_embeddings if model.predictor else 0))
-    )
+    embedder = Embedder(export)
+    by_view = [list(view_texts) for view_texts in zip(*texts, strict=True)]
+    views, fits = {}, np.ones(len(texts), bool)
+    for number, name in enumerate(embedder.names):
+        views[name], view_fits = embedder.embed_view(number, by_view[number])
+        fits &= view_fits
     predictions: dict[tuple[str, str], np.ndarray] = {}
     by_source: dict[int, np.ndarray] = {}
-    for source, target in pairing.edges(len(names)):
+    for source, target in embedder.pairing.edges(len(views)):
         if source not in by_source:
-            front, back = (predictor, []) if pairing.prepended else ([], predictor)
-            context = encode_view(source, front, back) if predictor else views[names[source]]
-            by_source[source] = _predict(objective, context)
-        predictions[names[source], names[target]] = by_source[source]
+            by_source[source], prediction_fits = embedder.predict_from(
+                source, by_view[source], views[embedder.names[source]]
+            )
+            fits &= prediction_fits
+        predictions[embedder.names[source], embedder.names[target]] = by_source[source]
     return Embeddings(views, predictions, fits)
+
+
+class Embedder:
+    """The model of an export, which embeds texts as one of its views and predicts the embedding of another view."""
+
+    def __init__(self, export: Path):
+        self._jepa = read_json(export / "jepa.json")
+        # Even on CUDA, use the attention kernel for CPU, because it accepts rows that are not packed.
+        self._model, self._tokenizer = load_language_model(export, "auto", torch.device("cpu"))
+        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer, model = self._tokenizer, self._model
+        self._ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
+        self.names: list[str] = self._jepa["views"]
+        self.pairing = pairing_from_export(self._jepa)
+        self.has_pairs = objective_from_export(self._jepa).pairing is not None
+        self._objective = load_objective(export, objective_from_export(self._jepa), model)
+        predictor_tokens = model.predictor.num_embeddings if model.predictor else 0
+        self._predictor = list(range(model.vocab_size, model.vocab_size + predictor_tokens))
+
+    def embed_view(
+        self, view: int, texts: Sequence[str], front: Sequence[int] = (), back: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the embeddings (N, D) fp32 of texts as a view, and whether each fits into the positions, (N,) bool.
+
+        `front` and `back` are token ids around the text. The embedding of a text that does not fit is NaN.
+        """
+        template: ViewTemplate = view_template(self._jepa, view)
+        before, after = ([self._ids[name] for name in part] for part in template)
+        tokens = self._tokenizer.encode_batch(list(texts))
+        rows = [[*before, *front, *row, *after, *back] for row in tokens]
+        limit = self._model.causal_lm.config.max_position_embeddings
+        return encode(self._model, rows), np.array([len(row) <= limit for row in rows], bool)
+
+    def predict_from(
+        self, view: int, texts: Sequence[str], embeddings: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the predictions (N, D) of the other view's embeddings, and whether each text fits; see `embed_view`.
+
+        `embeddings` are the embeddings of the texts, if they are known. Without predictor tokens and a predictor MLP,
+        they are the predictions.
+        """
+        if self._predictor:
+            front, back = (self._predictor, []) if self.pairing.prepended else ([], self._predictor)
+            context, fits = self.embed_view(view, texts, front, back)
+        elif embeddings is None:
+            context, fits = self.embed_view(view, texts)
+        else:
+            context, fits = embeddings, np.ones(len(texts), bool)
+        return _predict(self._objective, context), fits
 
 
 def _predict(objective: Objective, context: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Greedy generation of answers, in batches and with a key/value cache."""
+"""Generation of answers, in batches and with a key/value cache."""
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -34,31 +35,45 @@ def generate_answers(folder: Path, contexts: list[str], max_new_tokens: int) -> 
 
 @shard_rows
 def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
-    model, tokenizer = load_causal_lm(folder)
-    rows = encode_prompts(tokenizer, contexts)
-    limit = model.config.max_position_embeddings
-    suppressed = _suppressed_ids(tokenizer, model.config.vocab_size)
-    answers = [Answer("", False, False)] * len(rows)
-    batches = list(_batches([len(row) for row in rows], limit, max_new_tokens))
-    for room, indices in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
-        ids, mask = left_pad([rows[index] for index in indices], tokenizer.pad_id)
-        longest = ids.shape[1]
-        with torch.inference_mode():
-            output = model.generate(  # type: ignore[operator]  # every causal language model has it
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                do_sample=False,
-                max_new_tokens=room,
-                suppress_tokens=suppressed,
-                eos_token_id=tokenizer.eos_id,
-                pad_token_id=tokenizer.pad_id,
-            )
-        for index, written in zip(indices, output[:, longest:].tolist(), strict=True):
-            stopped = tokenizer.eos_id in written
-            answers[index] = Answer(
-                tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped
-            )
-    return answers
+    return AnswerWriter(folder).answer(contexts, max_new_tokens)
+
+
+class AnswerWriter:
+    """The model of an export, which answers contexts in batches."""
+
+    def __init__(self, folder: Path):
+        self.model, self.tokenizer = load_causal_lm(folder)
+        self._suppressed = _suppressed_ids(self.tokenizer, self.model.config.vocab_size)
+
+    def answer(self, contexts: list[str], max_new_tokens: int, **options: Any) -> list[Answer]:
+        """Return the answers to the contexts, in order; `options` are options of transformers' `generate`.
+
+        By default, the most likely tokens are chosen.
+        """
+        rows = encode_prompts(self.tokenizer, contexts)
+        limit = self.model.config.max_position_embeddings
+        answers = [Answer("", False, False)] * len(rows)
+        batches = list(_batches([len(row) for row in rows], limit, max_new_tokens))
+        for room, indices in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
+            ids, mask = left_pad([rows[index] for index in indices], self.tokenizer.pad_id)
+            longest = ids.shape[1]
+            with torch.inference_mode():
+                output = self.model.generate(  # type: ignore[operator]  # every causal language model has it
+                    input_ids=ids.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    max_new_tokens=room,
+                    suppress_tokens=self._suppressed,
+                    eos_token_id=self.tokenizer.eos_id,
+                    pad_token_id=self.tokenizer.pad_id,
+                    **{"do_sample": False} | options,
+                )
+            for index, written in zip(indices, output[:, longest:].tolist(), strict=True):
+                stopped = self.tokenizer.eos_id in written
+                answers[index] = Answer(
+                    self.tokenizer.decode(written[: written.index(self.tokenizer.eos_id)] if stopped else written),
+                    stopped,
+                )
+        return answers
 
 
 def _suppressed_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:

@@ -2,12 +2,12 @@
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import write_text
 from pretrain.report.arms import STUDY, read_comparison
+from pretrain.silence import silence_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,10 @@ def main() -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils.logging import disable_progress_bar
-
+    silence_transformers()
     from pretrain.report.page import html, markdown
     from pretrain.report.summary import summarize
 
-    disable_progress_bar()
     first = arguments.paths[0].resolve()
     folder = arguments.output or (first if (first / STUDY).is_file() else first.parent)
     logger.info("counting FLOPs")

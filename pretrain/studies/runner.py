@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.utils.console import UserError
+from data_prep.utils.console import UserError, duration
 from data_prep.utils.files import write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.evaluation.results import evaluated_steps, read_results, result_key
@@ -20,7 +20,6 @@ from pretrain.run_folder import list_steps, read_status
 from pretrain.studies.config import Study
 from pretrain.studies.processes import ProcessRunner
 from pretrain.studies.record import Run, StudyRecord
-from pretrain.training.progress_line import duration
 
 logger = logging.getLogger(__name__)
 

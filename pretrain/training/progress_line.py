@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from data_prep.utils.console import duration
 from pretrain.planning.budget import Progress
 from pretrain.training.hooks import Hook, StepReport
 
@@ -76,12 +77,3 @@ def validation_line(progress: Progress, values: dict[str, float], terms: Iterabl
     return f"validation at step {progress.step}: " + ", ".join(
         f"{name} {values[tag]:.4f}" for tag, name in names.items() if tag in values
     )
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as 1h02m, 3m05s or 12s."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -1,0 +1,182 @@
+"""Generation, search and status on a real run: the commands as a user types them."""
+
+import json
+import os
+import re
+import shlex
+import time
+
+import numpy as np
+import pytest
+
+from data_prep.utils.console import UserError
+from data_prep.utils.files import read_json_lines
+from pretrain.evaluation.embed import embed
+from pretrain.evaluation.generate import generate_answers
+from pretrain.inference.export_folder import find_export
+from pretrain.inference.search import Index, unit
+from tests.commands import prepare_corpus, run_command, tiny_config, write_config
+
+GENERATE, SEARCH, STATUS = (["python", f"launcher/{name}.py"] for name in ("generate", "search", "status"))
+PROMPTS = ["lines with a vowel", "lines ending with the string dog", "a number before a letter"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the directory of a finished run that has not been evaluated, next to a file of pairs."""
+    folder = tmp_path_factory.mktemp("inference")
+    config = write_config(folder, tiny_config(folder, objective__predictor_tokens=2))
+    prepare_corpus(config)
+    run_command(["python", "launcher/run.py", str(config)])
+    return folder / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def pairs(run):
+    """Return a file of pairs; one code occurs twice."""
+    path = run.parents[1] / "pairs.jsonl"
+    rows = [{"text": f"lines with {word}", "code": f".*{word}.*"} for word in ("dog", "cat", "bird", "fish")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "has a dog", "code": ".*dog.*"}]))
+    return path
+
+
+def test_prompts_are_answered_as_in_the_evaluation(run):
+    export = find_export(run)
+    expected = [answer.text for answer in generate_answers(export, PROMPTS, 12)]
+    limit = ["--max-new-tokens", "12"]
+    assert run_command([*GENERATE, str(run), *PROMPTS, *limit]).stdout == "\n".join([*expected, ""])
+    streamed = run_command([*GENERATE, str(export), PROMPTS[0], *limit])
+    assert streamed.stdout == expected[0] + "\n" and "note: the answer was cut off after 12 tokens" in streamed.stderr
+    (run / "prompts.txt").write_text("\n".join(PROMPTS))
+    line = shlex.join([*GENERATE, str(run), "--json", *limit]) + f" < {shlex.quote(str(run / 'prompts.txt'))}"
+    found = [json.loads(row) for row in run_command(["bash", "-c", line]).stdout.split("\n")[:-1]]
+    assert [row["prompt"] for row in found] == PROMPTS and [row["answer"] for row in found] == expected
+
+
+def test_samples_depend_on_the_seed(run, pairs):
+    def sample(seed):
+        options = ["--file", str(pairs), "--sample", "--temperature", "2", "--seed", str(seed), "--max-new-tokens", "8"]
+        return run_command([*GENERATE, str(run), "--json", *options]).stdout.split("\n")[:-1]
+
+    first = sample(1)
+    assert len(first) == 5 and first == sample(1) != sample(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere", "x"], "nowhere is neither a run directory"),
+        (["RUN", "x", "--top-p", "0.5"], "--top-p have an effect with --sample only"),
+        (["RUN", "x", "--sample", "--temperature", "0"], "--temperature is 0.0; it must be above 0"),
+        (["RUN", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["RUN", "x", "--file", "FILE"], "give prompts or --file, not both"),
+        (["RUN", "--file", "missing.jsonl"], "missing.jsonl"),
+        (["RUN"], "there is no prompt"),
+    ],
+)
+def test_wrong_arguments_of_generate_are_reported_in_one_line(run, pairs, arguments, expected):
+    words = [{"RUN": str(run), "FILE": str(pairs)}.get(word, word) for word in arguments]
+    done = run_command([*GENERATE, *words], check=False)
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_prompt_without_room_for_an_answer_is_named(run):
+    done = run_command([*GENERATE, str(run), "number " * 2000, PROMPTS[0], "--max-new-tokens", "3", "--json"])
+    answers = [json.loads(row)["answer"] for row in done.stdout.split("\n")[:-1]]
+    assert "leaves no room for an answer" in done.stderr and answers[0] == "" != answers[1]
+
+
+def test_the_closest_texts_are_found_exactly(run, pairs):
+    export = find_export(run)
+    done = run_command([*SEARCH, str(run), "--index", str(pairs), "lines with dog", "--top", "3", "--json"])
+    assert "4 texts indexed in" in done.stderr
+    codes = list(dict.fromkeys(row["code"] for row in read_json_lines(pairs)))
+    embeddings = embed(export, [("lines with dog", code) for code in codes])
+    prediction = embeddings.predictions["text", "code"][0]
+    cosines = {
+        code: float(prediction @ vector / np.linalg.norm(prediction) / np.linalg.norm(vector))
+        for code, vector in zip(codes, embeddings.views["code"], strict=True)
+    }
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)["found"]
+    assert [entry["text"] for entry in found] == sorted(cosines, key=cosines.__getitem__, reverse=True)[:3]
+    assert [entry["cosine"] for entry in found] == pytest.approx([cosines[entry["text"]] for entry in found], abs=1e-5)
+
+    again = run_command([*SEARCH, str(run), "--index", str(pairs), "lines with dog", "--top", "3", "--json"])
+    assert again.stdout == done.stdout and "indexed" not in again.stderr
+    path = export / "index" / "pairs-code.npz"
+    path.write_bytes(path.read_bytes()[:-9])  # a corrupt index is made again
+    assert "4 texts indexed" in run_command([*SEARCH, str(run), "--index", str(pairs), "x"]).stderr
+    with open(pairs, "a") as file:
+        file.write(json.dumps({"text": "a horse", "code": "horse"}) + "\n")
+    changed = run_command([*SEARCH, str(run), "--index", str(pairs), "--top", "9", "x"])
+    assert "5 texts indexed" in changed.stderr and len(changed.stdout.splitlines()) == 1 + 5
+
+
+def test_a_view_can_be_searched_with_texts_of_the_same_view(run, pairs):
+    words = ["--index", str(pairs), "--view", "code", "--query-view", "code", ".*cat.*", "--top", "1"]
+    done = run_command([*SEARCH, str(run), *words])
+    assert done.stdout.splitlines()[0] == ".*cat.*"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--view", "regex"], "--view is regex, but the views of the model are text, code"),
+        (["--top", "0"], "--top is 0"),
+        (["--file", "FILE"], "give queries or --file, not both"),
+    ],
+)
+def test_wrong_arguments_of_search_are_reported_in_one_line(run, pairs, arguments, expected):
+    words = [str(pairs) if word == "FILE" else word for word in arguments]
+    done = run_command([*SEARCH, str(run), "--index", str(pairs), "x", *words], check=False)
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_search_equals_a_full_sort():
+    draw = np.random.default_rng(0)
+    texts, queries = draw.standard_normal((2500, 16)).astype(np.float32), draw.standard_normal((1203, 16))
+    cosines, numbers = Index([str(n) for n in range(2500)], unit(texts)).search(queries.astype(np.float32), 7)
+    table = unit(queries) @ unit(texts).T
+    expected = np.argsort(-table, axis=1)[:, :7]
+    assert (numbers == expected).mean() > 0.999  # equal up to rounding of ties
+    assert np.allclose(cosines, np.take_along_axis(table, expected, axis=1), atol=1e-5)
+
+
+def test_the_state_of_runs_is_shown(run, tmp_path):
+    out = run_command([*STATUS, str(run.parent)]).stdout
+    heads, line = (re.split(r"\s{2,}", row) for row in (out.splitlines()[1], out.splitlines()[3]))
+    cells = dict(zip(heads, line, strict=True))
+    assert (cells["run"], cells["state"], cells["step"], cells["done"]) == ("run", "finished", "4", "100%")
+    assert cells["checkpoint"] == "4" and cells["losses"].startswith("lm ") and "ago" in cells["changed"]
+    assert run_command([*STATUS, str(run)]).stdout.splitlines()[1:4][0] == out.splitlines()[1]
+
+    for name, status, age in (("active", "running", 0), ("stuck", "running", 500), ("ended", "resumable", 500)):
+        copy = tmp_path / "group" / name
+        copy.mkdir(parents=True)
+        (copy / "config.yaml").write_text((run / "config.yaml").read_text())
+        (copy / "status.json").write_text(json.dumps({"status": status, "step": 2, "reason": "disk" * (age > 0)}))
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (copy / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:20])  # the last line is being written
+        for file in copy.iterdir():
+            os.utime(file, (time.time() - age,) * 2)
+    out = run_command([*STATUS, str(tmp_path)]).stdout
+    states = {line.split()[0]: line.split()[1:4] for line in out.splitlines()[3:6]}
+    assert states == {
+        "active": ["running", "2", "50%"],
+        "ended": ["resumable", "2", "50%"],
+        "stuck": ["silent", "2", "50%"],
+    }
+    assert "stuck: disk" in out and "active:" not in out
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], ["EMPTY"], ["EMPTY", "--watch", "0"]])
+def test_status_without_runs_is_an_error(tmp_path, arguments):
+    done = run_command([*STATUS, *(str(tmp_path) if word == "EMPTY" else word for word in arguments)], check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_without_checkpoint_has_no_export(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        find_export(tmp_path)
