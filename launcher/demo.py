@@ -6,12 +6,14 @@ Arguments other than `--hostfile` are overrides of configs/demo.yaml.
 import argparse
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from data_prep.nlrx_grammar import generate
 from data_prep.utils.console import UserError, exit_on_user_error
 from pretrain.config import load_config
 
@@ -19,6 +21,10 @@ logger = logging.getLogger("launcher.demo")
 
 CONFIG = "configs/demo.yaml"
 RANKS = 2
+UNSEEN = 500
+"""Number of unseen pairs among which the demo searches."""
+TRIED = 3
+"""Number of unseen descriptions for which the demo writes an expression."""
 
 
 def _free_port() -> int:
@@ -44,7 +50,8 @@ def main() -> None:
         if not Path(arguments.hostfile).is_file():
             raise UserError(f"--hostfile: there is no file {arguments.hostfile}: correct the path")
         nodes = ["--hostfile", arguments.hostfile, "--launcher", "pdsh"]
-    run_dir = load_config(CONFIG, overrides).run_dir
+    config = load_config(CONFIG, overrides)
+    run_dir = config.run_dir
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     steps = {
@@ -62,14 +69,36 @@ def main() -> None:
         ],
         "evaluating the last checkpoint": [sys.executable, "launcher/evaluate.py", str(run_dir)],
     }
+    if config.data.views == ("text", "code"):
+        steps |= _trial(run_dir)
     started = time.perf_counter()
     for number, (title, command) in enumerate(steps.items(), 1):
         logger.info(
-            f"\n[{number}/{len(steps)}] {title} ({time.perf_counter() - started:.0f}s so far)\n$ {' '.join(command)}"
+            f"\n[{number}/{len(steps)}] {title} ({time.perf_counter() - started:.0f}s so far)\n$ {shlex.join(command)}"
         )
         result = subprocess.run(command, check=False)
         if result.returncode:
             sys.exit(result.returncode)
+
+
+def _trial(run_dir: Path) -> dict[str, list[str]]:
+    """Return the commands that try the model: expressions for unseen descriptions, and the closest ones of a file."""
+    from data_prep.task_rows import write_views  # imported late because it loads pyarrow
+
+    pairs = [generate(0, "test", number) for number in range(UNSEEN)]
+    file = run_dir.parent / f"{run_dir.name}-unseen.jsonl"
+    write_views(file, ("text", "code"), pairs)
+    descriptions = [text for text, _ in pairs[:TRIED]]
+    return {
+        "writing the expressions of unseen descriptions": [
+            *(sys.executable, "launcher/generate.py", str(run_dir)),
+            *descriptions,
+        ],
+        "searching the closest expressions among unseen ones": [
+            *(sys.executable, "launcher/search.py", str(run_dir), "--index", str(file), "--top", "3"),
+            *descriptions,
+        ],
+    }
 
 
 if __name__ == "__main__":
