@@ -118,8 +118,8 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(default=1.0, gt=0)
     """Global L2 norm to which larger gradients are clipped."""
     z_loss: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Coefficient of the z-loss, the mean of (log Z)^2 over the next-token targets, with Z the sum of the exponentials of
-    the logits; null or 0: no z-loss. It keeps log Z close to 0 (Chowdhery et al., arXiv 2204.02311, section 5, with
+    """Coefficient of the z-loss, the mean of (log Z)^2 over the next-token targets, with Z the sum of the exponentials
+    of the logits; null or 0: no z-loss. It keeps log Z close to 0 (Chowdhery et al., arXiv 2204.02311, section 5, with
     1e-4)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward passes; master weights and optimizer state are always fp32."""
@@ -272,8 +272,8 @@ class MonitorConfig(Section):
     gradient and its cosine with the gradient of the next-token loss, and takes as long as one step per term. Under ZeRO
     stage 3 all steps become slower, because each module of a layer is then gathered separately."""
     layers_every: int | None = Field(default=None, ge=0)
-    """Steps between measurements of the layers; null or 0: no measurements. A measurement yields the norm of each layer's
-    gradient before clipping, the root mean square of each layer's output, and the scale of the logits."""
+    """Steps between measurements of the layers; null or 0: no measurements. A measurement yields the norm of each
+    layer's gradient before clipping, the root mean square of each layer's output, and the scale of the logits."""
     hang_seconds: float = Field(default=600.0, ge=10)
     """Time after which the run ends if a rank makes no progress, in seconds; applies after the first step. An error
     line names that rank."""

@@ -36,8 +36,9 @@ class Head(nn.Module):
         """Return the logits, with labels the sum of the cross-entropies, or with a reference a divergence.
 
         Without labels, which is how transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar in
-        fp32, in nats; in training its gradient includes the z-loss. With `reference` (M, D): the sum of KL(p || q) as another scalar, with the next-token
-        distributions p of `reference` and q of `hidden`; the gradient flows into `hidden` only.
+        fp32, in nats; in training its gradient includes the z-loss. With `reference` (M, D): the sum of KL(p || q) as
+        another scalar, with the next-token distributions p of `reference` and q of `hidden`; the gradient flows into
+        `hidden` only.
         """
         max_logits = self.max_logits or MAX_LOGITS[hidden.device.type]
         chunk_size = max(1, max_logits // len(self.weight))

@@ -55,13 +55,13 @@ class LayerMeasurements:
         _, sums["log_z"], sums["logits"] = self._model.head_sums
         self._sums = {name: self._sums.get(name, 0.0) + value.double() for name, value in sums.items()}
 
-    def take(self, objective: Objective, world: World) -> dict[str, float]:
+    def take(self, objective: Objective, zero: Any, world: World) -> dict[str, float]:
         """Return the measurements of the step by metric tag, and end measuring. All ranks must call this together.
 
-        Call it between the last backward pass and the update.
+        Call it between the last backward pass and the update. `zero` is DeepSpeed's optimizer.
         """
         assert self._sums is not None, "begin() has not been called"
-        gradients = gradient_squares(self._model, objective, world)
+        gradients = gradient_squares(self._model, objective, zero, world)
         totals = world.sum([*gradients.values(), *self._sums.values()])
         gradient_totals = dict(zip(gradients, totals, strict=False))
         sums = dict(zip(self._sums, totals[len(gradients) :], strict=True))
@@ -76,20 +76,25 @@ class LayerMeasurements:
         )
 
 
-def gradient_squares(model: LanguageModel, objective: Objective, world: World) -> dict[str, torch.Tensor]:
+def gradient_squares(model: LanguageModel, objective: Objective, zero: Any, world: World) -> dict[str, torch.Tensor]:
     """Return the sum of squares of this rank's part of the accumulated gradient, by part of the model.
 
-    The parts are disjoint. Weights of a tied head belong to the embedding, and frozen weights are not included.
+    `zero` is DeepSpeed's optimizer. The parts are disjoint. Weights of a tied head belong to the embedding, and frozen
+    weights are not included.
     """
     get_accelerator().synchronize()  # offloaded gradients may still be on their way to the host
+    gradients = dict(_local_gradients(zero, world))
     squares: dict[str, torch.Tensor] = {}
     counted: set[int] = set()
     for part, module in _parts(model, objective):
         for parameter in module.parameters():
-            if parameter.requires_grad and id(parameter) not in counted:
-                counted.add(id(parameter))
-                norm = torch.linalg.vector_norm(_local_gradient(parameter, world), dtype=torch.float32)
-                squares[part] = squares.get(part, 0.0) + norm.double().square().to(world.device)
+            if not parameter.requires_grad or id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            square = torch.zeros((), dtype=torch.float64, device=world.device)
+            if (gradient := gradients.get(id(parameter))) is not None:
+                square += torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square().to(world.device)
+            squares[part] = squares[part] + square if part in squares else square
     return squares
 
 
@@ -105,14 +110,26 @@ def _parts(model: LanguageModel, objective: Objective) -> Iterator[tuple[str, nn
     yield "norm", model
 
 
-def _local_gradient(parameter: Any, world: World) -> torch.Tensor:
-    """Return this rank's part of the gradient of a parameter, averaged over ranks and accumulated over micro batches.
+def _local_gradients(zero: Any, world: World) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the id of each parameter of which this rank has a part, and its part of the gradient.
 
-    `parameter` is typed Any, because DeepSpeed adds attributes to it.
+    Gradients are averaged over ranks and accumulated over micro batches.
     """
-    if hasattr(parameter, "ds_id"):  # partitioned by ZeRO stage 3; the partition of the last rank may be padded
-        start = world.rank * parameter.partition_numel()
-        return safe_get_local_grad(parameter).flatten()[: max(0, parameter.ds_numel - start)]
-    if parameter._hp_mapping is None:  # this rank has no part of the parameter
-        return torch.zeros(0, device=world.device)
-    return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    if hasattr(zero, "fp16_partitioned_groups_flat"):  # ZeRO stage 3, which pads the partition of the last rank
+        for group in zero.fp16_groups:
+            for parameter in group:
+                start = world.rank * parameter.partition_numel()
+                size = max(0, parameter.ds_numel - start)
+                yield id(parameter), safe_get_local_grad(parameter).flatten()[:size]
+        return
+    if hasattr(zero, "fp32_groups_gradients"):  # stage 1 in bf16: every rank has the complete gradients
+        for group, gradients in zip(zero.bf16_groups, zero.fp32_groups_gradients, strict=True):
+            for parameter, gradient in zip(group, gradients, strict=True):
+                if world.is_main:
+                    yield id(parameter), gradient
+        return
+    stored = zero.offload_gradient_dict if zero.cpu_offload else zero.averaged_gradients
+    for number, group in enumerate(zero.params_in_partition):
+        unpadded = (gradient for gradient in stored[number] if not getattr(gradient, "_zero_padding", False))
+        for parameter, gradient in zip(group, unpadded, strict=False):  # an empty group has a gradient of zeros
+            yield id(parameter), gradient

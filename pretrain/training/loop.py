@@ -223,7 +223,7 @@ class Trainer:
         measures_layers = self._begin_layer_measurements()
         consensus, pool, score, skip_update = self._compute(step, data, with_pool=logged)
         if measures_layers:
-            measured |= self.engine.module.measurements.take(self.objective, self.world)
+            measured |= self.engine.module.measurements.take(self.objective, self.engine.optimizer, self.world)
         updated = self._update(consensus.losses, skip_update)
         embeddings = self._diagnose(pool)
         self.step_seconds = time.perf_counter() - started
