@@ -52,5 +52,5 @@ class ClippedSteps(Hook):
         return {"clipped_steps": [self._clipped, self._updates]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the counts; checkpoints of earlier versions have none."""
+        """Restore the counts, which checkpoints of earlier versions do not contain."""
         self._clipped, self._updates = state.get("clipped_steps", (0, 0))

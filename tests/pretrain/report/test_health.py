@@ -91,6 +91,6 @@ def test_without_measurements_or_with_one_arm_there_is_no_section(measured_study
     assert "No verdict: there is only one arm" in (text := render_report(alone, page=False)[0]) and TITLE not in text
 
 
-def test_values_that_were_not_finite_are_left_out():
+def test_values_that_were_not_finite_are_skipped():
     lines = [{"step": 1, "layers/gradient_norm": {"1": None, "2": 2.0}}, {"step": 2}]
     assert Run(None, {}, {}, {}, lines, []).layer_curves("layers/gradient_norm") == {"2": [(1, 2.0)]}

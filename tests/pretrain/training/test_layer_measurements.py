@@ -204,7 +204,7 @@ def test_training_is_bitwise_the_same_without_measurements(folder, name):
     )
 
 
-def test_the_z_loss_is_a_term_of_its_own_that_no_schedule_switches_off(folder):
+def test_the_z_loss_is_a_separate_term_that_no_schedule_switches_off(folder):
     for name in ("r2-m2", "off-and-on"):
         for line in metrics(folder, name):
             weights = {"loss/lm": 1.0, "loss/z": Z_LOSS, "loss/jepa": 0.5 * line["objective/factor"]}
