@@ -175,6 +175,15 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_layer_measurements(self) -> "RunConfig":
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
+        if self.monitor.layers_every and isinstance(offload, dict) and offload.get("device") == "nvme":
+            raise ValueError(
+                "monitor.layers_every cannot measure gradients on NVMe: set it to 0, or offload the optimizer to cpu"
+            )
+        return self
+
     def make_layout(self, specials: SpecialTokenIds, views: int) -> Layout:
         """Return the layout of a training record of `views` views."""
         return self.objective.make_layout(specials, views, self.data.lm_views, self.data.train_end_token)

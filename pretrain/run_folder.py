@@ -20,6 +20,11 @@ MODEL_DIR = "model"
 """Folder with the run's model configuration and tokenizer: an export without weights."""
 NOT_TERMS = ("loss/total", "loss/spike_score")
 """Tags of metrics.jsonl that begin with `loss/` but are not a term of the objective."""
+LAYERS = "layers/"
+"""Beginning of the metric tags of layers, such as `layers/gradient_norm/3`. In metrics.jsonl, `layers/gradient_norm` is
+an object with one entry for each part of the model."""
+EMBEDDING = "embedding"
+"""Part of the model with the token embeddings; its activations are the input of the first layer."""
 REWIND_REASON_PREFIX = "rewinding"
 """Beginning of a status reason if the run ended to go back to an earlier checkpoint."""
 REWINDS = "rewinds.json"

@@ -117,6 +117,10 @@ class TrainConfig(Section):
     """AdamW beta coefficients."""
     gradient_clipping: float = Field(default=1.0, gt=0)
     """Global L2 norm to which larger gradients are clipped."""
+    z_loss: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Coefficient of the z-loss, the mean of (log Z)^2 over the next-token targets, with Z the sum of the exponentials
+    of the logits; null or 0: no z-loss. It keeps log Z close to 0 (Chowdhery et al., arXiv 2204.02311, section 5, with
+    1e-4)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward passes; master weights and optimizer state are always fp32."""
     activation_checkpointing: bool = False
@@ -133,6 +137,11 @@ class TrainConfig(Section):
     """A loss term is a spike if it exceeds the median of its recent values by more than this many standard deviations,
     estimated by the median absolute deviation. A value is compared with the last 100 values of its term, limited to
     steps with a similar number of tokens or pairs. At least 20 such values are needed."""
+
+    @field_validator("z_loss")
+    @classmethod
+    def _unset_zero(cls, z_loss: float | None) -> float | None:
+        return z_loss or None  # 0 and null are the same setting
 
     @model_validator(mode="before")
     @classmethod
@@ -262,6 +271,9 @@ class MonitorConfig(Section):
     """Steps between gradient measurements; 0: no measurements. A measurement yields the norm of each loss term's
     gradient and its cosine with the gradient of the next-token loss, and takes as long as one step per term. Under ZeRO
     stage 3 all steps become slower, because each module of a layer is then gathered separately."""
+    layers_every: int | None = Field(default=None, ge=0)
+    """Steps between measurements of the layers; null or 0: no measurements. A measurement yields the norm of each
+    layer's gradient before clipping, the root mean square of each layer's output, and the scale of the logits."""
     hang_seconds: float = Field(default=600.0, ge=10)
     """Time after which the run ends if a rank makes no progress, in seconds; applies after the first step. An error
     line names that rank."""
@@ -270,6 +282,11 @@ class MonitorConfig(Section):
     table of the slowest operators is printed. Profiling slows these steps down."""
     loggers: list[str] = ["tensorboard"]
     """Loggers that record the metrics in addition to metrics.jsonl: names of modules in pretrain/training/loggers."""
+
+    @field_validator("layers_every")
+    @classmethod
+    def _unset_zero(cls, layers_every: int | None) -> int | None:
+        return layers_every or None  # 0 and null are the same setting
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,13 @@ class Head(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.softcap, self.max_logits = softcap, max_logits
+        self.z_loss = 0.0
+        """Coefficient of the z-loss in training; see `_CrossEntropy`."""
+        self.measures_logits = False
+        """Whether `sums` contains the sum of the squared logits."""
+        self.sums: torch.Tensor | None = None
+        """Sums over the labels of the last cross-entropy, (3,) in fp32, without a gradient: (log Z)^2, log Z, and the
+        squares of the logits. None if neither the z-loss nor the logits are measured."""
 
     def forward(
         self, hidden: torch.Tensor, label_ids: torch.Tensor | None = None, reference: torch.Tensor | None = None
@@ -29,8 +36,9 @@ class Head(nn.Module):
         """Return the logits, with labels the sum of the cross-entropies, or with a reference a divergence.
 
         Without labels, which is how transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar in
-        fp32, in nats. With `reference` (M, D): the sum of KL(p || q) as another scalar, with the next-token
-        distributions p of `reference` and q of `hidden`; the gradient flows into `hidden` only.
+        fp32, in nats; in training its gradient includes the z-loss. With `reference` (M, D): the sum of KL(p || q) as
+        another scalar, with the next-token distributions p of `reference` and q of `hidden`; the gradient flows into
+        `hidden` only.
         """
         max_logits = self.max_logits or MAX_LOGITS[hidden.device.type]
         chunk_size = max(1, max_logits // len(self.weight))
@@ -42,8 +50,17 @@ class Head(nn.Module):
             return divergence
         if label_ids is None:
             return F.linear(hidden, self.weight, self.bias)
-        loss: torch.Tensor = _CrossEntropy.apply(
-            hidden, self.weight, self.bias, label_ids, self.softcap, chunk_size, torch.is_grad_enabled()
+        loss: torch.Tensor
+        loss, self.sums = _CrossEntropy.apply(
+            hidden,
+            self.weight,
+            self.bias,
+            label_ids,
+            self.softcap,
+            chunk_size,
+            torch.is_grad_enabled(),
+            self.z_loss if self.training else 0.0,
+            self.measures_logits,
         )
         return loss
 
@@ -58,6 +75,10 @@ class _CrossEntropy(torch.autograd.Function):
     The loss, the softmax and the sum of the weight's gradient over the chunks are in fp32. torch's
     `linear_cross_entropy` does the same without soft-capping. With bf16 inputs, however, it returns the loss in bf16
     and sums the gradients of the chunks in bf16 (torch 2.13).
+
+    With `z_loss`, the gradient is the one of the loss plus z_loss * (log Z)^2 for each label, with Z the sum of the
+    exponentials of the soft-capped logits. The returned loss does not include this term, which is in `sums`. A gradient
+    of its own would double the memory and the matrix products.
     """
 
     @staticmethod
@@ -70,8 +91,10 @@ class _CrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk_size: int,
         grad_enabled: bool,
-    ) -> torch.Tensor:
-        """Return the loss, a scalar in fp32, computed for `chunk_size` labels at a time.
+        z_loss: float,
+        measures_logits: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the loss, a scalar in fp32, computed for `chunk_size` labels at a time, and `Head.sums`.
 
         Shapes: hidden (M, D), weight (V, D), bias (V,) or None, label_ids (M,).
         """
@@ -80,6 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(3, dtype=torch.float32, device=hidden.device) if z_loss or measures_logits else None
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             chunk_loss, gradient = _loss_and_gradient(
@@ -87,6 +111,9 @@ class _CrossEntropy(torch.autograd.Function):
                 label_ids[chunk],
                 softcap,
                 needs_hidden or needs_weight or needs_bias,
+                z_loss,
+                measures_logits,
+                sums,
             )
             loss += chunk_loss
             if grad_bias is not None:
@@ -102,11 +129,13 @@ class _CrossEntropy(torch.autograd.Function):
             del gradient  # frees its memory before the next chunk needs the same amount
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = weight.dtype
-        return loss
+        if sums is not None:
+            ctx.mark_non_differentiable(sums)
+        return loss, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor, grad_sums: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the saved gradients times the gradient of the loss.
 
         The saved gradients are not changed, so backward can run again.
@@ -117,10 +146,7 @@ class _CrossEntropy(torch.autograd.Function):
                 None if gradient is None else (gradient.float() * grad_loss).to(ctx.dtype)
                 for gradient in (grad_hidden, grad_weight, grad_bias)
             ),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
         )
 
 
@@ -177,11 +203,18 @@ def _log_probabilities(logits: torch.Tensor, softcap: float | None) -> tuple[tor
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, label_ids: torch.Tensor, softcap: float | None, differentiate: bool
+    logits: torch.Tensor,
+    label_ids: torch.Tensor,
+    softcap: float | None,
+    differentiate: bool,
+    z_loss: float,
+    measures_logits: bool,
+    sums: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of the cross-entropies of logits (m, V) and its gradient (m, V) in fp32; may overwrite the logits.
 
-    The gradient is with respect to the logits before soft-capping: (softmax - one-hot) * (1 - tanh^2).
+    The gradient is with respect to the logits before soft-capping: (softmax - one-hot) * (1 - tanh^2). With `z_loss`,
+    softmax is multiplied by 1 + 2 z_loss log Z. If `sums` is not None, the sums of these labels are added to it.
     """
     scores = logits.float()
     slope = None
@@ -190,12 +223,21 @@ def _loss_and_gradient(
         slope = scores.square().neg_().add_(1) if differentiate else None
         scores = scores.mul_(softcap)
     label_column = label_ids[:, None]
-    scores -= scores.amax(dim=1, keepdim=True)
+    if sums is not None and measures_logits:
+        sums[2] += torch.linalg.vector_norm(scores).square()
+    largest = scores.amax(dim=1, keepdim=True)
+    scores -= largest
     picked = scores.gather(1, label_column)
-    sums = scores.exp_().sum(dim=1, keepdim=True)
-    loss = (sums.log() - picked).sum()
+    exponentials = scores.exp_().sum(dim=1, keepdim=True)
+    log_exponentials = exponentials.log()
+    loss = (log_exponentials - picked).sum()
+    if sums is not None:
+        log_z = log_exponentials + largest
+        sums[:2] += torch.stack([log_z.square().sum(), log_z.sum()])
     if differentiate:
-        scores /= sums
+        scores /= exponentials
+        if z_loss:
+            scores *= 1 + 2 * z_loss * log_z
         scores.scatter_add_(1, label_column, torch.full_like(picked, -1.0))
         if slope is not None:
             scores *= slope

@@ -186,6 +186,12 @@ class LanguageModel(nn.Module):
         """Return the sum of the cross-entropies of the next tokens, in nats: (M, D), (M,) -> scalar."""
         return self.causal_lm.lm_head(hidden, label_ids)
 
+    @property
+    def head_sums(self) -> torch.Tensor:
+        """Sums over the labels of the last cross-entropy; see `Head.sums`."""
+        sums: torch.Tensor = self.causal_lm.lm_head.sums
+        return sums
+
     def kl_divergence(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Return the sum of KL(p || q) in nats, with the next-token distributions p of `reference` and q of `hidden`.
 

@@ -57,6 +57,10 @@ class Term(NamedTuple):
     `count_spans` or `count_ends` of pretrain/data/loader.py, or a function in the file of the objective."""
 
 
+Z_LOSS = "z"
+"""Name of the term of the z-loss, (log Z)^2. The head adds its gradient to the gradient of `lm`."""
+
+
 class ModelShape(NamedTuple):
     """The sizes of the model that an objective with weights needs."""
 
@@ -80,6 +84,11 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.weights: Mapping[str, float] = {name: term.weight for name, term in terms.items()}
         self.units: Mapping[str, Unit] = {name: term.unit for name, term in terms.items()}
+
+    def add_z_loss(self, coefficient: float) -> None:
+        """Add the term of the z-loss, with the unit of `lm`. The value and the gradient come from the head."""
+        self.weights = {**self.weights, Z_LOSS: coefficient * self.weights["lm"]}
+        self.units = {**self.units, Z_LOSS: self.units["lm"]}
 
     @abstractmethod
     def forward(self, forward_pass: ForwardPass, *, with_pool: bool = False) -> ObjectiveOutput:

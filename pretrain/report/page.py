@@ -14,6 +14,7 @@ from pretrain.report.caveats import caveats
 from pretrain.report.curves import Band, metric_bands, tag_bands
 from pretrain.report.embeddings import EmbeddingProjection, picture
 from pretrain.report.examples import worst_examples
+from pretrain.report.health import ACTIVATIONS, CLIPPED, GRADIENTS, LOG_Z, LOGITS, Health, health
 from pretrain.report.overfitting import Overfitting, overfitting
 from pretrain.report.row_kinds import compare_rows, table_heads, table_rows
 from pretrain.report.sensitivity import WITHIN, KeyScores, sensitivity
@@ -46,6 +47,13 @@ AUXILIARY_TERMS = (
     "same objective."
 )
 """Remark on the auxiliary terms of the loss."""
+HEALTH_REMARK = (
+    "Measures in which the seeds of two arms do not overlap. Clipped steps are counted over the whole run; the other "
+    "measures are means over the second half of the steps. Gradient norms are before clipping."
+)
+"""Remark on the table on the health of the training."""
+NO_HEALTH_DIFFERENCE = "The seeds of the arms overlap in all measures that were recorded."
+"""Text if arms do not differ in the health of the training."""
 AMOUNTS = ("tokens", "flops", "seconds")
 ENVIRONMENT = Environment(
     loader=PackageLoader("pretrain.report", "."),
@@ -203,6 +211,11 @@ def markdown(summaries: Summaries) -> str:
     if past := overfitting(summaries):
         lines += ["", "## Past the best validation loss", "", *_table(PAST, past_rows(past)), ""]
         lines += [f"- {_plain(sentence)}" for sentence in narrative.overfitting_sentences(summaries, past)]
+    if measures := health(summaries):
+        lines += ["", "## Health of the training", ""]
+        if measures.rows:
+            lines += [*_table(["measure", *summaries.arms], rows_by_arm(measures.rows)), ""]
+        lines += [HEALTH_REMARK if measures.rows else NO_HEALTH_DIFFERENCE]
     if by_kind := compare_rows(summaries.comparison):
         lines += ["", "## Which rows?", ""]
         if by_kind.arms:
@@ -254,6 +267,7 @@ def html(summaries: Summaries) -> str:
     past = overfitting(summaries)
     measured = sensitivity(comparison)
     by_kind = compare_rows(comparison)
+    measures = health(summaries)
     return ENVIRONMENT.get_template("page.html.jinja").render(
         comparison=comparison,
         narrative=narrative,
@@ -293,6 +307,12 @@ def html(summaries: Summaries) -> str:
         kind_heads=table_heads(comparison, by_kind) if by_kind else [],
         kind_rows=table_rows(by_kind) if by_kind else [],
         past_rows=past_rows(past) if past else [],
+        health=measures,
+        health_heads=["measure", *summaries.arms],
+        health_rows=rows_by_arm(measures.rows) if measures else [],
+        health_remark=HEALTH_REMARK,
+        no_health_difference=NO_HEALTH_DIFFERENCE,
+        health_charts=_health_charts(summaries, measures) if measures else [],
     )
 
 
@@ -344,6 +364,21 @@ def _diagnostics(summaries: Summaries, group: str, suffix: str) -> str:
         summaries,
         {title + suffix: (unit, _bands_of(summaries, prefix + name)) for name, (title, unit) in titles.items()},
     )
+
+
+def _health_charts(summaries: Summaries, measures: Health) -> list[Markup]:
+    """Return the charts of the measures in which arms differ: first by layer, then against tokens."""
+    titles = {
+        GRADIENTS: ("gradient of each layer", "norm"),
+        ACTIVATIONS: ("output of each layer", "RMS"),
+        LOGITS: ("logits", "RMS"),
+        LOG_Z: ("log Z", "nats"),
+        CLIPPED: ("clipped steps", "fraction"),
+    }
+    profiles = {titles[tag][0]: (titles[tag][1], bands) for tag, bands in measures.profiles.items()}
+    curves = {titles[tag][0]: (titles[tag][1], _bands_of(summaries, tag)) for tag in measures.tags}
+    charts = (plots.layer_profiles(summaries, profiles), plots.diagnostics(summaries, curves))
+    return [Markup(chart) for chart in charts if chart]
 
 
 def _bands_of(summaries: Summaries, tag: str) -> Callable[[str], dict[str, Band]]:

@@ -107,6 +107,23 @@ def diagnostics(summaries: Summaries, tags: dict[str, tuple[str, Callable[[str],
     return _svg(figure)
 
 
+def layer_profiles(summaries: Summaries, panels: dict[str, tuple[str, dict[str, Band]]]) -> str:
+    """Plot measures against the number of the layer, one panel each; "" if there are none.
+
+    `panels` maps a title to its unit and bands.
+    """
+    if not panels:
+        return ""
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), squeeze=False)
+    for axis, (title, (unit, bands)) in zip(axes[0], panels.items(), strict=True):
+        _draw_bands(axis, summaries, bands)
+        _scale(axis, bands, unit)
+        axis.set_xlabel("layer")
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.set_title(title)
+    return _svg(figure)
+
+
 def sensitivity(summaries: Summaries, measured: dict[str, list[KeyScores]]) -> str:
     """Plot the score against each tuned key, one panel each, with a line for each arm; "" if there is none."""
     if not measured:

@@ -112,6 +112,18 @@ class Run:
         """Return a (step, value) pair for each line of metrics.jsonl that has the tag."""
         return [(line["step"], line[tag]) for line in self.metrics if line.get(tag) is not None]
 
+    def layer_curves(self, tag: str) -> dict[str, list[tuple[int, float]]]:
+        """Return the curve of each part of the model that has a measure of the layers, such as `layers/gradient_norm`.
+
+        Values that were not finite are absent.
+        """
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for line in self.metrics:
+            for part, value in line.get(tag, {}).items():
+                if value is not None:
+                    curves.setdefault(part, []).append((line["step"], value))
+        return curves
+
     def value(self, *tags: str) -> float | None:
         """Return the last value of the first of these tags that the run has; None if it lacks all of them."""
         return next((curve[-1][1] for curve in map(self.curve, tags) if curve), None)

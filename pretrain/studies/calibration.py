@@ -68,6 +68,7 @@ def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
             "monitor.validate_every": NEVER,
             "monitor.tensorboard": False,
             "monitor.gradients_every": 0,
+            "monitor.layers_every": 0,
         }
     )
 

@@ -221,9 +221,10 @@ def _added_weights(config: RunConfig) -> dict[str, Any]:
 def branch_state(branch: Branch, state: dict[str, Any]) -> dict[str, Any]:
     """Return the state of the source's checkpoint as the branch continues it.
 
-    With a different objective or different data, the recent losses of the source are not comparable.
+    With a different objective or different data, the recent losses of the source are not comparable. Clipped steps of
+    the source do not count.
     """
-    changes: dict[str, Any] = {"owed": None}
+    changes: dict[str, Any] = {"owed": None, "clipped_steps": [0, 0]}
     if not branch.continues_data:
         changes["loader"] = {"epoch": 0, "window": 0, "row": 0}
     if not branch.continues_data or any(line.startswith(("objective", "data")) for line in branch.differences):

@@ -24,11 +24,12 @@ from pretrain.models.language_model import (
 )
 from pretrain.models.layer_states import LayerStates
 from pretrain.models.lora import add_adapters
-from pretrain.objectives.base import ForwardPass, Objective, ObjectiveOutput, build_objective
+from pretrain.objectives.base import Z_LOSS, ForwardPass, Objective, ObjectiveOutput, build_objective
 from pretrain.objectives.pool import Gather
 from pretrain.planning.model import check_model_fits_corpus, resolve_hf_config
 from pretrain.planning.settings import check_zero_options, engine_settings
 from pretrain.training.distributed import World
+from pretrain.training.layer_measurements import LayerMeasurements
 from pretrain.training.layers import (
     compile_layers,
     enable_activation_checkpointing,
@@ -47,14 +48,18 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model, self.objective, self.gather = model, objective, gather
         self.layer_states = LayerStates(model, objective.layers)
+        self.measurements: LayerMeasurements | None = None
 
     def forward(self, batch: Batch, with_pool: bool = False) -> ObjectiveOutput:
         """Return the loss terms of a micro batch."""
-        with self.layer_states.record() as layers:
-            hidden = self.model(batch)
-        output: ObjectiveOutput = self.objective(
-            ForwardPass(batch, hidden, layers, self.model, self.gather), with_pool=with_pool
-        )
+        with self.measurements.record(batch) if self.measurements else contextlib.nullcontext():
+            with self.layer_states.record() as layers:
+                hidden = self.model(batch)
+            output: ObjectiveOutput = self.objective(
+                ForwardPass(batch, hidden, layers, self.model, self.gather), with_pool=with_pool
+            )
+        if self.training and Z_LOSS in self.objective.weights:
+            output.terms[Z_LOSS] = self.model.head_sums[0]
         return output
 
 
@@ -103,7 +108,12 @@ def build_engine(
     if config.train.compile or attention == "flex_attention":
         raise_recompile_limit(model)
         limit_compile_threads(world.hosts.count(world.hosts[world.rank]))
+    if config.train.z_loss:
+        objective.add_z_loss(config.train.z_loss)
+        model.causal_lm.lm_head.z_loss = config.train.z_loss
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
+    if config.monitor.layers_every:
+        module.measurements = LayerMeasurements(model)
     optimizer = _optimizer(module, config, world.device)
     with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer in bf16 prints a dozen lines about memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)

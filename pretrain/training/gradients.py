@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.data.batch import Batch
-from pretrain.objectives.base import total_loss
+from pretrain.objectives.base import Z_LOSS, total_loss
 from pretrain.training.distributed import World
 
 REFERENCE = "lm"
@@ -25,8 +25,8 @@ def gradient_diagnostics(
     """Return the norms and cosines of the terms' gradients over the global batch, by metric tag.
 
     `batches` are this rank's micro batches. A term's gradient is the gradient of weight * sum / count, so the sum of
-    these gradients is the gradient of the loss. A term with a count of 0 is absent. A cosine is NaN if a gradient is
-    zero, and all values are NaN if a term is not finite.
+    these gradients is the gradient of the loss. The gradient of `lm` includes the z-loss. A term with a count of 0 is
+    absent. A cosine is NaN if a gradient is zero, and all values are NaN if a term is not finite.
 
     The cost is a forward and a backward pass over the global batch for each term, and memory for two fp32 gradients
     divided by the number of ranks. DeepSpeed's accumulated gradients and the random number generators do not change.
@@ -35,7 +35,8 @@ def gradient_diagnostics(
     values: dict[str, float] = {}
     norms: dict[str, float] = {}
     reference: list[torch.Tensor] = []
-    for name in sorted((name for name in weights if counts[name]), key=lambda name: name != REFERENCE):
+    measured = [name for name in weights if counts[name] and name != Z_LOSS]
+    for name in sorted(measured, key=lambda name: name != REFERENCE):
         term_weights = {other: weight if other == name else 0.0 for other, weight in weights.items()}
         gradient = _gradient(module, batches, counts, term_weights, world, report_progress)
         reference = reference or gradient

@@ -18,11 +18,12 @@ from pretrain.config import RunConfig
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.loader import Consumed, Loader, Rows, count_pairs
 from pretrain.data.prefetch import Prefetch, StepData
-from pretrain.objectives.base import Objective, total_loss
+from pretrain.objectives.base import Z_LOSS, Objective, total_loss
 from pretrain.objectives.monitors import embedding_monitors
 from pretrain.objectives.pool import Pool
 from pretrain.planning.budget import Progress, budget_use, consumed_fraction
 from pretrain.run_folder import REWIND_REASON_PREFIX, list_steps, write_status
+from pretrain.training.clipped_steps import ClippedSteps
 from pretrain.training.collapse import CollapseWarning
 from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import BackgroundEvaluations
@@ -110,6 +111,7 @@ class Trainer:
         self.hooks: list[Hook] = [
             self.watchdog,
             self.spikes,
+            ClippedSteps(),
             BackgroundEvaluations(),
             LauncherGraceNote(),
             ProgressLines(),
@@ -217,8 +219,11 @@ class Trainer:
         self._count(step.rows)
         self._set_learning_rate()
         logged = self.at_end or self.progress.step == 1 or self.is_due(self.config.monitor.log_every)
-        gradients = self._measure_gradients(step)
+        measured = self._measure_gradients(step)
+        measures_layers = self._begin_layer_measurements()
         consensus, pool, score, skip_update = self._compute(step, data, with_pool=logged)
+        if measures_layers:
+            measured |= self.engine.module.measurements.take(self.objective, self.engine.optimizer, self.world)
         updated = self._update(consensus.losses, skip_update)
         embeddings = self._diagnose(pool)
         self.step_seconds = time.perf_counter() - started
@@ -234,7 +239,7 @@ class Trainer:
         )
         if self.saver.in_progress and not consensus.saving:
             self.finish_save()
-        values = gradients | (self._step_values(consensus.losses, score) if logged or not updated else {})
+        values = measured | (self._step_values(consensus.losses, score) if logged or not updated else {})
         if logged:
             values |= self._objective_values(step) | embeddings | self.throughput.take()
         return StepReport(values, logged, score), consensus
@@ -283,7 +288,10 @@ class Trainer:
     def weights(self) -> dict[str, float]:
         """Weight of each loss term at this step."""
         factor = self.config.objective.factor(self.fraction)
-        return {term: weight if term == "lm" else weight * factor for term, weight in self.objective.weights.items()}
+        return {
+            term: weight if term in ("lm", Z_LOSS) else weight * factor
+            for term, weight in self.objective.weights.items()
+        }
 
     def is_due(self, every: int) -> bool:
         """Return whether this step is one of every `every` steps."""
@@ -353,6 +361,14 @@ class Trainer:
         return gradient_diagnostics(
             self.engine.module, step.batches, step.loss_denominators, self.weights, self.world, self.report_progress
         )
+
+    def _begin_layer_measurements(self) -> bool:
+        """Return whether the layers are measured in this step; if so, begin."""
+        every = self.config.monitor.layers_every
+        if not every or not self.is_due(every):
+            return False
+        self.engine.module.measurements.begin()
+        return True
 
     def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
         loader = self.loader

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from data_prep.utils.files import write_text
-from pretrain.run_folder import parse_metrics_line, warn_about_corrupt_lines
+from pretrain.run_folder import LAYERS, parse_metrics_line, warn_about_corrupt_lines
 from pretrain.training.hooks import Ending, Hook, StepReport
 
 if TYPE_CHECKING:
@@ -48,10 +48,9 @@ class Logger(Hook):
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open during the run)
 
     def after_step(self, run: "Trainer", report: StepReport) -> None:
-        """Write the values of a step with the progress counters. In JSON, a value that is not finite is null."""
+        """Write the values of a step with the progress counters."""
         if report.values:
-            finite = {tag: value if math.isfinite(value) else None for tag, value in report.values.items()}
-            self._unwritten += (json.dumps(run.counters() | finite) + "\n").encode()
+            self._unwritten += (json.dumps(run.counters() | line_values(report.values)) + "\n").encode()
             self._write()
 
     def before_save(self, run: "Trainer") -> None:
@@ -74,3 +73,20 @@ class Logger(Hook):
                 f"cannot write metrics.jsonl ({error.strerror}); keeping {self._unwritten.count(NEWLINE)} lines in "
                 "memory until the disk has room"
             )
+
+
+def line_values(values: dict[str, float]) -> dict[str, Any]:
+    """Return the values of a step as a line has them. In JSON, a value that is not finite is null.
+
+    The values of the layers are objects with one entry for each part of the model, such as `layers/gradient_norm`, with
+    four significant digits.
+    """
+    line: dict[str, Any] = {}
+    for tag, value in values.items():
+        finite = value if math.isfinite(value) else None
+        if tag.startswith(LAYERS):
+            measure, _, part = tag.rpartition("/")
+            line.setdefault(measure, {})[part] = None if finite is None else float(f"{finite:.4g}")
+        else:
+            line[tag] = finite
+    return line

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.objectives.base import Z_LOSS
+from pretrain.run_folder import LAYERS
 from pretrain.training.hooks import Ending, Hook, StepReport
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ EVENTS = "events.out.tfevents."
 
 
 class Logger(Hook):
-    """A hook that writes the values of each step, and a chart that all loss terms share.
+    """A hook that writes the values of each step, and charts that all loss terms and all layers share.
 
     A run that resumes makes TensorBoard drop the later steps, so no step is repeated or missing. If the disk is full,
     values are kept in memory and written once the disk has room.
@@ -28,12 +30,15 @@ class Logger(Hook):
     def __init__(self) -> None:
         self._folder = Path()
         self._terms: list[str] = []
+        self._has_layers = False
         self._writer: Any = None
         self._unflushed: list[tuple[int, dict[str, float]]] = []
 
     def start(self, run: "Trainer") -> None:
         """Open a file for the steps of this launch."""
-        self._folder, self._terms = run.config.run_dir / "tensorboard" / "train", list(run.objective.units)
+        self._folder = run.config.run_dir / "tensorboard" / "train"
+        self._terms = [term for term in run.objective.units if term != Z_LOSS]  # its scale is a different one
+        self._has_layers = bool(run.config.monitor.layers_every)
         self._open(run.last_logged_step + 1)
 
     def after_step(self, run: "Trainer", report: StepReport) -> None:
@@ -72,7 +77,12 @@ class Logger(Hook):
         for prefix in ("loss", "validation/loss"):
             tags = [f"{prefix}/{term}" for term in self._terms]
             charts[" and ".join(tags)] = ["Multiline", [f"^{tag}$" for tag in tags]]
-        self._writer.add_custom_scalars({"loss": charts})
+        layers = {
+            measure: ["Multiline", [f"^{LAYERS}{measure}/"]]
+            for measure in ("gradient_norm", "activation_rms")
+            if self._has_layers
+        }
+        self._writer.add_custom_scalars({"loss": charts} | ({"layers": layers} if layers else {}))
 
     def _add(self, entries: list[tuple[int, dict[str, float]]]) -> None:
         try:

@@ -40,6 +40,52 @@ def test_chunks_have_the_value_and_gradients_of_all_logits_at_once(labels_at_onc
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("labels_at_once", [1, 7, 1000])
+def test_the_z_loss_has_the_value_and_gradients_of_all_logits_at_once(labels_at_once, softcap, bias):
+    layer, labels = linear(bias), torch.randint(VOCABULARY, (LABELS,))
+    hidden = (3 * torch.randn(LABELS, WIDTH)).requires_grad_()
+    leaves = [hidden, *layer.parameters()]
+    logits = hidden @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_z = logits.exp().sum(1).log()
+    loss = full_cross_entropy(layer, hidden, labels, softcap)
+    head = Head(layer, softcap, max_logits=labels_at_once * VOCABULARY)
+    head.z_loss, head.measures_logits = 0.3, True
+    value = head(hidden, labels)
+    torch.testing.assert_close(value, loss)
+    torch.testing.assert_close(head.sums, torch.stack([(log_z**2).sum(), log_z.sum(), (logits**2).sum()]))
+    assert not head.sums.requires_grad
+    expected = torch.autograd.grad(loss + 0.3 * (log_z**2).sum(), leaves)
+    for one, other in zip(torch.autograd.grad(value, leaves), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_without_training_there_is_no_z_loss():
+    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH)
+    gradients = []
+    for z_loss in (0.0, 0.3):
+        head = Head(layer, None).eval()
+        head.z_loss = z_loss
+        leaf = hidden.clone().requires_grad_()
+        gradients += torch.autograd.grad(head(leaf, labels), leaf)
+        assert head.sums is None
+    assert torch.equal(*gradients)
+
+
+def test_measuring_the_logits_changes_nothing():
+    layer, labels = linear(), torch.randint(VOCABULARY, (LABELS,))
+    results = []
+    for measures in (False, True):
+        head = Head(layer, 2.0, max_logits=7 * VOCABULARY)
+        head.measures_logits = measures
+        hidden = torch.linspace(-1, 1, LABELS * WIDTH).view(LABELS, WIDTH).requires_grad_()
+        loss = head(hidden, labels)
+        results.append((loss, *torch.autograd.grad(loss, [hidden, layer.weight])))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("rows_at_once", [1, 14, 74, 1000])
 def test_the_divergence_has_the_value_and_gradient_of_all_logits_at_once(rows_at_once, softcap, bias):
     layer = linear(bias)

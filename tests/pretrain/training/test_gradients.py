@@ -7,20 +7,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.config import load_config
-from pretrain.data.batch import assemble
-from pretrain.data.corpus import Corpus
-from pretrain.data.loader import Loader, loss_denominators
-from pretrain.models.language_model import LanguageModel, build_model_config, random_causal_lm, special_ids
-from pretrain.objectives.base import ObjectiveOutput, build_objective
-from pretrain.objectives.pool import Gather
+from pretrain.objectives.base import ObjectiveOutput
 from pretrain.run_folder import step_name
-from pretrain.training.checkpoint_loading import consolidate
 from pretrain.training.distributed import World
-from pretrain.training.engine import TrainingModule
 from pretrain.training.gradients import gradient_diagnostics
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
+from tests.pretrain.training.plain_process import plain_third_step
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -90,28 +83,13 @@ def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
 
     The weights come from the checkpoint after the second step.
     """
-    config = load_config(folder / f"{name}.yaml")
-    corpus = Corpus(config.data.path, "train")
-    shape = build_model_config("llama", config.model.shape, corpus.tokenizer, config.data.sequence_length)
-    model = LanguageModel(random_causal_lm(shape, "sdpa", torch.float32), config.predictor_tokens, "sdpa")
-    objective = build_objective(config.objective, model.shape)
-    module = TrainingModule(model, objective, Gather(lambda tensor: tensor, 0))
-    state = consolidate(folder / "runs" / name / "checkpoints" / step_name(2))
-    keys = module.load_state_dict(
-        {key if key.startswith("objective.") else f"model.{key}": value for key, value in state.items()}, strict=False
-    )
-    assert set(keys.missing_keys) <= {"model.causal_lm.lm_head.weight"} and not keys.unexpected_keys
-    specials = special_ids(corpus.tokenizer, model.vocab_size)
-    layout = config.make_layout(specials, corpus.views)
-    loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=0.0, epochs=None)
-    rows = [loader.next_rows(8) for _ in range(3)][-1]
-    batch = assemble(rows, corpus, layout, specials, config.data.sequence_length, int(rows.paired.sum()))
-    terms = module(batch).terms
-    counts = loss_denominators(rows, layout, objective.units)
+    step = plain_third_step(folder, name)
+    module, objective = step.module, step.module.objective
+    terms = module(step.batch).terms
     flat_gradients = {}
     for term, value in terms.items():
         gradients = torch.autograd.grad(
-            objective.weights[term] * value / counts[term],
+            objective.weights[term] * value / step.counts[term],
             list(module.parameters()),
             retain_graph=True,
             allow_unused=True,

@@ -23,6 +23,8 @@ from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 from tests.pretrain.training.pause_points import release_file
 
 STEPS = 60
+CLIPPING = 1.35
+"""Norm between the gradient norms of steps 7 and 8: the run is stopped after step 7 and logs the fraction at step 9."""
 OBJECTIVE = {"name": "nitp", "regularizers": [{"name": "coding_rate", "weight": 0.1}], "active": [0, 0.55]}
 """An objective with weights, a hidden state of an inner layer, and pairs of all ranks in a part of the run."""
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
@@ -54,6 +56,9 @@ def story(tmp_path_factory):
             model__shape__attention_dropout=0.1,
             monitor__log_every=3,
             monitor__validate_every=15,
+            monitor__layers_every=4,
+            train__gradient_clipping=CLIPPING,
+            train__z_loss=1e-3,
         )
         commands[name] = ranks_command(2, "launcher/run.py", write_config(folder, values))
         runs[name] = folder / "runs" / name
@@ -126,7 +131,7 @@ def test_the_end_state_is_bitwise_equal_to_an_undisturbed_run(story):
 
 
 def test_no_step_is_repeated_or_lost_in_metrics_and_tensorboard(story):
-    tables = []
+    tables, fractions = [], set()
     for run in story["runs"].values():
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         tables.append(
@@ -139,11 +144,14 @@ def test_no_step_is_repeated_or_lost_in_metrics_and_tensorboard(story):
                 for line in lines
             ]
         )
+        fractions |= {line["optimizer/clipped_fraction"] for line in lines if "optimizer/clipped_fraction" in line}
         events = EventAccumulator(str(run / "tensorboard" / "train"))
         events.Reload()
         logged = [line["step"] for line in lines if "loss/jepa" in line]
         assert [event.step for event in events.Scalars("loss/jepa")] == logged
         assert [event.step for event in events.Scalars("loss/lm")] == logged == sorted(set(logged))
+    assert 1 / 3 in fractions, "without the counts of step 7, the fraction at step 9 would be 0"
+    assert any("layers/gradient_norm" in line for line in tables[0])
     assert tables[0] == [line for line in tables[1] if line["step"] in {line["step"] for line in tables[0]}]
 
 
