@@ -76,6 +76,15 @@ def unpin_if_done(
     return True
 
 
+def silence_libraries() -> None:
+    """Silence the messages and progress bars of transformers and tokenizers."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def evaluate_step(
     run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]
 ) -> list[Exception]:
@@ -83,13 +92,9 @@ def evaluate_step(
 
     The caller has pinned the checkpoint and holds the lock.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils.logging import disable_progress_bar
-
+    silence_libraries()
     from pretrain.evaluation.task_evaluation import evaluate_task
 
-    disable_progress_bar()
     failures: list[Exception] = []
     for task in tasks:
         try:

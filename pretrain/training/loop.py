@@ -28,6 +28,7 @@ from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import BackgroundEvaluations
 from pretrain.training.gradients import gradient_diagnostics
 from pretrain.training.hooks import Ending, Hook, StepReport, StopTraining
+from pretrain.training.hub_pushes import BackgroundPushes
 from pretrain.training.loggers import build_loggers
 from pretrain.training.profile import Profile
 from pretrain.training.progress_line import ProgressLines
@@ -111,6 +112,7 @@ class Trainer:
             self.watchdog,
             self.spikes,
             BackgroundEvaluations(),
+            *([BackgroundPushes(self.config.export.hub)] if self.config.export.hub and self.world.is_main else []),
             LauncherGraceNote(),
             ProgressLines(),
             CollapseWarning(),
