@@ -22,6 +22,7 @@ from pretrain.sections import (
     WARMUPS,
     BranchConfig,
     CheckpointConfig,
+    ExportConfig,
     ModelConfig,
     MonitorConfig,
     TrainConfig,
@@ -84,6 +85,7 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] = {}
     """Options passed through to DeepSpeed; keys that the project computes are rejected."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -299,6 +301,7 @@ def finetuning_config(
         "train": train | task.finetune,
         "branch_from": None,
         "checkpoint": {"every": sys.maxsize, "keep": 1},
+        "export": {},
         "evaluation": {},
         "monitor": {"log_every": config.monitor.log_every, "loggers": []},
     }

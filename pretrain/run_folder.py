@@ -35,6 +35,12 @@ PINS = "pins"
 A file with a further part of the name, after a dot, belongs to a branch that has no checkpoint yet.
 """
 
+HUB = "hub"
+"""Folder with the record of each export that has been pushed to the hub, and the log of the pushes.
+
+A record has the name of the export, so `list_steps` lists the pushed steps.
+"""
+
 
 def step_name(step: int) -> str:
     """Return the folder name of a step's checkpoint or export."""
@@ -118,8 +124,11 @@ def read_rewinds(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def remove_later_steps(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints and exports of steps after `step`. Raises OSError."""
+    """Remove the checkpoints and exports of steps after `step`, and the records of their pushes. Raises OSError."""
     checkpoints = run_dir / "checkpoints"
+    for pushed in list_steps(run_dir / HUB):
+        if pushed > step:  # the step is pushed again once it has been trained again
+            (run_dir / HUB / step_name(pushed)).unlink(missing_ok=True)
     for folder in (checkpoints, run_dir / "export"):
         for saved in list_steps(folder):
             if saved > step:

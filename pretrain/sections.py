@@ -1,4 +1,4 @@
-"""The sections of a run's configuration for the model, training, checkpoints and monitoring."""
+"""The sections of a run's configuration for the model, training, checkpoints, exports and monitoring."""
 
 from typing import Annotated, Any, Literal
 
@@ -241,6 +241,39 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "must", "never"] = "auto"
     """Use of existing checkpoints. auto: resume from the newest valid one, if any. must: fail if there is none. never:
     fail if there is one."""
+
+
+class HubConfig(Section):
+    """The repository on the Hugging Face hub that receives the exports of a run."""
+
+    repo: str
+    """Model repository, as ORG/NAME. It is created if it does not exist."""
+    private: bool = True
+    """Whether the repository is created as a private one. With true, nothing is pushed to a public repository."""
+
+    @field_validator("repo")
+    @classmethod
+    def _check_repo(cls, repo: str) -> str:
+        from huggingface_hub.utils import HFValidationError, validate_repo_id  # slow to import
+
+        try:
+            validate_repo_id(repo)
+            valid = repo.count("/") == 1
+        except HFValidationError:
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"{repo!r} is not the name of a repository: write ORG/NAME, such as my-org/my-model, with letters, "
+                "digits and single - _ . between them"
+            )
+        return repo
+
+
+class ExportConfig(Section):
+    """Exports of checkpoints in the format of Hugging Face."""
+
+    hub: HubConfig | None = None
+    """Repository on the Hugging Face hub. Each checkpoint is then exported and pushed in the background."""
 
 
 class ProfileConfig(Section):

@@ -36,6 +36,14 @@ def try_lock(path: Path) -> IO[bytes] | None:
     return file
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file; wait if another process holds it."""
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def copy_folder(source: Path, target: Path) -> None:
     """Copy a folder recursively, without permissions: the copy of a read-only folder is writable."""
     target.mkdir()

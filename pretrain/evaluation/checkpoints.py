@@ -1,7 +1,6 @@
 """Evaluation of all tasks on one checkpoint, by one job at a time."""
 
 import logging
-import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from data_prep.utils.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, step_name
-from pretrain.silence import silence_transformers
+from pretrain.silence import silence_libraries
 from pretrain.tasks.options import TaskConfig
 
 logger = logging.getLogger(__name__)
@@ -84,8 +83,7 @@ def evaluate_step(
 
     The caller has pinned the checkpoint and holds the lock.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    silence_transformers()
+    silence_libraries()
     from pretrain.evaluation.task_evaluation import evaluate_task
 
     failures: list[Exception] = []

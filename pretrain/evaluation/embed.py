@@ -18,7 +18,7 @@ from data_prep.task_rows import read_rows
 from data_prep.utils.config_file import validate
 from data_prep.utils.console import UserError
 from data_prep.utils.files import atomic_path, read_json
-from pretrain.models.export import load_language_model, load_objective
+from pretrain.models.export import EMBEDDINGS, load_language_model, load_objective
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.view_templates import (
     ViewTemplate,
@@ -75,7 +75,7 @@ def embed_file(export: Path, file: str) -> None:
             "rename the view in data.views"
         )
     arrays = embeddings.views | predictions
-    output = _write(export / "embeddings", source, arrays)
+    output = _write(export / EMBEDDINGS, source, arrays)
     for name, array in arrays.items():
         logger.info(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
     too_long = int((~embeddings.fits).sum())

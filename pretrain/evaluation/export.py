@@ -1,25 +1,96 @@
 """Export of a checkpoint of a run."""
 
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.utils.console import UserError
-from data_prep.utils.files import read_json
+from data_prep.utils.files import copy_folder, locked, read_json
 from pretrain.config import load_config
-from pretrain.models.export import OBJECTIVE_PREFIX, PREDICTOR_KEY, write_export
+from pretrain.evaluation.model_card import render_figures, render_metadata
+from pretrain.models.export import EMBEDDINGS, OBJECTIVE_PREFIX, PREDICTOR_KEY, write_export
 from pretrain.models.export_readme import render_readme
 from pretrain.models.lora import merge_adapters
-from pretrain.run_folder import MODEL_DIR, step_name
+from pretrain.run_folder import MODEL_DIR, PINS, step_name
 from pretrain.training.checkpoint_loading import consolidate
+
+PIN_SUFFIX = ".export"
+"""Suffix of the pin of a checkpoint that is being exported."""
 
 
 def export_checkpoint(run_dir: Path, step: int) -> Path:
     """Export the checkpoint of a step if it has not been exported yet, and return the folder of the export.
 
-    Raises UserError for a corrupt checkpoint or a missing model folder.
+    Raises UserError for a missing or corrupt checkpoint, or a missing model folder.
     """
     folder = run_dir / "export" / step_name(step)
     if folder.exists():
         return folder
+    with _exporting(run_dir, step):
+        if not folder.exists():  # another process may have exported it
+            _write(run_dir, step, folder)
+    return folder
+
+
+def export_to(run_dir: Path, step: int, folder: Path) -> None:
+    """Export the checkpoint of a step to any folder; a kill never leaves an incomplete folder.
+
+    The result equals the run's own export of the step, which is copied if it exists. Raises UserError if the folder is
+    not empty or cannot be written.
+    """
+    folder = Path(os.path.abspath(folder.expanduser()))
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--export: {folder} is not an empty folder; choose a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        existing = run_dir / "export" / step_name(step)
+        if existing.exists():
+            _copy(existing, folder)
+        else:
+            with _exporting(run_dir, step):
+                _write(run_dir, step, folder)
+    except OSError as error:
+        raise UserError(f"--export: cannot write {folder}: {error.strerror or error}; choose another folder") from None
+    print(f"step {step} of {run_dir} is exported to {folder}")
+
+
+def exported_files(export: Path) -> list[str]:
+    """Return the relative paths of the files of an export, without embeddings that were computed with it."""
+    files = [path.relative_to(export) for path in sorted(export.rglob("*")) if path.is_file()]
+    return [str(file) for file in files if file.parts[0] != EMBEDDINGS]
+
+
+def _copy(export: Path, folder: Path) -> None:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        copy_folder(export, temporary)
+        shutil.rmtree(temporary / EMBEDDINGS, ignore_errors=True)
+        os.replace(temporary, folder)  # also replaces an empty folder
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _exporting(run_dir: Path, step: int) -> Iterator[None]:
+    """Hold the lock of the run's exports, and keep the checkpoint of the step from being removed."""
+    exports, checkpoints = run_dir / "export", run_dir / "checkpoints"
+    exports.mkdir(exist_ok=True)
+    with locked(exports / ".lock"):
+        (checkpoints / PINS).mkdir(parents=True, exist_ok=True)
+        for leftover in (checkpoints / PINS).glob(f"*{PIN_SUFFIX}"):  # its process was killed
+            leftover.unlink(missing_ok=True)
+        pin = checkpoints / PINS / f"{step_name(step)}{PIN_SUFFIX}"
+        pin.touch()
+        try:
+            yield
+        finally:
+            pin.unlink(missing_ok=True)
+
+
+def _write(run_dir: Path, step: int, folder: Path) -> None:
+    """Write the export of a checkpoint to `folder`, whose parent exists."""
     if not (run_dir / MODEL_DIR).exists():
         raise UserError(
             f"{run_dir / MODEL_DIR} is missing; an export needs the model's configuration and tokenizer from it"
@@ -28,7 +99,6 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
     state = consolidate(run_dir / "checkpoints" / step_name(step))
     if config.model.lora:
         state = merge_adapters(state, config.model.lora)
-    folder.parent.mkdir(exist_ok=True)
     jepa = {
         "run": config.name,
         "step": step,
@@ -41,6 +111,6 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
     }
     family = read_json(run_dir / MODEL_DIR / "config.json")["model_type"]
     has_weights = any(key.startswith(OBJECTIVE_PREFIX) for key in state)
-    readme = render_readme(jepa, family, len(state.get(PREDICTOR_KEY, ())), has_weights)
-    write_export(folder, run_dir / MODEL_DIR, state, jepa, readme)
-    return folder
+    figures = render_figures(run_dir, config, step)
+    readme = render_readme(jepa, family, len(state.get(PREDICTOR_KEY, ())), has_weights, figures)
+    write_export(folder, run_dir / MODEL_DIR, state, jepa, render_metadata(config, family) + readme)

@@ -9,10 +9,16 @@ from data_prep.utils.config_file import apply_overrides
 from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors
 from data_prep.utils.launch_env import launched_process_count
 from pretrain.config import RunConfig, check_task, load_config, parse_task
-from pretrain.evaluation.checkpoints import evaluate_step, evaluation_lock, unpin_checkpoint, unpin_if_done
+from pretrain.evaluation.checkpoints import (
+    evaluate_step,
+    evaluation_lock,
+    unpin_checkpoint,
+    unpin_if_done,
+)
 from pretrain.evaluation.summary import print_summary
 from pretrain.evaluation.watch import watch
 from pretrain.run_folder import list_steps
+from pretrain.silence import silence_libraries
 from pretrain.tasks.options import TaskConfig
 from pretrain.training.evaluation_requests import request_evaluation, requested_evaluations
 
@@ -31,21 +37,35 @@ def main() -> None:
     parser.add_argument(
         "--task", action="append", default=[], metavar="NAME", help="evaluate only this task; may be repeated"
     )
-    parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="checkpoint to evaluate (latest)")
+    parser.add_argument(
+        "--checkpoint", "--step", default="latest", metavar="STEP|latest", help="checkpoint to evaluate (latest)"
+    )
     parser.add_argument(
         "--embed",
         metavar="FILE",
         help="instead of evaluating tasks, write the embeddings of the views of FILE, or of a source as in task.test, "
         "to EXPORT/embeddings",
     )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="instead of evaluating tasks, export the checkpoint to a new folder",
+    )
+    parser.add_argument(
+        "--push",
+        action="store_true",
+        help="instead of evaluating tasks, push an export of the newest checkpoint to export.hub",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("--pending", action="store_true", help="evaluate the checkpoints that the run has requested")
     parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint until the run is finished")
     arguments = parser.parse_intermixed_args()
-    if arguments.embed is not None:
-        if int(os.environ.get("RANK", 0)) == 0:
-            exit_on_user_error(lambda: _embed(arguments))
-        return
+    for chosen, action in ((arguments.embed, _embed), (arguments.export, _export), (arguments.push, _push)):
+        if chosen:
+            if int(os.environ.get("RANK", 0)) == 0:
+                exit_on_user_error(lambda: action(arguments))  # noqa: B023 (called at once)
+            return
     with ignore_output_errors():  # a full disk under the log must not end an evaluation
         exit_on_user_error(lambda: _run_on_all_ranks(lambda: _evaluate(arguments)))
 
@@ -61,13 +81,7 @@ def _run_on_all_ranks(evaluate: Callable[[], None]) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    if (
-        arguments.task
-        or arguments.overrides
-        or arguments.pending
-        or arguments.watch
-        or arguments.checkpoint != "latest"
-    ):
+    if _other_options(arguments) or arguments.overrides or arguments.checkpoint != "latest":
         raise UserError("--embed allows only an export and a file; remove all other options and overrides")
     if not (arguments.run_dir / "jepa.json").exists():  # reported before torch is loaded
         raise UserError(
@@ -76,6 +90,33 @@ def _embed(arguments: argparse.Namespace) -> None:
     from pretrain.evaluation.embed import embed_file
 
     embed_file(arguments.run_dir, arguments.embed)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    if _other_options(arguments) or arguments.overrides:
+        raise UserError("--export allows only --step; remove all other options and overrides")
+    _read_config(arguments)
+    step = _find_step(arguments.run_dir, arguments.checkpoint, "checkpoints", "export")
+    silence_libraries()
+    from pretrain.evaluation.export import export_to
+
+    export_to(arguments.run_dir, step, arguments.export)
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    if _other_options(arguments) or arguments.checkpoint != "latest":
+        raise UserError("--push pushes the newest checkpoint; remove all other options")
+    config = _read_config(arguments)
+    silence_libraries()
+    from pretrain.evaluation.hub import push_now
+
+    push_now(arguments.run_dir, config.export.hub)
+
+
+def _other_options(arguments: argparse.Namespace) -> bool:
+    """Return whether there are options that --embed, --export and --push exclude."""
+    chosen = [arguments.embed is not None, arguments.export is not None, arguments.push]
+    return bool(arguments.task or arguments.pending or arguments.watch or sum(chosen) > 1)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -90,7 +131,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         config, tasks = _read_config_and_tasks(arguments)
         with evaluation_lock(run_dir):
             requested = requested_evaluations(run_dir)
-            steps = requested if arguments.pending else [_find_step(run_dir, arguments.checkpoint)]
+            steps = requested if arguments.pending else [_find_step(run_dir, arguments.checkpoint, "checkpoints")]
             for step in set(steps) - set(requested):
                 request_evaluation(run_dir, step)  # prevents the removal of the checkpoint during the evaluation
             failures = []
@@ -109,13 +150,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _read_config_and_tasks(arguments: argparse.Namespace) -> tuple[RunConfig, list[TaskConfig]]:
     """Return the configuration of the run and the chosen tasks."""
-    path = arguments.run_dir / "config.yaml"
-    if not path.exists():
-        raise UserError(f"{arguments.run_dir} is not a run directory: it has no config.yaml; use the folder of a run")
-    config = load_config(path, [word for word in arguments.overrides if not word.startswith("task.")])
+    config = _read_config(arguments)
     return config, choose_tasks(
         config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")]
     )
+
+
+def _read_config(arguments: argparse.Namespace) -> RunConfig:
+    """Return the configuration of the run."""
+    path = arguments.run_dir / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{arguments.run_dir} is not a run directory: it has no config.yaml; use the folder of a run")
+    return load_config(path, [word for word in arguments.overrides if not word.startswith("task.")])
 
 
 def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> list[TaskConfig]:
@@ -143,8 +189,9 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
     return tasks
 
 
-def _find_step(run_dir: Path, wanted: str) -> int:
-    steps = list_steps(run_dir / "checkpoints")
+def _find_step(run_dir: Path, wanted: str, *folders: str) -> int:
+    """Return the wanted step, which must be in one of the folders of the run."""
+    steps = sorted({step for folder in folders for step in list_steps(run_dir / folder)})
     if not steps:
         raise UserError(f"{run_dir} has no checkpoints yet; wait for the first one")
     if wanted == "latest":

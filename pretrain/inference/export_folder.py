@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_prep.utils.console import UserError
 from pretrain.run_folder import list_steps, step_name
-from pretrain.silence import silence_transformers
+from pretrain.silence import silence_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def find_export(path: Path) -> Path:
     folder = path / "export" / step_name(step)
     if not folder.exists():
         logger.info(f"exporting step {step:,} to {folder}")
-        silence_transformers()
+        silence_libraries()
         from pretrain.evaluation.export import export_checkpoint  # imported late because it loads torch
 
         return export_checkpoint(path, step)

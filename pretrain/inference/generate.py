@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import read_json
 from pretrain.inference.export_folder import JEPA, find_export
-from pretrain.silence import silence_transformers
+from pretrain.silence import silence_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if not prompts and not interactive:
         raise UserError("there is no prompt: name one, or give a file with --file")
 
-    silence_transformers()
+    silence_libraries()
     from transformers import set_seed
 
     from pretrain.evaluation.generate import AnswerWriter

@@ -12,7 +12,7 @@ from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import atomic_path, read_json, sha256_file
 from pretrain.inference.export_folder import JEPA, find_export
 from pretrain.inference.generate import read_views
-from pretrain.silence import silence_transformers
+from pretrain.silence import silence_libraries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +76,7 @@ def _search(arguments: argparse.Namespace) -> None:
     query_view, view = _views(export, arguments.query_view, arguments.view)
     queries = _queries(arguments, export, query_view)
 
-    silence_transformers()
+    silence_libraries()
     from pretrain.evaluation.embed import Embedder
 
     embedder = Embedder(export)

@@ -4,7 +4,7 @@
     jepa.safetensors              `predictor.weight` (k, hidden width), embedding of the k predictor tokens, and
                                   `objective.*`, the weights of the objective; absent if there are neither
     jepa.json                     objective, layout, special tokens, corpus settings
-    README.md                     description of the export, and code that embeds a view
+    README.md                     model card: data, objective and figures of the run, and code that generates and embeds
 
 An export is sufficient to recompute the language-model loss and the auxiliary terms.
 """
@@ -31,6 +31,8 @@ from pretrain.objectives.configs import ObjectiveConfig
 ADDITIONAL_WEIGHTS = "jepa.safetensors"
 PREDICTOR_KEY = "predictor.weight"
 OBJECTIVE_PREFIX = "objective."
+EMBEDDINGS = "embeddings"
+"""Folder in an export with the embeddings that `--embed` has computed."""
 
 
 def write_export(

@@ -1,4 +1,7 @@
-"""README.md of an export: the contents of the folder, and code that embeds a view with transformers alone."""
+"""Body of an export's README.md: the contents of the folder, and code that generates and embeds with transformers.
+
+`pretrain/evaluation/model_card.py` adds the metadata and the figures of the run.
+"""
 
 from typing import Any
 
@@ -9,16 +12,37 @@ PAGE = """# {run}, step {step}
 A causal language model in Hugging Face format, trained with `{objective}` on records of the views {views}. `jepa.json`
 contains the objective and the settings of the corpus.{predictor_file}
 
-The model continues `[BOS context SEP]` with the target and the end token. The embedding of a view is the hidden state
-of its last token after the final norm when the view is encoded separately. {predicted}{in_context}Code:
+{figures}## How to generate
+
+The model continues {prompt}. The tokenizer does not add special tokens automatically.
+
+```python
+{generation}
+```
+
+## How to embed
+
+The embedding of a view is the hidden state of its last token after the final norm when the view is encoded separately.
+{predicted}{in_context}Code:
 
 ```python
 {code}
 ```
 
-The tokenizer does not add special tokens automatically. In the project that made this folder,
-`python launcher/evaluate.py THIS_FOLDER --embed FILE` computes the embeddings of all rows of a file.
+In the project that made this folder, `python launcher/evaluate.py THIS_FOLDER --embed FILE` computes the embeddings of
+all rows of a file.
 """
+
+GENERATION = """import torch
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+text = "..."  # {text}
+ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]{separator}]
+output = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids) :]
+print(tokenizer.decode(output, skip_special_tokens=True))"""
 
 IN_CONTEXT = """
 
@@ -68,8 +92,13 @@ def predict(hidden):
 """
 
 
-def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int, has_weights: bool = False) -> str:
-    """Return the README from the contents of jepa.json, the model type, k, and whether the objective has weights."""
+def render_readme(
+    jepa: dict[str, Any], family: str, predictor_tokens: int, has_weights: bool = False, figures: str = ""
+) -> str:
+    """Return the README from the contents of jepa.json, the model type, k, and whether the objective has weights.
+
+    `figures` are sections in Markdown that precede the code.
+    """
     views, pairing = list(jepa["views"]), pairing_from_export(jepa)
     has_mlp = bool(jepa["objective"].get("predictor_mlp"))
     lines = [f'        "{view}": {_call(view, view_template(jepa, number))},' for number, view in enumerate(views)]
@@ -78,11 +107,10 @@ def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int, has_
         for source, target in pairing.edges(len(views)):
             call = _call(views[source], view_template(jepa, source), argument)
             lines.append(f'        "{views[source]}_to_{views[target]}": {f"predict({call})" if has_mlp else call},')
-    imports = "from safetensors.torch import load_file\n" if predictor_tokens or has_mlp else ""
-    if family == "openelm":
-        imports += (
-            "import pretrain.models.openelm  # from the project that made this folder: transformers has no OpenELM\n"
-        )
+    openelm = "import pretrain.models.openelm  # from the project that made this folder: transformers has no OpenELM\n"
+    model_imports = openelm if family == "openelm" else ""
+    imports = ("from safetensors.torch import load_file\n" if predictor_tokens or has_mlp else "") + model_imports
+    prompted = len(views) > 1 and jepa["objective"].get("layout", "joint") == "joint"
     additional = []
     if predictor_tokens:
         additional.append("embeddings of the predictor tokens")
@@ -96,6 +124,13 @@ def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int, has_
         objective=jepa["objective"]["name"],
         views=", ".join(f"`{view}`" for view in views),
         predictor_file=f" `jepa.safetensors` contains the {' and the '.join(additional)}." if additional else "",
+        figures=figures,
+        prompt="`[BOS context SEP]` with the target and the end token" if prompted else "`[BOS text`, a document",
+        generation=GENERATION.format(
+            imports=model_imports,
+            text=f"a {views[0]}" if prompted else "the beginning of a document",
+            separator=", tokenizer.sep_token_id" if prompted else "",
+        ),
         in_context=IN_CONTEXT if pairing.in_context else "",
         predicted="The prediction of another view is the hidden state of the last token when the predictor tokens "
         f"{'precede' if pairing.prepended else 'follow'} the view. "

@@ -17,7 +17,7 @@ RUNS_ARCHIVE = "runs.tar.xz"
 """File in a study folder with the records of its runs, in place of their directories."""
 TRAINING_DATA_KEYS = ("data.lm_views", "data.train_end_token", "data.sequence_length")
 """Keys of `data` that affect the training and do not follow from the shards."""
-KEYS_IGNORED_BETWEEN_ARMS = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
+KEYS_IGNORED_BETWEEN_ARMS = ("name", "seed", "output_dir", "monitor", "checkpoint", "export", "evaluation")
 """Keys and sections that do not distinguish arms, because they do not change what is trained."""
 NOT_SET = "none"
 """Text for a key that a configuration does not have."""

@@ -42,7 +42,7 @@ SAME_IN_BRANCH = (
     *(key for key in IMMUTABLE_ON_RESUME if key.startswith("deepspeed.")),
 )
 """Keys that a branch must share with its source: the checkpoint could not be loaded otherwise."""
-NOT_COMPARED = ("name", "output_dir", "branch_from", "checkpoint", "evaluation", "monitor")
+NOT_COMPARED = ("name", "output_dir", "branch_from", "checkpoint", "export", "evaluation", "monitor")
 """Keys and sections whose differences are not listed: they do not change the training."""
 
 

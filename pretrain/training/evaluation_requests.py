@@ -108,15 +108,23 @@ def start_evaluations(run_dir: Path, device: str) -> None:
 
     The job is not a child of this rank, because launchers end a rank's children together with the rank.
     """
-    evaluation = run_dir / "evaluation"
-    evaluation.mkdir(exist_ok=True)
-    with open(evaluation / "log.txt", "a") as log:
+    arguments = ["-m", "pretrain.evaluation", str(run_dir), "--pending"]
+    start_detached(arguments, run_dir / "evaluation", evaluation_environment(device))
+
+
+def start_detached(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Start Python with low priority as a process that survives this one; its output is added to log.txt in `folder`.
+
+    Raises OSError if the log cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    with open(folder / "log.txt", "a") as log:
         subprocess.run(
-            ["setsid", "--fork", "nice", sys.executable, "-m", "pretrain.evaluation", str(run_dir), "--pending"],
+            ["setsid", "--fork", "nice", sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=evaluation_environment(device),
+            env=environment,
             check=False,
         )
 

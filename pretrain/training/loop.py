@@ -29,6 +29,7 @@ from pretrain.training.distributed import World
 from pretrain.training.evaluation_requests import BackgroundEvaluations
 from pretrain.training.gradients import gradient_diagnostics
 from pretrain.training.hooks import Ending, Hook, StepReport, StopTraining
+from pretrain.training.hub_pushes import BackgroundPushes
 from pretrain.training.loggers import build_loggers
 from pretrain.training.profile import Profile
 from pretrain.training.progress_line import ProgressLines
@@ -113,6 +114,7 @@ class Trainer:
             self.spikes,
             ClippedSteps(),
             BackgroundEvaluations(),
+            *([BackgroundPushes(self.config.export.hub)] if self.config.export.hub and self.world.is_main else []),
             LauncherGraceNote(),
             ProgressLines(),
             CollapseWarning(),

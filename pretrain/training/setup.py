@@ -33,6 +33,7 @@ from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine
 from pretrain.training.evaluation_requests import check_device, requested_evaluations, start_evaluations
 from pretrain.training.extension import extend, larger_budget
+from pretrain.training.hub_pushes import check_hub, start_push
 from pretrain.training.loop import Trainer
 from pretrain.training.start_checks import check
 from pretrain.training.stop import StopRequest
@@ -83,6 +84,7 @@ def set_up(
     world.run_and_sync_errors(
         lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None
     )
+    world.run_and_sync_errors(lambda: check_hub(config.export.hub) if world.is_main else None)
     lock.take(world)
     changes = world.run_and_sync_errors(
         lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else []
@@ -93,7 +95,7 @@ def set_up(
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
         logger.info(f"{config.run_dir} is already finished")
-        _resume_evaluations(config, world)
+        _resume_background_work(config, world)
         return None
     if config.ignored_keys:
         logger.info(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
@@ -124,7 +126,7 @@ def set_up(
     world.run_and_sync_errors(lambda: _report_write_errors(config, describe) if world.is_main else None)
     if world.is_main:
         write_status(config.run_dir, "running", trainer.progress.step)
-    _resume_evaluations(config, world)
+    _resume_background_work(config, world)
     return trainer
 
 
@@ -230,10 +232,12 @@ def _convert(found: checkpoint.VerifiedCheckpoint, zero: dict[str, Any], world: 
     checkpoint_loading.make_universal(found, world, stop, round_robin=round_robin)
 
 
-def _resume_evaluations(config: RunConfig, world: World) -> None:
-    """Start the evaluations that a killed run or evaluation job did not complete."""
+def _resume_background_work(config: RunConfig, world: World) -> None:
+    """Start the evaluations and the push that a killed run or job did not complete."""
     if world.is_main and requested_evaluations(config.run_dir):
         start_evaluations(config.run_dir, config.evaluation.device)
+    if world.is_main and config.export.hub:
+        start_push(config.run_dir, config.export.hub)
 
 
 def _check_same_environment(world: World) -> None:

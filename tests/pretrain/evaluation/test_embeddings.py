@@ -112,7 +112,7 @@ def test_embeddings_match_the_objective_and_the_readme(
     assert ("read in its context" in readme) == (objective.get("target") == "in_context")
     monkeypatch.chdir(export)
     namespace: dict = {}
-    exec(readme.split("```python\n")[1].split("```")[0], namespace)
+    exec(readme.split("```python\n")[-1].split("```")[0], namespace)
     for number in range(3):
         for name, vector in namespace["embed_record"](*texts[number]).items():
             expected = found.views[name] if name in VIEWS else found.predictions[tuple(name.split("_to_"))]

@@ -14,7 +14,7 @@ from pretrain.models.language_model import LanguageModel, build_model_config, ra
 from pretrain.objectives.base import build_objective
 from pretrain.objectives.pool import Gather
 from pretrain.run_folder import step_name
-from pretrain.training.checkpoint import consolidate
+from pretrain.training.checkpoint_loading import consolidate
 from pretrain.training.engine import TrainingModule
 
 
