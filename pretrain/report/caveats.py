@@ -1,5 +1,7 @@
 """The caveats that a reader of the report must know before relying on the verdict."""
 
+from typing import Any
+
 from pretrain.report.arms import NOT_SET, differing_keys, flatten, shorten, training_settings
 from pretrain.report.narrative import format_number, format_p_value, join_names
 from pretrain.report.runs import finetune_settings, parse_scoring_version
@@ -143,14 +145,20 @@ def _decisions(all_arms: Summaries) -> list[str]:
     sentences = []
     before = None
     for decision in all_arms.comparison.decisions:
-        keys = ("baseline", "metric", "primary")
-        changed = [key for key in keys if before is None or before[key] != decision[key]]
+        keys = [key for key in decision if key not in ("time", "scored")]
+        changed = [key for key in keys if before is None or before.get(key, decision[key]) != decision[key]]
         if decision["scored"]:
-            named = ", ".join(f"{key} {decision[key] or 'none'}" for key in changed)
+            named = ", ".join(f"{key} {_shown(decision[key])}" for key in changed)
             runs = f"{decision['scored']} run{'s' * (decision['scored'] > 1)}"
             sentences.append(f"Decided on {decision['time'][:10]}, when {runs} had already been scored: {named}.")
         before = decision
     return sentences
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
 
 
 def _outliers(all_arms: Summaries) -> list[str]:

@@ -85,7 +85,7 @@ def tuning_sentences(all_arms: Summaries) -> list[str]:
         return ["The runs are not part of a study: whether their settings were tuned alike is not known."]
     if tune is None:
         return [
-            "The arms were not tuned: all have the settings of the base, such as its learning rate, which may suit one "
+            "The arms were not tuned: no search chose their settings, such as the learning rate, which may suit one "
             "arm better than another."
         ]
     if "trials" not in tune:

@@ -201,6 +201,8 @@ class StudyConfig(Section):
         return self
 
     def _check_tuning(self, tune: TuneConfig) -> None:
+        if not tune.keys and not tune.arms:
+            raise ValueError("tune has no keys to tune; list some in tune.keys or tune.arms, or remove tune")
         if unknown := tune.arms.keys() - self.arms.keys():
             raise ValueError(f"tune.arms names {min(unknown)!r}, which is not an arm")
         compared = set(self.seeds)
@@ -253,11 +255,15 @@ class Study:
 
         Raises a UserError that names the arm.
         """
-        changes = (
-            self.config.arms[arm]
-            | {"name": run_name(arm, seed), "seed": seed, "output_dir": str(self.folder), "checkpoint.resume": "auto"}
-            | (extra_keys or {})
-        )
+        extra_keys = extra_keys or {}
+        changes = self.config.arms[arm] | {
+            "name": run_name(arm, seed),
+            "seed": seed,
+            "output_dir": str(self.folder),
+            "checkpoint.resume": "auto",
+        }
+        # a key that both set is applied last, or a section would replace keys below it
+        changes = {key: value for key, value in changes.items() if key not in extra_keys} | extra_keys
         try:
             config = load_config(self.base, [as_override(key, value) for key, value in changes.items()])
         except UserError as error:

@@ -3,8 +3,9 @@
 Keys:
 
     name, matched_by, baseline, primary, metric    as in the study file
-    decisions      the baseline, the metric and the primary arm, with the time at which they were fixed and the number
-                   of runs that had been scored by then; several if they have changed
+    decisions      the baseline, the metric, the primary arm, whether the arms are tuned, and the seeds or the
+                   difference worth finding, with the time at which they were fixed and the number of runs that had been
+                   scored by then; several if they have changed
     first_seed     seed with which budgets are computed
     arms           ARM: {"overrides": as in the study file, "matched": the dotted keys set by matching,
                    "flops_per_token": FLOPs per corpus token, "runs": {SEED: the run's folder inside the study folder}}
@@ -123,19 +124,31 @@ class StudyRecord:
     def _record_decision(self, study: Study, scored: int) -> None:
         """Record the baseline, metric and primary arm, unless they are as before."""
         config = study.config
-        decision = {"baseline": config.baseline, "metric": str(study.metric), "primary": config.primary}
-        before = self.decisions[-1] if self.decisions else self._undated_decision()
-        if before is None or any(before[key] != value for key, value in decision.items()):
+        better = "higher" if config.metric.higher_is_better else "lower"
+        decision = {
+            "baseline": config.baseline,
+            "metric": f"{study.metric} ({better} is better)",
+            "primary": config.primary,
+            "tune": "yes" if config.tune else "no",
+            "seeds": None if config.power else config.seeds,
+            "detect": config.power.detect if config.power else None,
+        }
+        before = self.decisions[-1] if self.decisions else self._undated_decision(decision)
+        if before is None or any(before.get(key, value) != value for key, value in decision.items()):
             self.decisions.append({"time": now(), "scored": scored} | decision)
 
-    def _undated_decision(self) -> dict[str, Any] | None:
-        """Return the decision in the study.json of an earlier version; None if there is none."""
+    def _undated_decision(self, decision: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the decision in the study.json of an earlier version; None if there is none.
+
+        What that version did not record has the value of `decision`.
+        """
         if "metric" not in self._study:
             return None
         metric = self._study["metric"]
-        return {
+        better = "higher" if metric["higher_is_better"] else "lower"
+        return decision | {
             "baseline": self._study["baseline"],
-            "metric": f"{metric['task']}/{metric['name']}",
+            "metric": f"{metric['task']}/{metric['name']} ({better} is better)",
             "primary": self._study.get("primary"),
         }
 

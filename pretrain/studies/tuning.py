@@ -132,8 +132,12 @@ class Tuning:
         self.tune: TuneConfig = study.config.tune
         self.extensions: list[dict[str, list[Any]]] = record.tune.setdefault("extensions", [])
         (study.folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        base = study.run_config(study.config.baseline, study.config.seeds[0])
-        self.rows = write_rows(base, _metric_task(study, base), study.folder / FOLDER)
+        base, *others = [
+            study.run_config(arm, study.config.seeds[0], corpora[arm])
+            for arm in sorted(study.config.arms, key=lambda arm: arm != study.config.baseline)
+        ]
+        folders = dict.fromkeys(config.data.path for config in (base, *others))
+        self.rows = write_rows(base, _metric_task(study, base), folders, study.folder / FOLDER)
 
     @property
     def arms(self) -> list[str]:
@@ -276,6 +280,9 @@ class Tuning:
         for arm in self.arms:
             for key, (edge, inner) in edge_values(self.grid(arm), self._best(trials[arm]).values).items():
                 beyond = value_beyond(edge, inner)
+                if not self._is_valid(arm, key, beyond):
+                    logger.info(f"tuning: {arm} is best at {key}={edge}, the edge; {beyond} is not a valid value")
+                    continue
                 if key not in self.tune.keys or beyond in [*self.grid(arm)[key], *extension.get(key, [])]:
                     continue
                 extension.setdefault(key, []).append(beyond)
@@ -284,6 +291,14 @@ class Tuning:
             self.extensions.append(extension)
             self.record.save()
         return bool(extension)
+
+    def _is_valid(self, arm: str, key: str, value: Any) -> bool:
+        """Return whether a run of an arm may have a value, such as a fraction below 1."""
+        try:
+            self.study.run_config(arm, self.tune.seeds[0], {key: value})
+        except UserError:
+            return False
+        return True
 
     def _record_plan(self) -> None:
         """Record the ranges, seeds, metric and rows of the tuning before the first score exists."""

@@ -14,7 +14,7 @@ from data_prep.utils.console import UserError
 from data_prep.utils.files import sha256_file, write_text
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
-from pretrain.tasks.options import RowTask, TaskConfig
+from pretrain.tasks.options import AnswerTask, RowTask, TaskConfig
 
 ROWS_FILE = "validation.jsonl"
 """File in the folder of the trials with the rows."""
@@ -29,11 +29,11 @@ class TuningRows(NamedTuple):
     """Description for study.json: origin, number, checksum, and the numbers of rows that were dropped."""
 
 
-def write_rows(base: RunConfig, task: TaskConfig, folder: Path) -> TuningRows:
+def write_rows(base: RunConfig, task: TaskConfig, corpora: Iterable[str], folder: Path) -> TuningRows:
     """Write the rows of the trials to `folder`, without the rows that are tested or trained on.
 
-    The rows are the option `validation` of the task or, without it, the validation split of the corpus. Raises
-    UserError if there are none.
+    The rows are the option `validation` of the task or, without it, the validation split of the corpus of `base`.
+    `corpora` are the folders of the corpora of all arms. Raises UserError if there are no rows.
     """
     if not isinstance(task, RowTask):
         raise UserError(f"tune cannot use the task {task.title}, because it has no rows; choose another metric")
@@ -47,7 +47,13 @@ def write_rows(base: RunConfig, task: TaskConfig, folder: Path) -> TuningRows:
     tested = (
         {row.views for row in _read(base.data, task_source(base.data, task.test), task, "test")} if task.test else ()
     )
-    trained = _are_trained(Corpus(base.data.path, "train"), rows)
+    train = _finetuning_rows(task)
+    finetuning = _read(base.data, task_source(base.data, train), task, "train") if train else []
+    finetuned = {row.views for row in finetuning}
+    trained = [row.views in finetuned for row in rows]
+    for corpus in corpora:
+        found = _are_trained(Corpus(corpus, "train"), rows)
+        trained = [before or now for before, now in zip(trained, found, strict=True)]
     dropped = {"tested": sum(row.views in tested for row in rows), "trained": sum(trained)}
     overlapping = {
         id(row.columns) for row, is_trained in zip(rows, trained, strict=True) if is_trained or row.views in tested
@@ -72,7 +78,18 @@ def write_rows(base: RunConfig, task: TaskConfig, folder: Path) -> TuningRows:
 
 def _read(data: DataConfig, source: JsonSource | HubSource, task: TaskConfig, key: str) -> list[Row]:
     """Return all rows of a source of the task, as the task reads them."""
-    return read_rows(source, data.views, f"evaluation.tasks.N.{key}", row_format=public_row_format(task.name))
+    return read_rows(
+        source,
+        data.views,
+        f"evaluation.tasks.N.{key}",
+        row_format=public_row_format(task.name),
+        allow_missing_views=data.missing_views == "keep",
+    )
+
+
+def _finetuning_rows(task: TaskConfig) -> Any:
+    """Return the source of the rows on which the task finetunes; None if it does not finetune."""
+    return task.train if isinstance(task, AnswerTask) and task.finetunes else None
 
 
 def _read_split(base: RunConfig) -> list[Row]:

@@ -21,7 +21,7 @@ from pretrain.run_folder import HUB, list_steps, remove_later_steps, step_name
 from pretrain.sections import HubConfig
 from pretrain.training.hub_pushes import PROBLEM, BackgroundPushes
 from tests.commands import prepare_corpus, run_command, tiny_config, write_config
-from tests.hub_stand_in import TOKEN, HubStandIn
+from tests.local_hub import TOKEN, LocalHub
 from tests.processes import wait_for
 
 REPO = "lab/tiny"
@@ -31,13 +31,13 @@ SETTINGS = HubConfig(repo=REPO)
 @pytest.fixture
 def hub(monkeypatch):
     """Return a stand-in that this process uses too."""
-    stand_in = HubStandIn()
+    local_hub = LocalHub()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", local_hub.endpoint)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield stand_in
-    stand_in.close()
+    yield local_hub
+    local_hub.close()
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,13 @@ def trained(tmp_path_factory):
         tiny_config(folder, export={"hub": {"repo": REPO}}, checkpoint={"every": 2}, monitor__validate_every=2),
     )
     prepare_corpus(config)
-    stand_in = HubStandIn()
-    printed = run_command(["python", "launcher/run.py", config], **stand_in.environment).stdout
+    local_hub = LocalHub()
+    printed = run_command(["python", "launcher/run.py", config], **local_hub.environment).stdout
     run_dir = folder / "runs" / "run"
     wait_for(lambda: 4 in list_steps(run_dir / HUB))
     wait_for(lambda: not pushing_processes(run_dir))
-    yield config, run_dir, printed, stand_in
-    stand_in.close()
+    yield config, run_dir, printed, local_hub
+    local_hub.close()
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_export_of_a_run_arrives_unchanged_with_a_message_and_a_tag(trained):
-    _, run_dir, printed, stand_in = trained
-    repository = stand_in.repositories[REPO]
+    _, run_dir, printed, local_hub = trained
+    repository = local_hub.repositories[REPO]
     assert repository.private
     assert repository.commits[-1].message == "Step 4"
     assert repository.tags["step-4"] == repository.commits[-1].oid
@@ -101,8 +101,8 @@ def test_the_export_of_a_run_arrives_unchanged_with_a_message_and_a_tag(trained)
 
 
 def test_the_token_and_local_paths_are_nowhere(trained):
-    config, run_dir, printed, stand_in = trained
-    published = stand_in.repositories[REPO].files
+    config, run_dir, printed, local_hub = trained
+    published = local_hub.repositories[REPO].files
     for content in [*files_of(run_dir).values(), *published.values(), printed.encode()]:
         assert TOKEN.encode() not in content
     for name, content in published.items():
@@ -110,8 +110,8 @@ def test_the_token_and_local_paths_are_nowhere(trained):
 
 
 def test_the_card_has_metadata_that_the_hub_reads_and_the_figures_of_the_run(trained):
-    _, run_dir, _, stand_in = trained
-    card = ModelCard(stand_in.repositories[REPO].files["README.md"].decode())
+    _, run_dir, _, local_hub = trained
+    card = ModelCard(local_hub.repositories[REPO].files["README.md"].decode())
     assert card.data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -190,6 +190,8 @@ def test_the_other_arms_are_tested_only_if_the_primary_arm_differs():
     )  # no arm counts before the first
     assert (found["other"].low, found["other"].high) == (others["other"].low, others["other"].high)
     assert compare_with_primary(arms, base, True, None) == compare(arms, base, True)
+    worse = compare_with_primary(arms, base, False, "first")  # a primary arm that hurts differs too
+    assert worse["first"].verdict == worse["other"].verdict == "hurts"
 
 
 def test_a_primary_arm_does_not_add_to_the_false_verdicts():

@@ -75,6 +75,7 @@ def test_a_range_continues_its_last_ratio_beyond_the_edge(values, best, expected
             TUNE | {"keys": {RATE: ["1e-3", 2e-3]}},
             f"{RATE}: 1e-3 is text in YAML; write it with a point, such as 1.0e-03",
         ),
+        ({"seeds": [7]}, "tune has no keys to tune"),
         (TUNE | {"keys": {RATE: [1e-3, -1.0]}}, "arms.plain: train.learning_rate: Input should be greater than 0"),
         (TUNE | {"keys": {"train.learning_rat": [1e-3]}}, "unknown key 'train.learning_rat'"),
     ],
@@ -191,6 +192,37 @@ def test_only_rows_that_are_neither_trained_on_nor_tested_decide(write_rows_stud
     assert plan_there | {"time": ""} == plan | {"time": ""}
 
 
+def test_a_task_that_finetunes_is_tuned_on_its_validation_rows(write_rows_study, write_study, folder, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    write_rows_study("unused")  # writes the files
+    base = yaml.safe_load((folder / "with_rows.yaml").read_text())
+    rows = read_json_lines(folder / "rows.jsonl")
+    (folder / "finetune.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    base["evaluation"] = {
+        "every": 500,
+        "tasks": [
+            {"name": "loss", "test": str(folder / "pairs.jsonl")},
+            {
+                "name": "nl_rx",
+                "test": str(folder / "pairs.jsonl"),
+                "validation": str(folder / "rows.jsonl"),
+                "train": str(folder / "finetune.jsonl"),
+                "finetune": {"epochs": 1},
+            },
+        ],
+    }
+    base["data"]["path"] = str(folder / "corpus_of_finetuned")
+    (folder / "finetuned.yaml").write_text(yaml.safe_dump(base))
+    metric = {"task": "nl_rx", "name": "exact"}
+    path = write_study(name="finetuned", base="finetuned.yaml", metric=metric, tune=TUNE | {"extensions": 0})
+    code, study = studies.start(path)
+    (plan,) = json.loads((study / "study.json").read_text())["tune"]["plans"]
+    assert code == 0 and plan["rows"]["dropped"] == {"tested": 1, "trained": 3}  # a row of the finetuning too
+    trial = yaml.safe_load((study / "tuning" / "plain.learning_rate-0.001-seed7" / "config.yaml").read_text())
+    (task,) = trial["evaluation"]["tasks"]
+    assert task["finetune"]["epochs"] == 1 and not trial["evaluation"]["every"]
+
+
 def test_a_failed_trial_blocks_the_comparison_until_its_extension_is_given_up(write_study, monkeypatch, caplog):
     studies = FakeStudies(monkeypatch)
     studies.rate_effect, studies.best_rate = 0.01, 0.016
@@ -247,6 +279,24 @@ def test_without_tune_the_arms_do_not_count_as_tuned(write_study, monkeypatch):
     assert json.loads((study / "study.json").read_text())["tune"]["best"] == best
 
 
+def test_an_extension_does_not_leave_the_valid_values(write_study, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    tune = {"keys": {"train.warmup_fraction": [0.9, 0.5]}, "seeds": [7]}
+    code, study = studies.start(write_study(tune=tune, name="bounded"))
+    found = json.loads((study / "study.json").read_text())["tune"]
+    assert code == 0 and not found["extensions"] and found["at_edge"]["plain"] == ["train.warmup_fraction"]
+
+
+def test_rows_of_the_corpus_of_any_arm_do_not_decide(write_rows_study, folder, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    sources = yaml.safe_load((folder / "base.yaml").read_text())["data"]["sources"]
+    more = [*sources, {"type": "json", "path": str(folder / "rows.jsonl")}]
+    arms = {"plain": {"objective.name": "next_token"}, "jepa": {}, "more": {"data.sources": more}}
+    path, _ = write_rows_study("any_arm", arms=arms, tune=TUNE | {"extensions": 0})
+    with pytest.raises(UserError, match="of the 5 rows of validation of loss, 1 are test rows and 5 are training"):
+        studies.start(path)
+
+
 def test_what_is_decided_after_scores_exist_is_reported(write_study, monkeypatch):
     studies = FakeStudies(monkeypatch)
     code, study = studies.start(write_study(name="decided", seeds=[1, 2]))
@@ -258,6 +308,10 @@ def test_what_is_decided_after_scores_exist_is_reported(write_study, monkeypatch
     text, page = render_report(study)
     for shown in (text, page):
         assert "when 4 runs had already been scored: primary jepa." in shown
+    metric = {"task": "loss", "name": "lm", "higher_is_better": True}
+    studies.start(write_study(name="decided", seeds=[2], primary="jepa", metric=metric))
+    text, _ = render_report(study, page=False)
+    assert "scored: metric loss/lm (higher is better), seeds 2." in text
 
 
 @pytest.mark.parametrize(("higher_is_better", "scale"), [(True, 1.0), (False, 1.0), (True, 100.0)])

@@ -68,7 +68,7 @@ class Failure(Exception):
         self.status, self.message, self.code = status, message, code
 
 
-class HubStandIn:
+class LocalHub:
     """A server in a thread of this process. Its attributes may be read and changed at any time."""
 
     def __init__(self) -> None:
@@ -220,16 +220,16 @@ class HubStandIn:
 
 NAME = r"([\w.-]+/[\w.-]+?)"
 ROUTES = {
-    rf"GET /api/models/{NAME}(?:/revision/main)?": HubStandIn.info,
-    r"POST /api/repos/create": HubStandIn.create,
-    r"POST /api/validate-yaml": HubStandIn.validate,
-    rf"POST /api/models/{NAME}/preupload/main": HubStandIn.preupload,
-    rf"POST /{NAME}\.git/info/lfs/objects/batch": HubStandIn.batch,
-    r"POST /lfs/verify": HubStandIn.verify,
-    rf"POST /api/models/{NAME}/commit/main": HubStandIn.commit,
-    rf"GET /api/models/{NAME}/tree/main": HubStandIn.tree,
-    rf"POST /api/models/{NAME}/tag/(\w+)": HubStandIn.tag,
-    rf"DELETE /api/models/{NAME}/tag/([^/]+)": HubStandIn.delete_tag,
+    rf"GET /api/models/{NAME}(?:/revision/main)?": LocalHub.info,
+    r"POST /api/repos/create": LocalHub.create,
+    r"POST /api/validate-yaml": LocalHub.validate,
+    rf"POST /api/models/{NAME}/preupload/main": LocalHub.preupload,
+    rf"POST /{NAME}\.git/info/lfs/objects/batch": LocalHub.batch,
+    r"POST /lfs/verify": LocalHub.verify,
+    rf"POST /api/models/{NAME}/commit/main": LocalHub.commit,
+    rf"GET /api/models/{NAME}/tree/main": LocalHub.tree,
+    rf"POST /api/models/{NAME}/tag/(\w+)": LocalHub.tag,
+    rf"DELETE /api/models/{NAME}/tag/([^/]+)": LocalHub.delete_tag,
 }
 
 
@@ -241,7 +241,7 @@ def object_id(content: bytes, mode: str) -> str:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: HubStandIn
+    hub: LocalHub
     protocol_version = "HTTP/1.1"
 
     def respond(self) -> None:
