@@ -27,6 +27,8 @@ from tests.processes import wait_for
 REPO = "lab/tiny"
 SETTINGS = HubConfig(repo=REPO)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub(monkeypatch):
