@@ -16,10 +16,10 @@ from huggingface_hub import ModelCard
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.evaluation.export import export_checkpoint, exported_files
-from pretrain.evaluation.hub import push_in_background, push_newest
+from pretrain.evaluation.hub import push_in_background, push_newest, push_now
 from pretrain.run_folder import HUB, list_steps, remove_later_steps, step_name
 from pretrain.sections import HubConfig
-from pretrain.training.hub_pushes import PROBLEM, BackgroundPushes
+from pretrain.training.hub_pushes import PROBLEM, BackgroundPushes, check_hub
 from tests.commands import prepare_corpus, run_command, tiny_config, write_config
 from tests.hub_stand_in import TOKEN, HubStandIn
 from tests.processes import wait_for
@@ -31,13 +31,13 @@ SETTINGS = HubConfig(repo=REPO)
 @pytest.fixture
 def hub(monkeypatch):
     """Return a stand-in that this process uses too."""
-    stand_in = HubStandIn()
+    server = HubStandIn()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield stand_in
-    stand_in.close()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,13 @@ def trained(tmp_path_factory):
         tiny_config(folder, export={"hub": {"repo": REPO}}, checkpoint={"every": 2}, monitor__validate_every=2),
     )
     prepare_corpus(config)
-    stand_in = HubStandIn()
-    printed = run_command(["python", "launcher/run.py", config], **stand_in.environment).stdout
+    server = HubStandIn()
+    printed = run_command(["python", "launcher/run.py", config], **server.environment).stdout
     run_dir = folder / "runs" / "run"
     wait_for(lambda: 4 in list_steps(run_dir / HUB))
     wait_for(lambda: not pushing_processes(run_dir))
-    yield config, run_dir, printed, stand_in
-    stand_in.close()
+    yield config, run_dir, printed, server
+    server.close()
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def pushing_processes(run_dir: Path) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter(["cmdline"])
-        if "pretrain.evaluation.hub" in (process.info["cmdline"] or []) and str(run_dir) in process.info["cmdline"]
+        if "pretrain.evaluation.hub_job" in (process.info["cmdline"] or []) and str(run_dir) in process.info["cmdline"]
     ]
 
 
@@ -86,8 +86,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_export_of_a_run_arrives_unchanged_with_a_message_and_a_tag(trained):
-    _, run_dir, printed, stand_in = trained
-    repository = stand_in.repositories[REPO]
+    _, run_dir, printed, server = trained
+    repository = server.repositories[REPO]
     assert repository.private
     assert repository.commits[-1].message == "Step 4"
     assert repository.tags["step-4"] == repository.commits[-1].oid
@@ -101,8 +101,8 @@ def test_the_export_of_a_run_arrives_unchanged_with_a_message_and_a_tag(trained)
 
 
 def test_the_token_and_local_paths_are_nowhere(trained):
-    config, run_dir, printed, stand_in = trained
-    published = stand_in.repositories[REPO].files
+    config, run_dir, printed, server = trained
+    published = server.repositories[REPO].files
     for content in [*files_of(run_dir).values(), *published.values(), printed.encode()]:
         assert TOKEN.encode() not in content
     for name, content in published.items():
@@ -110,8 +110,8 @@ def test_the_token_and_local_paths_are_nowhere(trained):
 
 
 def test_the_card_has_metadata_that_the_hub_reads_and_the_figures_of_the_run(trained):
-    _, run_dir, _, stand_in = trained
-    card = ModelCard(stand_in.repositories[REPO].files["README.md"].decode())
+    _, run_dir, _, server = trained
+    card = ModelCard(server.repositories[REPO].files["README.md"].decode())
     assert card.data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -275,20 +275,24 @@ def test_a_push_by_hand(trained, run_dir, hub):
     assert f"step 4 is pushed to {REPO}" in run_command(push, cold=True, **hub.environment).stdout
     assert set(hub.repositories[REPO].tags) == {"step-4"}
     assert f"step 4 has already been pushed to {REPO}" in run_command(push, cold=True, **hub.environment).stdout
-    failed = run_command(push, check=False, cold=True, **hub.environment | {"HF_TOKEN": "", "HF_HOME": str(run_dir)})
-    assert failed.returncode == 2 and "there is no token of the Hugging Face hub" in failed.stderr
 
 
-def test_a_missing_token_and_a_wrong_name_are_reported_at_the_start(trained, tmp_path):
-    config, _, _, _ = trained
+def test_a_missing_token_is_reported_at_the_start(trained, tmp_path):
     no_token = {"HF_TOKEN": "", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     for more in ([], ["--dry-run"]):
-        command = ["python", "launcher/run.py", config, f"output_dir={tmp_path}", *more]
+        command = ["python", "launcher/run.py", trained[0], f"output_dir={tmp_path}", *more]
         failed = run_command(command, check=False, cold=True, **no_token)
         assert failed.returncode == 2
         assert failed.stderr.count("\n") == 1 and "set the environment variable HF_TOKEN" in failed.stderr
+
+
+def test_a_login_file_is_a_token(trained, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(UserError, match="there is no token of the Hugging Face hub"):
+        push_now(trained[1], SETTINGS)
     (tmp_path / "token").write_text(TOKEN)
-    run_command([*command], cold=True, **no_token)
+    check_hub(SETTINGS)
 
 
 @pytest.mark.parametrize("repo", ["tiny", "a/b/c", "lab/", "lab/a b", "lab/a--b", "https://huggingface.co/lab/tiny"])
