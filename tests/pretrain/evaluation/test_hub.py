@@ -20,7 +20,7 @@ from pretrain.evaluation.hub import push_in_background, push_newest, push_now
 from pretrain.run_folder import HUB, list_steps, remove_later_steps, step_name
 from pretrain.sections import HubConfig
 from pretrain.training.hub_pushes import PROBLEM, BackgroundPushes, check_hub
-from tests.commands import prepare_corpus, run_command, tiny_config, write_config
+from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.hub_stand_in import TOKEN, HubStandIn
 from tests.processes import wait_for
 
@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
     )
     prepare_corpus(config)
     server = HubStandIn()
-    printed = run_command(["python", "launcher/run.py", config], **server.environment).stdout
+    printed = run_command(ranks_command(2, "launcher/run.py", config), **server.environment).stdout
     run_dir = folder / "runs" / "run"
     wait_for(lambda: 4 in list_steps(run_dir / HUB))
     wait_for(lambda: not pushing_processes(run_dir))
@@ -134,6 +134,13 @@ def test_the_card_has_metadata_that_the_hub_reads_and_the_figures_of_the_run(tra
         "def embed_record(text, code)",
     ):
         assert text in card.text, text
+
+
+def test_the_code_of_the_card_generates(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained[1] / "export" / step_name(4))
+    namespace: dict = {}
+    exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], namespace)
+    assert 1 <= len(namespace["output"]) <= 60 and capsys.readouterr().out
 
 
 def test_the_card_names_public_data_the_base_model_and_results(trained, run_dir, tmp_path):
@@ -302,7 +309,7 @@ def test_the_name_of_a_repository_is_checked(trained, repo):
         load_config(trained[0], [f"export.hub.repo={repo}"])
 
 
-def test_a_checkpoint_is_exported_to_any_folder(trained, run_dir, tmp_path):
+def test_a_checkpoint_is_exported_to_any_folder(run_dir, tmp_path):
     target = tmp_path / "new" / "folder"
     command = ["python", "launcher/evaluate.py", run_dir, "--export", target, "--step", "2"]
     assert run_command(command).stdout == f"step 2 of {run_dir} is exported to {target}\n"
