@@ -1,6 +1,8 @@
-"""Evaluate the checkpoints of a run, or embed texts with an export.
+"""Evaluate the checkpoints of a run, export or push them, or embed texts with an export.
 
 launcher/evaluate.py RUN_DIR [--task NAME ...] [--checkpoint STEP|latest] [--watch] [task.test=FILE key=value ...]
+launcher/evaluate.py RUN_DIR --export FOLDER [--step N]
+launcher/evaluate.py RUN_DIR --push
 launcher/evaluate.py EXPORT --embed FILE
 """
 

@@ -23,6 +23,7 @@ from pretrain.sections import (
     BranchConfig,
     CheckpointConfig,
     ExportConfig,
+    HubConfig,
     ModelConfig,
     MonitorConfig,
     TrainConfig,
@@ -85,7 +86,8 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] = {}
     """Options passed through to DeepSpeed; keys that the project computes are rejected."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    export: ExportConfig = ExportConfig()
+    export: ExportConfig | None = None
+    """Exports of checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -200,6 +202,11 @@ class RunConfig(Section):
         return Path(self.output_dir) / self.name
 
     @property
+    def hub(self) -> HubConfig | None:
+        """The repository that receives exports, export.hub."""
+        return self.export.hub if self.export else None
+
+    @property
     def predictor_tokens(self) -> int:
         """Number of predictor tokens per context, k; 0 without pairs."""
         return self.objective.pairing.predictor_tokens if self.objective.pairing else 0
@@ -301,7 +308,7 @@ def finetuning_config(
         "train": train | task.finetune,
         "branch_from": None,
         "checkpoint": {"every": sys.maxsize, "keep": 1},
-        "export": {},
+        "export": None,
         "evaluation": {},
         "monitor": {"log_every": config.monitor.log_every, "loggers": []},
     }

@@ -27,6 +27,8 @@ from urllib.parse import unquote
 import yaml
 
 TOKEN = "hf_StandInTokenForTests0123456789"
+IGNORED_PATHS = ("/api/agent-harnesses",)
+"""Paths that the library reads for its own statistics, at most once a day."""
 LFS_SUFFIXES = (".safetensors", ".model")
 """Ends of the names of files that are uploaded before the commit."""
 
@@ -107,6 +109,8 @@ class LocalHub:
 
     def answer(self, method: str, path: str, headers: Any, body: bytes) -> Any:
         """Return the JSON value that answers a request. Raises Failure."""
+        if path in IGNORED_PATHS:
+            raise Failure(404, "the stand-in does not have this")
         self.requests.append(f"{method} {path}")
         self.released.wait()
         with self.lock:

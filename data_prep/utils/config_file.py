@@ -141,7 +141,10 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
             key=lambda problem: order.index(problem["type"]) if problem["type"] in order else len(order),
         )
         tags = union_tags(model)
-        location = [part for part in first["loc"] if part not in tags]  # pydantic's path includes the union tags
+        location: list[int | str] = []
+        for part in first["loc"]:  # pydantic's path includes the union tags, one of which may also be a key elsewhere
+            if part not in tags or _with_list_index(".".join(map(str, [*location, part]))) in known_keys(model):
+                location.append(part)
         parts = [str(part) for part in location if not re.match(r"(function|tagged-union|float|list)\b", str(part))]
         key = ".".join([where] * bool(where) + parts)
         if first["type"] == "extra_forbidden":

@@ -30,6 +30,7 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
         return folder
     with _exporting(run_dir, step):
         if not folder.exists():  # another process may have exported it
+            folder.parent.mkdir(exist_ok=True)
             _write(run_dir, step, folder)
     return folder
 
@@ -75,13 +76,12 @@ def _copy(export: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def _exporting(run_dir: Path, step: int) -> Iterator[None]:
     """Hold the lock of the run's exports, and keep the checkpoint of the step from being removed."""
-    exports, checkpoints = run_dir / "export", run_dir / "checkpoints"
-    exports.mkdir(exist_ok=True)
-    with locked(exports / ".lock"):
-        (checkpoints / PINS).mkdir(parents=True, exist_ok=True)
-        for leftover in (checkpoints / PINS).glob(f"*{PIN_SUFFIX}"):  # its process was killed
+    pins = run_dir / "checkpoints" / PINS
+    with locked(run_dir / ".export.lock"):
+        pins.mkdir(parents=True, exist_ok=True)
+        for leftover in pins.glob(f"*{PIN_SUFFIX}"):  # its process was killed
             leftover.unlink(missing_ok=True)
-        pin = checkpoints / PINS / f"{step_name(step)}{PIN_SUFFIX}"
+        pin = pins / f"{step_name(step)}{PIN_SUFFIX}"
         pin.touch()
         try:
             yield

@@ -1,13 +1,7 @@
-"""Pushes of exports to the Hugging Face hub: one commit and one tag `step-N` for each export.
-
-`python -m pretrain.evaluation.hub RUN_DIR [key=value ...]` is the process that a training run starts in the background.
-It exports and pushes the newest checkpoint until there is no newer one. `launcher/evaluate.py RUN_DIR --push` does the
-same in the foreground.
-"""
+"""Pushes of exports to the Hugging Face hub: one commit and one tag `step-N` for each export."""
 
 import logging
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +11,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, se
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils._http import default_client_factory
 
-from data_prep.utils.console import UserError, exit_on_user_error
+from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_or_none, try_lock, write_json
-from pretrain.config import load_config
 from pretrain.evaluation.export import export_checkpoint, exported_files
 from pretrain.run_folder import HUB, list_steps, step_name
 from pretrain.sections import HubConfig
-from pretrain.silence import silence_libraries
 from pretrain.training.hub_pushes import LOCK, PROBLEM, check_hub, push_command, unpushed_step
 
 logger = logging.getLogger(__name__)
@@ -178,16 +170,3 @@ def _error_text(error: Exception) -> str:
     """Return an error as one line, without a token that it might contain."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return " ".join(TOKEN.sub("TOKEN", text).split())[:300]
-
-
-def main() -> None:
-    """Push the exports of a run in the background."""
-    run_dir = Path(sys.argv[1])
-    silence_libraries()
-    hub = load_config(run_dir / "config.yaml", sys.argv[2:]).export.hub
-    assert hub is not None  # on the command line
-    push_in_background(run_dir, hub)
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

@@ -110,7 +110,7 @@ def _push(arguments: argparse.Namespace) -> None:
     silence_libraries()
     from pretrain.evaluation.hub import push_now
 
-    push_now(arguments.run_dir, config.export.hub)
+    push_now(arguments.run_dir, config.hub)
 
 
 def _other_options(arguments: argparse.Namespace) -> bool:

@@ -77,7 +77,7 @@ def _data(run_dir: Path, config: RunConfig) -> str:
         return f"Sources: {names}. The corpus has {counts or 'an unknown number of records'}."
     rows = [["source", "split", "records", "tokens", "uses per epoch"]]
     rows += [
-        [_source_name(source), source.split, f"{entry['kept']:,}", f"{entry['tokens']:,}", f"{source.weight:g}"]
+        [_source_name(source), source.split, f"{entry['kept']:,}", f"{entry['tokens']:,}", _uses(source)]
         for source, entry in zip(config.data.sources, manifest["sources"], strict=True)
     ]
     totals = ", ".join(
@@ -152,6 +152,10 @@ def _evaluation(run_dir: Path, step: int) -> str:
             [task, str(result["step"]), finetuned, name, f"{value:.4f}"] for name, value in result["metrics"].items()
         ]
     return _table(rows)
+
+
+def _uses(source: Source) -> str:
+    return f"{source.weight:g}" if source.split == "train" else ""
 
 
 def _source_name(source: Source) -> str:

@@ -272,7 +272,7 @@ class Study:
             raise UserError(
                 f"arms.{arm}: the runs of a study start from initial weights or model.init_from; remove branch_from"
             )
-        if config.export.hub is not None:
+        if config.hub is not None:
             raise UserError(f"arms.{arm}: all runs of a study would push to the same repository; remove export.hub")
         return config
 

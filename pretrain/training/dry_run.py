@@ -83,7 +83,7 @@ def _rank_and_ranks() -> tuple[int, int | None]:
 def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) -> None:
     """Raise the UserErrors of a real run about the corpus, files and the run folder."""
     check(config, corpus)
-    check_hub(config.export.hub)
+    check_hub(config.hub)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
     # a run that was killed early leaves a folder without config.yaml

@@ -1,6 +1,6 @@
 """The start of background pushes of a training run to the Hugging Face hub (export.hub).
 
-`pretrain/evaluation/hub.py` is the process that pushes.
+`pretrain/evaluation/hub_job.py` is the process that pushes.
 """
 
 import logging
@@ -67,7 +67,7 @@ def start_push(run_dir: Path, hub: HubConfig) -> None:
         lock.close()
         settings = [f"export.hub.repo={hub.repo}", f"export.hub.private={str(hub.private).lower()}"]
         start_detached(
-            ["-m", "pretrain.evaluation.hub", str(run_dir), *settings],
+            ["-m", "pretrain.evaluation.hub_job", str(run_dir), *settings],
             folder,
             evaluation_environment("cpu") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         )

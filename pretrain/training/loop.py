@@ -114,7 +114,7 @@ class Trainer:
             self.spikes,
             ClippedSteps(),
             BackgroundEvaluations(),
-            *([BackgroundPushes(self.config.export.hub)] if self.config.export.hub and self.world.is_main else []),
+            *([BackgroundPushes(self.config.hub)] if self.config.hub and self.world.is_main else []),
             LauncherGraceNote(),
             ProgressLines(),
             CollapseWarning(),

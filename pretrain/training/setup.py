@@ -84,7 +84,7 @@ def set_up(
     world.run_and_sync_errors(
         lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None
     )
-    world.run_and_sync_errors(lambda: check_hub(config.export.hub) if world.is_main else None)
+    world.run_and_sync_errors(lambda: check_hub(config.hub) if world.is_main else None)
     lock.take(world)
     changes = world.run_and_sync_errors(
         lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else []
@@ -236,8 +236,8 @@ def _resume_background_work(config: RunConfig, world: World) -> None:
     """Start the evaluations and the push that a killed run or job did not complete."""
     if world.is_main and requested_evaluations(config.run_dir):
         start_evaluations(config.run_dir, config.evaluation.device)
-    if world.is_main and config.export.hub:
-        start_push(config.run_dir, config.export.hub)
+    if world.is_main and config.hub:
+        start_push(config.run_dir, config.hub)
 
 
 def _check_same_environment(world: World) -> None:

@@ -16,30 +16,28 @@ from huggingface_hub import ModelCard
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.evaluation.export import export_checkpoint, exported_files
-from pretrain.evaluation.hub import push_in_background, push_newest
+from pretrain.evaluation.hub import push_in_background, push_newest, push_now
 from pretrain.run_folder import HUB, list_steps, remove_later_steps, step_name
 from pretrain.sections import HubConfig
-from pretrain.training.hub_pushes import PROBLEM, BackgroundPushes
-from tests.commands import prepare_corpus, run_command, tiny_config, write_config
+from pretrain.training.hub_pushes import PROBLEM, BackgroundPushes, check_hub
+from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.local_hub import TOKEN, LocalHub
 from tests.processes import wait_for
 
 REPO = "lab/tiny"
 SETTINGS = HubConfig(repo=REPO)
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def hub(monkeypatch):
     """Return a stand-in that this process uses too."""
-    local_hub = LocalHub()
+    server = LocalHub()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", local_hub.endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield local_hub
-    local_hub.close()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +49,13 @@ def trained(tmp_path_factory):
         tiny_config(folder, export={"hub": {"repo": REPO}}, checkpoint={"every": 2}, monitor__validate_every=2),
     )
     prepare_corpus(config)
-    local_hub = LocalHub()
-    printed = run_command(["python", "launcher/run.py", config], **local_hub.environment).stdout
+    server = LocalHub()
+    printed = run_command(ranks_command(2, "launcher/run.py", config), **server.environment).stdout
     run_dir = folder / "runs" / "run"
     wait_for(lambda: 4 in list_steps(run_dir / HUB))
     wait_for(lambda: not pushing_processes(run_dir))
-    yield config, run_dir, printed, local_hub
-    local_hub.close()
+    yield config, run_dir, printed, server
+    server.close()
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def pushing_processes(run_dir: Path) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter(["cmdline"])
-        if "pretrain.evaluation.hub" in (process.info["cmdline"] or []) and str(run_dir) in process.info["cmdline"]
+        if "pretrain.evaluation.hub_job" in (process.info["cmdline"] or []) and str(run_dir) in process.info["cmdline"]
     ]
 
 
@@ -88,8 +86,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_export_of_a_run_arrives_unchanged_with_a_message_and_a_tag(trained):
-    _, run_dir, printed, local_hub = trained
-    repository = local_hub.repositories[REPO]
+    _, run_dir, printed, server = trained
+    repository = server.repositories[REPO]
     assert repository.private
     assert repository.commits[-1].message == "Step 4"
     assert repository.tags["step-4"] == repository.commits[-1].oid
@@ -103,8 +101,8 @@ def test_the_export_of_a_run_arrives_unchanged_with_a_message_and_a_tag(trained)
 
 
 def test_the_token_and_local_paths_are_nowhere(trained):
-    config, run_dir, printed, local_hub = trained
-    published = local_hub.repositories[REPO].files
+    config, run_dir, printed, server = trained
+    published = server.repositories[REPO].files
     for content in [*files_of(run_dir).values(), *published.values(), printed.encode()]:
         assert TOKEN.encode() not in content
     for name, content in published.items():
@@ -112,8 +110,8 @@ def test_the_token_and_local_paths_are_nowhere(trained):
 
 
 def test_the_card_has_metadata_that_the_hub_reads_and_the_figures_of_the_run(trained):
-    _, run_dir, _, local_hub = trained
-    card = ModelCard(local_hub.repositories[REPO].files["README.md"].decode())
+    _, run_dir, _, server = trained
+    card = ModelCard(server.repositories[REPO].files["README.md"].decode())
     assert card.data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -136,6 +134,13 @@ def test_the_card_has_metadata_that_the_hub_reads_and_the_figures_of_the_run(tra
         "def embed_record(text, code)",
     ):
         assert text in card.text, text
+
+
+def test_the_code_of_the_card_generates(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained[1] / "export" / step_name(4))
+    namespace: dict = {}
+    exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], namespace)
+    assert 1 <= len(namespace["output"]) <= 60 and capsys.readouterr().out
 
 
 def test_the_card_names_public_data_the_base_model_and_results(trained, run_dir, tmp_path):
@@ -271,26 +276,31 @@ def test_a_run_that_is_started_again_pushes_what_is_missing(trained, tmp_path, h
     assert hub.repositories[REPO].tags == {"step-2": hub.repositories[REPO].commits[-1].oid}
 
 
-def test_a_push_by_hand(trained, run_dir, hub):
+def test_a_push_by_hand(run_dir, hub, capsys):
     push = ["python", "launcher/evaluate.py", run_dir, "--push"]
     add_step_4(run_dir)
     assert f"step 4 is pushed to {REPO}" in run_command(push, cold=True, **hub.environment).stdout
     assert set(hub.repositories[REPO].tags) == {"step-4"}
-    assert f"step 4 has already been pushed to {REPO}" in run_command(push, cold=True, **hub.environment).stdout
-    failed = run_command(push, check=False, cold=True, **hub.environment | {"HF_TOKEN": "", "HF_HOME": str(run_dir)})
-    assert failed.returncode == 2 and "there is no token of the Hugging Face hub" in failed.stderr
+    push_now(run_dir, SETTINGS)
+    assert capsys.readouterr().out == f"step 4 has already been pushed to {REPO}\n"
 
 
-def test_a_missing_token_and_a_wrong_name_are_reported_at_the_start(trained, tmp_path):
-    config, _, _, _ = trained
+def test_a_missing_token_is_reported_at_the_start(trained, tmp_path):
     no_token = {"HF_TOKEN": "", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     for more in ([], ["--dry-run"]):
-        command = ["python", "launcher/run.py", config, f"output_dir={tmp_path}", *more]
+        command = ["python", "launcher/run.py", trained[0], f"output_dir={tmp_path}", *more]
         failed = run_command(command, check=False, cold=True, **no_token)
         assert failed.returncode == 2
         assert failed.stderr.count("\n") == 1 and "set the environment variable HF_TOKEN" in failed.stderr
+
+
+def test_a_login_file_is_a_token(trained, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(UserError, match="there is no token of the Hugging Face hub"):
+        push_now(trained[1], SETTINGS)
     (tmp_path / "token").write_text(TOKEN)
-    run_command([*command], cold=True, **no_token)
+    check_hub(SETTINGS)
 
 
 @pytest.mark.parametrize("repo", ["tiny", "a/b/c", "lab/", "lab/a b", "lab/a--b", "https://huggingface.co/lab/tiny"])
@@ -299,7 +309,7 @@ def test_the_name_of_a_repository_is_checked(trained, repo):
         load_config(trained[0], [f"export.hub.repo={repo}"])
 
 
-def test_a_checkpoint_is_exported_to_any_folder(trained, run_dir, tmp_path):
+def test_a_checkpoint_is_exported_to_any_folder(run_dir, tmp_path):
     target = tmp_path / "new" / "folder"
     command = ["python", "launcher/evaluate.py", run_dir, "--export", target, "--step", "2"]
     assert run_command(command).stdout == f"step 2 of {run_dir} is exported to {target}\n"

@@ -100,3 +100,8 @@ def test_errors_are_reported(write_study, changes, expected):
     with pytest.raises(UserError) as error:
         load_study(write_study(**changes), [])
     assert expected in str(error.value)
+
+
+def test_the_runs_of_a_study_do_not_push_to_one_repository(make_study):
+    with pytest.raises(UserError, match=r"arms\.jepa: all runs of a study .* remove export\.hub"):
+        make_study(arms={"plain": {}, "jepa": {"export.hub.repo": "lab/tiny"}})
