@@ -16,6 +16,7 @@ from pretrain.training.branch import read_branch
 from pretrain.training.describe import check_same_run, previous_config
 from pretrain.training.distributed import normalize_launcher_env
 from pretrain.training.extension import larger_budget, step_to_extend
+from pretrain.training.loggers import check_trackers
 from pretrain.training.start_checks import check
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def _rank_and_ranks() -> tuple[int, int | None]:
 def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) -> None:
     """Raise the UserErrors of a real run about the corpus, files and the run folder."""
     check(config, corpus)
+    check_trackers(config)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
     # a run that was killed early leaves a folder without config.yaml
