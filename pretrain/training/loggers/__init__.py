@@ -1,8 +1,8 @@
 """Loggers: hooks on the main rank that record the values of the steps.
 
 `metrics_file.py` is always in use. Each name in monitor.loggers is a module of this package with a class `Logger`, a
-hook without constructor arguments. A new logger is a new module here. The loggers of TRACKERS have options and a
-package of their own, and their constructors get the configuration and the run folder.
+hook without constructor arguments. A new logger is a new module here. The loggers of TRACKERS need an
+extra, and their constructors get the configuration and the run folder.
 """
 
 import importlib

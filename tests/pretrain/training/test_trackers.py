@@ -88,7 +88,7 @@ def run(folder) -> tuple[Path, str]:
             (run_dir / "rewinds.json").write_text(json.dumps([rewind]))
     output += run_command([*PATIENT_RUN, str(path)], **environment(folder)).stdout
     ids = {name: entry_id(run_dir, name) for name in TRACKERS}
-    assert [name for name in TRACKERS if ids[name] == first_ids[name]] == ["wandb"], "the others cannot rewind"
+    assert [name for name in TRACKERS if ids[name] == first_ids[name]] == ["wandb"], "mlflow and trackio cannot rewind"
     return run_dir, output
 
 
