@@ -88,6 +88,7 @@ TRANSFORMERS = {
     "regex",
     "safetensors",
     "scipy",
+    "sniffio",
     "tabulate",
     "tokenizers",
     "transformers",
