@@ -1,6 +1,7 @@
 """The sections of a run's configuration for the model, training, checkpoints, exports and monitoring."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -290,6 +291,52 @@ class ProfileConfig(Section):
         return steps
 
 
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""Loggers that send values to an experiment tracker. Their packages and extras have the same names."""
+
+
+class WandbConfig(Section):
+    """Options of the logger wandb. The API key is read from WANDB_API_KEY or the file that `wandb login` writes."""
+
+    project: str = Field(default="jepa-pretrain", min_length=1)
+    """Project that contains the run."""
+    entity: str | None = None
+    """User or team that owns the project. Default: the variable WANDB_ENTITY, or the default of the account."""
+    mode: Literal["online", "offline"] | None = None
+    """online: upload during training. offline: write to RUN/wandb only, for `wandb sync`. Default: the variable
+    WANDB_MODE, or online."""
+
+
+class MlflowConfig(Section):
+    """Options of the logger mlflow. Tokens and passwords are read from the MLFLOW_TRACKING_ variables only."""
+
+    tracking_uri: str | None = None
+    """Address of a server, or sqlite:///FILE. Default: the variable MLFLOW_TRACKING_URI, or the file mlflow.db in
+    output_dir."""
+    experiment: str = Field(default="jepa-pretrain", min_length=1)
+    """Experiment that contains the run."""
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _check_secrets(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in urlsplit(uri).netloc:
+            raise ValueError(
+                "must not contain a user name or password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                "or for a database the variable MLFLOW_TRACKING_URI, in the environment"
+            )
+        return uri
+
+
+class TrackioConfig(Section):
+    """Options of the logger trackio. The token is read from HF_TOKEN, or from the file that `hf auth login` writes."""
+
+    project: str = Field(default="jepa-pretrain", min_length=1)
+    """Project that contains the run."""
+    space: str | None = None
+    """Space of the Hugging Face Hub that receives the values, such as user/name. Default: a local database, in the
+    folder TRACKIO_DIR or the cache of the Hub."""
+
+
 class MonitorConfig(Section):
     """Logging, validation and monitoring."""
 
@@ -314,7 +361,21 @@ class MonitorConfig(Section):
     """Steps of which every rank writes a trace by PyTorch's profiler, in RUN/profile, for Perfetto or TensorBoard. A
     table of the slowest operators is printed. Profiling slows these steps down."""
     loggers: list[str] = ["tensorboard"]
-    """Loggers that record the metrics in addition to metrics.jsonl: names of modules in pretrain/training/loggers."""
+    """Loggers that record the metrics in addition to metrics.jsonl: names of modules in pretrain/training/loggers. The
+    project has tensorboard, wandb, mlflow and trackio; the last three need the extras of their names."""
+    wandb: WandbConfig | None = None
+    """Options of the logger wandb."""
+    mlflow: MlflowConfig | None = None
+    """Options of the logger mlflow."""
+    trackio: TrackioConfig | None = None
+    """Options of the logger trackio."""
+
+    @model_validator(mode="after")
+    def _check_tracker_options(self) -> "MonitorConfig":
+        for name in TRACKERS:
+            if getattr(self, name) is not None and name not in self.loggers:
+                raise ValueError(f"monitor.{name} has an effect only if monitor.loggers contains {name}; remove it")
+        return self
 
     @field_validator("layers_every")
     @classmethod

@@ -36,10 +36,12 @@ CONFIGURATION = {
     "yaml",
 }
 """Third-party packages for reading a configuration."""
+PYARROW = {"cloudpickle", "pyarrow"}
+"""pyarrow, and the package that it loads if it is installed, for example by mlflow."""
 STARTUP_PACKAGES = {
     "launcher/run.py --help": CONFIGURATION,
     "launcher/run.py configs/demo.yaml train.stepz=3": CONFIGURATION,
-    "launcher/run.py configs/demo.yaml data.path=nowhere": CONFIGURATION | {"pyarrow"},
+    "launcher/run.py configs/demo.yaml data.path=nowhere": CONFIGURATION | PYARROW,
     "launcher/evaluate.py --help": CONFIGURATION,
     "launcher/evaluate.py nowhere": CONFIGURATION,
     "launcher/evaluate.py nowhere --embed pairs.jsonl": CONFIGURATION,
@@ -59,13 +61,13 @@ STARTUP_PACKAGES = {
     "-m data_prep --help": CONFIGURATION - {"numpy"} | {"tqdm"},
     "-m data_prep configs/demo.yaml data.pathh=3": CONFIGURATION - {"numpy"} | {"tqdm"},
     "-m data_prep verify --help": CONFIGURATION - {"numpy"} | {"tqdm"},
-    "-m data_prep verify nowhere": CONFIGURATION | {"pyarrow", "sentencepiece", "google", "tokenizers", "tqdm"},
+    "-m data_prep verify nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers", "tqdm"},
     "-m pretrain.data --help": set(),
-    "-m pretrain.data inspect nowhere": CONFIGURATION | {"pyarrow"},
-    "-m pretrain.data stats nowhere": CONFIGURATION | {"pyarrow", "sentencepiece", "google", "tokenizers", "tqdm"},
+    "-m pretrain.data inspect nowhere": CONFIGURATION | PYARROW,
+    "-m pretrain.data stats nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers", "tqdm"},
 }
 """Third-party packages that each command may load at startup."""
-PREPARATION = CONFIGURATION | {"google", "pyarrow", "sentencepiece", "tokenizers", "tqdm"}
+PREPARATION = CONFIGURATION | PYARROW | {"google", "sentencepiece", "tokenizers", "tqdm"}
 """Third-party packages for preparing and verifying a corpus."""
 TORCH = {"dill", "functorch", "mpmath", "networkx", "sympy", "torch", "torchgen", "triton"}
 """torch, and the packages that it loads with torch._dynamo, torch.distributed.tensor and torch._inductor.
@@ -90,6 +92,7 @@ TRANSFORMERS = {
     "regex",
     "safetensors",
     "scipy",
+    "sniffio",
     "tabulate",
     "tokenizers",
     "transformers",
@@ -100,7 +103,7 @@ TRANSFORMERS = {
 scipy comes with the losses of any model, PIL and jinja2 with chat templates, colorama and tabulate with tables.
 """
 TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
-RANK = CONFIGURATION | {"pyarrow", "sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
+RANK = CONFIGURATION | PYARROW | {"sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
 RANK_UNITS = {
     "config",
     "data",

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.export import export_checkpoint
-from pretrain.evaluation.results import append_result, is_evaluated, result_key
+from pretrain.evaluation.results import append_result, is_evaluated, read_results, result_key
 from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.run_folder import read_rewinds
 from pretrain.tasks.directions import direction
 from pretrain.tasks.options import AnswerTask, TaskConfig
 from pretrain.tasks.scoring import TaskResult
+from pretrain.training.loggers import send_evaluations, trackers
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
         },
         "tensorboard" in config.monitor.loggers,
     )
+    if trackers(config):
+        send_evaluations(config, run_dir, read_results(run_dir))
     counts = [f"{name} {count:,}" for name, count in result.counts.items() if count or name == "unseen"]
     print(
         f"{task.title} at step {step}: "

@@ -17,6 +17,7 @@ from pretrain.training.describe import check_same_run, previous_config
 from pretrain.training.distributed import normalize_launcher_env
 from pretrain.training.extension import larger_budget, step_to_extend
 from pretrain.training.hub_pushes import check_hub
+from pretrain.training.loggers import check_trackers
 from pretrain.training.start_checks import check
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) ->
     """Raise the UserErrors of a real run about the corpus, files and the run folder."""
     check(config, corpus)
     check_hub(config.hub)
+    check_trackers(config)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
     # a run that was killed early leaves a folder without config.yaml

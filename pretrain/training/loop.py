@@ -120,7 +120,7 @@ class Trainer:
             CollapseWarning(),
             PeriodicValidation(),
             *([Profile(self.config.monitor.profile)] if self.config.monitor.profile else []),
-            *(build_loggers(self.config.monitor.loggers) if self.world.is_main else []),
+            *(build_loggers(self.config) if self.world.is_main else []),
         ]
 
     def train(self) -> str:

@@ -163,3 +163,17 @@ def _silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    import_deepspeed()
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed without mlflow.
+
+    If mlflow is installed, DeepSpeed's autotuner, which this project does not use, would import it on every rank. That
+    takes seconds, and mlflow would send usage statistics.
+    """
+    if {"deepspeed", "mlflow"}.isdisjoint(sys.modules):
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes `import mlflow` fail
+        import deepspeed  # noqa: F401
+
+        del sys.modules["mlflow"]

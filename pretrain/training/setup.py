@@ -34,6 +34,7 @@ from pretrain.training.engine import build_engine
 from pretrain.training.evaluation_requests import check_device, requested_evaluations, start_evaluations
 from pretrain.training.extension import extend, larger_budget
 from pretrain.training.hub_pushes import check_hub, start_push
+from pretrain.training.loggers import check_trackers
 from pretrain.training.loop import Trainer
 from pretrain.training.start_checks import check
 from pretrain.training.stop import StopRequest
@@ -85,6 +86,7 @@ def set_up(
         lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None
     )
     world.run_and_sync_errors(lambda: check_hub(config.hub) if world.is_main else None)
+    world.run_and_sync_errors(lambda: check_trackers(config) if world.is_main else None)
     lock.take(world)
     changes = world.run_and_sync_errors(
         lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else []

@@ -152,7 +152,11 @@ def test_an_error_ends_the_hooks_and_the_next_launch_restores_their_state(folder
 @pytest.mark.parametrize(
     ("loggers", "problem"),
     [
-        ("[wandb]", "there is no logger 'wandb' in pretrain/training/loggers; choose from tensorboard"),
+        (
+            "[neptune]",
+            "there is no logger 'neptune' in pretrain/training/loggers; choose from mlflow, tensorboard, trackio, "
+            "wandb",
+        ),
         ("[metrics_file]", "metrics_file is always in use; remove it"),
         ("[tensorboard,tensorboard]", "tensorboard is listed twice; remove one"),
     ],
