@@ -21,6 +21,7 @@ from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.nextlat import NextLat
 from pretrain.objectives.nitp import Nitp
 from pretrain.objectives.pool import Gather
+from tests.families import FAMILIES, embedding_scale
 from tests.reference import Ids, Reference
 from tests.row_plans import plan
 
@@ -96,7 +97,7 @@ def make_reference(model: LanguageModel, specials, **settings) -> Reference:
         weight=WEIGHT,
         temperature=TEMPERATURE,
         softcap=getattr(model.causal_lm.config, "final_logit_softcapping", None),
-        scale=model.hidden_size**0.5 if model.causal_lm.config.model_type == "gemma2" else 1.0,
+        scale=embedding_scale(model.causal_lm.config),
         **settings,
     )
 
@@ -145,9 +146,9 @@ def jepa(distance: str, **settings) -> LlmJepa:
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
 @pytest.mark.parametrize("distance", ["cosine", "l2", "mse", "info_nce"])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_distance_and_direction(family, kind, distance, direction, make_model, write_corpus, specials):
-    """The window of Gemma (6 positions) is shorter than some views."""
+    """The sliding windows (6 positions) are shorter than some views."""
     check_equality(
         make_model(2, family=family),
         random_records(seed=11),
@@ -185,7 +186,7 @@ def test_three_views_and_prepended_predictor_tokens(kind, k, placement, directio
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
 @pytest.mark.parametrize("k", [0, 1, 3])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_targets_in_context(family, k, distance, make_model, write_corpus, specials):
     pairing = Pairing(k, in_context=True)
     for records in (random_records(seed=15), three_views(seed=16)):
@@ -261,9 +262,6 @@ def test_next_token_is_only_the_language_model_term(kind, lm_views, make_model, 
     )
     assert result.losses.keys() == {"total", "lm"}
     assert error(result, expected) < TOLERANCE
-
-
-FAMILIES = ["llama", "gemma2", "olmo2", "openelm"]
 
 
 def submodule(objective: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
