@@ -78,7 +78,7 @@ def build_model_config(
         default = AutoConfig.for_model(family)
     except Exception as error:  # as below
         raise UserError(f"model.family: cannot create a configuration of {family}: {one_line(error)}") from None
-    _check_kind(default, f"model.family: {family}")
+    check_kind(default, f"model.family: {family}")
     # The options that every PretrainedConfig has do not describe the shape.
     shape_keys = default.to_dict().keys() - PretrainedConfig().to_dict().keys()
     for key in shape:
@@ -98,7 +98,7 @@ def build_model_config(
                 f"model.shape: {family} ignores {key} with these values: it is {getattr(config, key, None)!r}, not "
                 f"{value!r}; remove it, or set the option that it depends on"
             )
-    _check_shape(config, "model.shape")
+    check_shape(config, "model.shape")
     if max_positions(config) < sequence_length:
         raise UserError(
             f"data.sequence_length is {sequence_length}, but the model shape allows {max_positions(config)} "
@@ -107,7 +107,7 @@ def build_model_config(
     return config
 
 
-def _check_kind(config: PretrainedConfig, where: str) -> None:
+def check_kind(config: PretrainedConfig, where: str) -> None:
     """Raise UserError for a model that is not a single decoder. The message begins with `where`."""
     if config.sub_configs:
         text = getattr(config, "text_config", None)
@@ -119,7 +119,7 @@ def _check_kind(config: PretrainedConfig, where: str) -> None:
         raise UserError(f"{where} has layers of different sizes (per_layer_config); choose a different family")
 
 
-def _check_shape(config: PretrainedConfig, where: str) -> None:
+def check_shape(config: PretrainedConfig, where: str) -> None:
     """Raise UserError for a configuration from which no causal model of packed rows can be built.
 
     Only values that the validation of the configuration's class accepts are checked. The message begins with `where`.
@@ -310,8 +310,8 @@ def pretrained_config(folder: str | Path) -> PretrainedConfig:
             f"model.init_from: {folder} has a model of the family {config.model_type!r}, which has no causal language "
             "model; docs/models.md lists the families"
         )
-    _check_kind(config, f"{where}: {config.model_type}")
-    _check_shape(config, where)
+    check_kind(config, f"{where}: {config.model_type}")
+    check_shape(config, where)
     return config
 
 

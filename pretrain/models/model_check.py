@@ -271,9 +271,9 @@ def _check_plain_passes(model: LanguageModel) -> None:
     if _error(after_change[:-1], states[:-1]) > TOLERANCE:
         raise Rejected("its attention is not causal: a token sees the tokens after it")
     if _error(embedded, states) > TOLERANCE:
-        raise Rejected("it reads token ids besides their embeddings, and predictor tokens have none")
+        raise Rejected("it reads token ids besides their embeddings, but predictor tokens have no id in the vocabulary")
     if _error(model.logits(states), logits) > TOLERANCE:
-        raise Rejected("its logits are not those of a linear head, scaled or soft-capped, on the last hidden states")
+        raise Rejected("its logits are not its last hidden states times a matrix, scaled or soft-capped")
 
 
 def _check_interface(model: LanguageModel) -> None:
@@ -299,7 +299,7 @@ def _check_interface(model: LanguageModel) -> None:
         groups = query.shape[1] // key.shape[1]
         scores = query @ key.repeat_interleave(groups, dim=1).mT * (scaling or query.shape[-1] ** -0.5)
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        weights = (scores + attention_mask).softmax(dim=-1)
+        weights = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
         return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
 
     states = _states(model, rows)
@@ -374,7 +374,7 @@ def _check_equality(model: LanguageModel) -> None:
     losses, gradients = zip(*(_losses_and_gradients(model, rows, found) for found in (states, alone)), strict=True)
     if _error(*losses) > TOLERANCE:
         raise Rejected("the losses of packed rows differ from the losses of separate sequences")
-    # some gradients are 0 up to rounding, such as those of the biases of keys
+    # some gradients, such as the ones of the biases of keys, are 0 up to rounding
     floor = 0.01 * max(_root_mean_square(gradient).item() for gradient in gradients[1].values())
     for name, gradient in gradients[0].items():
         if _error(gradient, gradients[1][name], floor) > TOLERANCE:

@@ -82,8 +82,8 @@ def _shorten(values: dict[str, Any]) -> dict[str, Any]:
 def _layers(config: PretrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
     """Return the number of layers of the tiny model, and the fields of `values` that have a value for each layer.
 
-    Layers that differ in one of these fields are different kinds. A list of the numbers of all layers is not such a
-    field.
+    Layers that differ in one of these fields are different kinds. A list of the numbers of all layers is not a
+    field of this kind.
     """
     layers = config.num_hidden_layers
     fields = {

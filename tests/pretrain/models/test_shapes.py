@@ -41,7 +41,7 @@ THETA = {
     "olmo3": 500_000.0,
     "gemma3_text": 1_000_000.0,
 }
-"""Base of the rotary embedding; in layers with full attention, if the others have their own."""
+"""Base of the rotary embedding; in layers with full attention, if layers with windows have another one."""
 
 
 def read(name):

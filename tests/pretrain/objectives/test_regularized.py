@@ -12,7 +12,7 @@ from pretrain.objectives.configs.regularizers import CodingRateConfig, SigregCon
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularized import Regularized
 from pretrain.objectives.regularizers import build_regularizers, coding_rate_gap, vicreg
-from tests.families import FAMILIES, embedding_scale
+from tests.families import embedding_scale, family_cases
 from tests.reference import Ids, Reference
 
 ROW = 96
@@ -62,9 +62,7 @@ def packed_on_ranks(model, corpus, layout, specials, ranks: int) -> tuple[dict[s
     return losses, total
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["joint", "independent"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind", "ranks"), family_cases(["independent", "joint"], [1, 4, 2]))
 def test_terms_and_gradients_equal_separate_forwards(family, kind, ranks, records, make_model, write_corpus, specials):
     model = make_model(0, family=family)
     layout = make_layout(kind, specials, ends=True)
