@@ -18,7 +18,17 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parent.parent
-VOCABULARIES = {"llama": 128_256, "gemma2": 256_000, "olmo2": 100_352, "openelm": 32_000}
+VOCABULARIES = {
+    "llama": 128_256,
+    "gemma2": 256_000,
+    "olmo2": 100_352,
+    "openelm": 32_000,
+    "qwen3": 151_936,
+    "mistral": 32_000,
+    "smollm3": 128_256,
+    "olmo3": 100_278,
+    "gemma3_text": 262_144,
+}
 """Vocabulary sizes of the published models."""
 ROWS = (64, 32, 16, 8, 4, 2, 1)
 MEMORY = (80, 141)
@@ -71,7 +81,7 @@ def make_plan(path: Path) -> Any:
     from pretrain.config import RunConfig
     from pretrain.training.dry_run import checked_plan
 
-    family, shape = path.stem.split("_")[0], yaml.safe_load(path.read_text())
+    family, shape = path.stem.rpartition("_")[0], yaml.safe_load(path.read_text())
     length = min(4096, shape.get("max_position_embeddings", 4096))
     return checked_plan(
         RunConfig(

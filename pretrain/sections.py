@@ -9,8 +9,6 @@ from data_prep.utils.config_file import LocalPath, Section
 
 DEFAULT_DECAY_FRACTION = 0.2
 
-Family = Literal["llama", "gemma2", "olmo2", "openelm"]
-
 
 class LoraConfig(Section):
     """Low-rank adapters on every linear layer of the transformer (Hu et al., arXiv 2106.09685).
@@ -27,8 +25,9 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model to train."""
 
-    family: Family | None = None
-    """Model family: Llama 3, Gemma 2, OLMo 2 or OpenELM."""
+    family: str | None = None
+    """Model family: `openelm`, or the `model_type` of a causal language model of transformers, such as `llama`,
+    `gemma2`, `olmo2`, `qwen3`, `mistral`, `smollm3`, `olmo3` or `gemma3_text`. docs/models.md lists all of them."""
     shape: dict[str, Any] | None = None
     """Fields of the family's Hugging Face configuration. Alternatively, the path of a YAML file with these fields,
     relative to the configuration file. The vocabulary and the special tokens come from the corpus."""
@@ -37,8 +36,9 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Adapters to train, instead of the whole model of init_from."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
-    """Attention implementation. auto: FlexAttention on CUDA; SDPA with the visibility mask on CPU and for heads
-    narrower than 16, except for gemma2, whose capped scores need eager."""
+    """Attention implementation. auto: FlexAttention on CUDA; SDPA with the visibility mask on CPU, for heads narrower
+    than 16, and for models without FlexAttention; eager for models without SDPA, such as gemma2 with its capped
+    scores."""
 
     @model_validator(mode="after")
     def _check_model_source(self) -> "ModelConfig":

@@ -5,16 +5,59 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+import transformers
 from packaging.requirements import Requirement
 
+from pretrain.models.families import family_names
 from tests.commands import ROOT
 
 
-def test_the_configuration_page_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+def load_generator(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "configuration.md").read_text() == module.page(), "run: python docs/make_configuration.py"
+    return module
+
+
+def test_the_configuration_page_is_up_to_date():
+    page = load_generator("make_configuration").page()
+    assert (ROOT / "docs" / "configuration.md").read_text() == page, "run: python docs/make_configuration.py"
+
+
+MODELS = (ROOT / "docs" / "models.md").read_text()
+
+
+def test_the_page_of_models_has_all_families_of_transformers():
+    assert f"transformers {transformers.__version__}," in MODELS, "run: python docs/make_models.py"
+    rows = re.findall(r"^\| `(.*?)` \| (passed|refused|not built) \| (.*) \|$", MODELS, re.MULTILINE)
+    assert [family for family, _, _ in rows] == family_names(), "run: python docs/make_models.py"
+    assert all(bool(reason.strip()) == (result != "passed") for _, result, reason in rows)
+    for kind in ("passed", "refused", "not built"):
+        assert f"**{kind}** ({sum(result == kind for _, result, _ in rows)})" in MODELS
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "bloom", "gemma3", "gemma3_text", "gemma4_assistant", "mamba", "ministral", "mixtral", "openelm"]
+)
+def test_the_page_of_models_has_the_result_of_the_check(family):
+    make_models = load_generator("make_models")
+    assert make_models.line(make_models.check_family(family)) in MODELS, "run: python docs/make_models.py"
+
+
+def test_a_family_whose_check_crashes_does_not_lose_the_other_rows(monkeypatch, tmp_path):
+    make_models = load_generator("make_models")
+    script = tmp_path / "crash.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "for family in sys.argv[1:]:\n"
+        "    if family == 'b': os._exit(9)\n"
+        "    print(json.dumps([family, 'passed', '']), flush=True)\n"
+    )
+    monkeypatch.setattr(make_models, "__file__", str(script))
+    rows = list(make_models.check_families(["a", "b", "c"]))
+    assert [(row.family, row.result) for row in rows] == [("a", "passed"), ("b", "not built"), ("c", "passed")]
+    assert rows[1].reason == "its check ended with exit code 9"
 
 
 def test_the_lock_file_has_the_versions_of_pyproject():

@@ -188,7 +188,7 @@ class Embedder:
         before, after = ([self._ids[name] for name in part] for part in template)
         tokens = self._tokenizer.encode_batch(list(texts))
         rows = [[*before, *front, *row, *after, *back] for row in tokens]
-        limit = self._model.causal_lm.config.max_position_embeddings
+        limit = self._model.max_positions
         return encode(self._model, rows), np.array([len(row) <= limit for row in rows], bool)
 
     def predict_from(
@@ -220,7 +220,7 @@ def _predict(objective: Objective, context: np.ndarray) -> np.ndarray:
 def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
     """Return the last hidden state of each row of token ids, (N, D) fp32; NaN for a row that is too long."""
     embeddings = np.full((len(rows), model.hidden_size), np.nan, np.float32)
-    limit = model.causal_lm.config.max_position_embeddings
+    limit = model.max_positions
     for indices in tqdm(
         list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None
     ):
@@ -229,14 +229,14 @@ def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
         ids = torch.tensor([rows[index] + [0] * (longest - len(rows[index])) for index in indices])
         last = torch.tensor([len(rows[index]) - 1 for index in indices])
         with torch.inference_mode():
-            hidden = model.causal_lm.model(
+            hidden = model.transformer(
                 inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
             ).last_hidden_state
         embeddings[indices] = hidden[torch.arange(len(indices)), last].float().cpu().numpy()
     return embeddings
 
 
-def _batches(lengths: list[int], limit: int) -> Iterator[list[int]]:
+def _batches(lengths: list[int], limit: float) -> Iterator[list[int]]:
     """Yield batches of the indices of rows of similar length; rows that do not fit `limit` positions are skipped."""
     batch: list[int] = []
     fitting = [index for index, length in enumerate(lengths) if length <= limit]

@@ -17,9 +17,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig
 
 from data_prep.utils.console import UserError
+from pretrain.models.structure import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    attention_dropout,
+    head_width,
+    layer_types,
+    model_class,
+)
 
 Mask = torch.Tensor | BlockMask
-FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 NARROWEST_FLEX_HEAD = 16
 """Smallest head width for which FlexAttention's kernel compiles (torch/_inductor/kernel/flex/flex_attention.py)."""
 
@@ -27,14 +34,18 @@ NARROWEST_FLEX_HEAD = 16
 def resolve_attention(setting: str, device: torch.device, config: PretrainedConfig) -> str:
     """Return the attention kernel of a setting, and resolve `auto`.
 
-    `auto` is FlexAttention on CUDA. It is SDPA (for Gemma 2: eager) for narrow heads, and on CPU, where FlexAttention
-    has no backward pass. Raises UserError if the device, the family or the head width does not support the kernel.
+    `auto` is FlexAttention on CUDA. It is SDPA (for models without SDPA, such as Gemma 2: eager) for narrow heads, for
+    models without FlexAttention, and on CPU, where FlexAttention has no backward pass. Raises UserError if the device,
+    the model or the head width does not support the kernel.
     """
-    capped = config.model_type == "gemma2"
+    supported = model_class(config)
     narrow = head_width(config) < NARROWEST_FLEX_HEAD
-    dense = "eager" if capped else "sdpa"
+    dense = "sdpa" if supported._supports_sdpa else "eager"
     if setting == "auto":
-        setting = "flex_attention" if device.type == "cuda" and not narrow else dense
+        flexible = supported._supports_flex_attn and device.type == "cuda" and not narrow
+        setting = "flex_attention" if flexible else dense
+    if setting == "flex_attention" and not supported._supports_flex_attn:
+        raise UserError(f"model.attention: {config.model_type} does not support flex_attention; leave it at auto")
     if setting == "flex_attention" and narrow:
         raise UserError(
             f"model.attention: flex_attention needs heads at least {NARROWEST_FLEX_HEAD} wide, "
@@ -42,19 +53,19 @@ def resolve_attention(setting: str, device: torch.device, config: PretrainedConf
         )
     if setting == "flex_attention" and device.type == "cpu":
         raise UserError("model.attention: flex_attention has no backward pass on CPU; leave it at auto")
-    if setting == "flex_attention" and config.attention_dropout:
+    if setting == "flex_attention" and attention_dropout(config):
         raise UserError(
             "model.attention: flex_attention does not support attention_dropout; set attention_dropout to 0 in the "
             f"model's shape, or model.attention to {dense}"
         )
-    if setting == "sdpa" and capped:
-        raise UserError("model.attention: sdpa cannot cap attention scores, but gemma2 does; leave it at auto")
+    if setting == "sdpa" and not supported._supports_sdpa:
+        problem = (
+            f"sdpa cannot cap attention scores, but {config.model_type} does"
+            if getattr(config, "attn_logit_softcapping", None)
+            else f"{config.model_type} does not support sdpa"
+        )
+        raise UserError(f"model.attention: {problem}; leave it at auto")
     return setting
-
-
-def head_width(config: PretrainedConfig) -> int:
-    """Return the width of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def attention_mask(
@@ -62,18 +73,20 @@ def attention_mask(
 ) -> Mask | dict[str, Mask]:
     """Return the attention_mask argument of a model of `config`: one mask, or one per layer type.
 
+    If a model does not name its layer types, a sliding window of its configuration is the window of all layers.
     `visible_until` and `positions` are (B, L). `dtype` is the data type of the attention scores.
     """
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return visibility_mask(visible_until, attention, dtype=dtype)
+    types = layer_types(config)
+    window = getattr(config, "sliding_window", None) or None
+    full = functools.partial(visibility_mask, visible_until, attention, dtype=dtype)
+    sliding = functools.partial(full, positions=positions, window=window)
+    if not types:
+        return sliding() if window else full()
     masks: dict[str, Mask] = {}
-    if FULL_ATTENTION in layer_types:
-        masks[FULL_ATTENTION] = visibility_mask(visible_until, attention, dtype=dtype)
-    if SLIDING_ATTENTION in layer_types:
-        masks[SLIDING_ATTENTION] = visibility_mask(
-            visible_until, attention, positions=positions, window=config.sliding_window, dtype=dtype
-        )
+    if FULL_ATTENTION in types:
+        masks[FULL_ATTENTION] = full()
+    if SLIDING_ATTENTION in types:
+        masks[SLIDING_ATTENTION] = sliding()
     return masks
 
 

@@ -68,7 +68,7 @@ def embed(before, text, after, front=None, back=None):
     start, rest = (embeddings(torch.tensor(part, dtype=torch.long)) for part in ids)
     parts = [start, front, rest, back]
     inputs = torch.cat([part for part in parts if part is not None])
-    return model.model(inputs_embeds=inputs[None]).last_hidden_state[0, -1]
+    return model.base_model(inputs_embeds=inputs[None]).last_hidden_state[0, -1]
 
 
 def embed_record({arguments}):

@@ -1,4 +1,4 @@
-"""Registration of the model families that transformers does not include.
+"""The families of models: the causal language models of transformers, and the ones that the project registers.
 
 The module of a family is imported only when the family is needed.
 """
@@ -8,8 +8,15 @@ import importlib
 import json
 from pathlib import Path
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 FAMILY_MODULES = {"openelm": "pretrain.models.openelm"}
 """Modules that register a family with the auto classes of transformers, by family."""
+
+
+def family_names() -> list[str]:
+    """Return the names of all families, in the form of `model_type` in a config.json."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *FAMILY_MODULES})
 
 
 def register_family(family: str) -> None:

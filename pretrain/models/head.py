@@ -18,10 +18,10 @@ class Head(nn.Module):
     once, and ranks with different numbers of chunks make the same number of gathers.
     """
 
-    def __init__(self, linear: nn.Linear, softcap: float | None, max_logits: int | None = None):
+    def __init__(self, linear: nn.Linear, softcap: float | None, max_logits: int | None = None, scale: float = 1.0):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.softcap, self.max_logits = softcap, max_logits
+        self.softcap, self.max_logits, self.scale = softcap, max_logits, scale
         self.z_loss = 0.0
         """Coefficient of the z-loss in training; see `_CrossEntropy`."""
         self.measures_logits = False
@@ -33,7 +33,7 @@ class Head(nn.Module):
     def forward(
         self, hidden: torch.Tensor, label_ids: torch.Tensor | None = None, reference: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the logits, with labels the sum of the cross-entropies, or with a reference a divergence.
+        """Return the raw logits, with labels the sum of the cross-entropies, or with a reference a divergence.
 
         Without labels, which is how transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar in
         fp32, in nats; in training its gradient includes the z-loss. With `reference` (M, D): the sum of KL(p || q) as
@@ -42,19 +42,23 @@ class Head(nn.Module):
         """
         max_logits = self.max_logits or MAX_LOGITS[hidden.device.type]
         chunk_size = max(1, max_logits // len(self.weight))
+        if label_ids is None and reference is None:
+            return F.linear(hidden, self.weight, self.bias)
+        bias: torch.Tensor | None = self.bias
+        if self.scale != 1:
+            hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
         if reference is not None:
             chunk_size = max(1, chunk_size // 2)  # a chunk has two sets of logits
+            reference = reference if self.scale == 1 else reference * self.scale
             divergence: torch.Tensor = _KlDivergence.apply(
-                hidden, reference, self.weight, self.bias, self.softcap, chunk_size, torch.is_grad_enabled()
+                hidden, reference, self.weight, bias, self.softcap, chunk_size, torch.is_grad_enabled()
             )
             return divergence
-        if label_ids is None:
-            return F.linear(hidden, self.weight, self.bias)
         loss: torch.Tensor
         loss, self.sums = _CrossEntropy.apply(
             hidden,
             self.weight,
-            self.bias,
+            bias,
             label_ids,
             self.softcap,
             chunk_size,
@@ -64,8 +68,12 @@ class Head(nn.Module):
         )
         return loss
 
-    def apply_softcap(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply Gemma 2's soft-capping, cap * tanh(logits / cap), if the model has it (arXiv 2408.00118, section 2)."""
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the model from raw logits: scaled and soft-capped, if the model does this.
+
+        Soft-capping is cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118, section 2).
+        """
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

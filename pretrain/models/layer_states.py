@@ -18,10 +18,10 @@ class LayerStates:
 
     def __init__(self, model: LanguageModel, numbers: Sequence[int]):
         self._recorded: dict[int, torch.Tensor] | None = None
-        layers = model.causal_lm.model.layers
+        layers = model.layers
         for number in numbers:
             if number == 0:
-                layers[0].register_forward_pre_hook(self._record_input)
+                layers[0].register_forward_pre_hook(self._record_input, with_kwargs=True)
             else:
                 layers[number - 1].register_forward_hook(self._recorder(number))
 
@@ -34,8 +34,8 @@ class LayerStates:
         finally:
             self._recorded = None
 
-    def _record_input(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self._record(0, arguments[0])
+    def _record_input(self, layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._record(0, arguments[0] if arguments else keywords["hidden_states"])
 
     def _recorder(self, number: int) -> Any:
         def record(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:

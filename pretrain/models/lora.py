@@ -23,10 +23,14 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
             "model.lora needs the package peft, which is not installed; "
             "run pip install '.[lora]' in the project's folder"
         ) from None
-    transformer = model.causal_lm.model
+    transformer = model.transformer
     layer_names = sorted(
         {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     )
+    if not layer_names:
+        raise UserError(
+            f"model.lora: {model.causal_lm.config.model_type} has no linear layers that peft could adapt; remove lora"
+        )
     model.causal_lm.requires_grad_(False)
     # Under ZeRO stage 3, DeepSpeed releases the weights of a layer before the backward pass needs them if the input of
     # the layer does not require a gradient.
@@ -38,7 +42,7 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
 
 def adapter_sizes(model: LanguageModel, lora: LoraConfig) -> list[int]:
     """Return the number of elements of each parameter that `add_adapters` would add."""
-    layers = [module for module in model.causal_lm.model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in model.transformer.modules() if isinstance(module, nn.Linear)]
     return [lora.rank * width for linear in layers for width in (linear.in_features, linear.out_features)]
 
 

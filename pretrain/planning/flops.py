@@ -43,8 +43,9 @@ class Parameters:
     layers: int
     """Transformer layers and final norm."""
     embedding: int
+    """Embeddings of tokens and, if the model has learned ones, of positions."""
     head: int
-    """Output head; the same parameters as the embedding if they are tied."""
+    """Output head; its parameters are in the embedding if they are tied."""
     tied: bool
     predictor: int
     """Embedding of the predictor tokens."""
@@ -67,11 +68,13 @@ class Parameters:
 
 def count_parameters(model: LanguageModel, objective: Objective) -> Parameters:
     """Return the parameter counts of a model and its objective, which may be partitioned or on the meta device."""
-    embedding = model.vocab_size * model.hidden_size
-    tied = bool(model.causal_lm.config.tie_word_embeddings)
+    tables = [module for module in model.transformer.modules() if isinstance(module, nn.Embedding)]
+    embedding = sum(parameter_count(table) for table in tables)
+    tied = model.head.weight is model.causal_lm.get_input_embeddings().weight
+    head = full_shape(model.head.weight).numel() if tied else parameter_count(model.head)
     predictor = 0 if model.predictor is None else parameter_count(model.predictor)
-    layers = parameter_count(model) - predictor - embedding * (1 if tied else 2)
-    return Parameters(layers, embedding, embedding, tied, predictor, parameter_count(objective))
+    layers = parameter_count(model) - predictor - embedding - (0 if tied else head)
+    return Parameters(layers, embedding, head, tied, predictor, parameter_count(objective))
 
 
 def muon_flops(shapes: Iterable[torch.Size]) -> float:

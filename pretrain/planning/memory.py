@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from pretrain.models.head import MAX_LOGITS
+from pretrain.models.hidden_matrices import full_shape
 from pretrain.models.language_model import LanguageModel
+from pretrain.models.structure import head_width
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes per element for each precision."""
@@ -13,6 +17,10 @@ OPTIMIZER_BYTES = 12
 """Bytes per trained parameter of DeepSpeed's optimizer: an fp32 copy of the parameter, and two moments."""
 MUON_SAVING = 4
 """Bytes per parameter that Muon needs less than AdamW, because it has one moment."""
+
+
+QUERY_NORMS, KEY_NORMS = {"q_norm", "q_layernorm", "query_layernorm"}, {"k_norm", "k_layernorm", "key_layernorm"}
+"""Names in transformers of the norms of queries and keys, whose weights may be as wide as one head only."""
 
 
 @dataclass(frozen=True)
@@ -88,24 +96,50 @@ class LayerWidths:
     keys: int
     """Width of all key heads together; the values have the same width."""
     feed_forward: int
+    """Width of a gated feed-forward network; half the width of a network without a gate."""
     norms: int
     """Width of the inputs of all norms together."""
 
 
 def layer_widths(model: LanguageModel) -> list[LayerWidths]:
-    """Return the widths of each layer, which follow from the module names of transformers."""
-    widths = []
-    for layer in model.causal_lm.model.layers:
-        modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
-        outputs = {name: module.out_features for name, module in modules.items() if isinstance(module, nn.Linear)}
-        head_widths = {"q_norm": outputs["q_proj"], "k_norm": outputs["k_proj"]}
-        norms = sum(
-            head_widths.get(name, model.hidden_size)
-            for name, module in modules.items()
-            if type(module).__name__.endswith("Norm")
-        )
-        widths.append(LayerWidths(outputs["q_proj"], outputs["k_proj"], outputs["up_proj"], norms))
-    return widths
+    """Return the widths of each layer, from the names of its modules or else from the configuration."""
+    return [_widths(layer, model.causal_lm.config) for layer in model.layers]
+
+
+def _widths(layer: nn.Module, config: PretrainedConfig) -> LayerWidths:
+    modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+    sizes = {name: _input_and_output(module) for name, module in modules.items()}
+    matrices = {name: size for name, size in sizes.items() if size is not None}
+    if "q_proj" in matrices and "k_proj" in matrices:
+        queries, keys = matrices["q_proj"][1], matrices["k_proj"][1]
+    else:
+        heads, width = config.num_attention_heads, head_width(config)
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        if getattr(config, "kv_lora_rank", None):  # all heads have keys, which are wider than the values
+            width = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) // 2
+            key_heads = heads
+        queries, keys = heads * width, key_heads * width
+    feed_forward = matrices["up_proj"][1] if "up_proj" in matrices else max(size[0] for size in matrices.values())
+    if not any("gate" in name or name == "w3" for name in matrices):
+        feed_forward //= 2  # two of the four tensors of a gated network
+    norms = sum(
+        queries if name in QUERY_NORMS else keys if name in KEY_NORMS else _norm_width(module, config.hidden_size)
+        for name, module in modules.items()
+        if type(module).__name__.endswith("Norm")
+    )
+    return LayerWidths(queries, keys, feed_forward, norms)
+
+
+def _input_and_output(module: nn.Module) -> tuple[int, int] | None:
+    """Return the widths of the input and the output of a matrix; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
+
+
+def _norm_width(norm: nn.Module, default: int) -> int:
+    weight = getattr(norm, "weight", None)
+    return default if weight is None else full_shape(weight)[0]
 
 
 @dataclass(frozen=True)
@@ -140,7 +174,7 @@ def activations(model: LanguageModel, precision: str, positions: float, targets:
     bf16 a third.
     """
     item_bytes = ITEM_BYTES[precision]
-    head = model.causal_lm.lm_head
+    head = model.head
     layers = [
         positions
         * (

@@ -8,6 +8,7 @@ from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, build_model_config, pretrained_config, random_causal_lm
+from pretrain.models.model_check import check_model
 from pretrain.models.stored_weights import check_stored_weights
 from pretrain.run_folder import MODEL_DIR, list_steps
 
@@ -15,17 +16,21 @@ from pretrain.run_folder import MODEL_DIR, list_steps
 def resolve_hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -> PretrainedConfig:
     """Return the model's Hugging Face configuration: from its family and shape, or from the folder of model.init_from.
 
-    A resumed run has a copy of the configuration in that folder, and no longer needs the folder. Raises UserError.
+    A resumed run has a copy of the configuration in that folder, and no longer needs the folder. Raises UserError, also
+    if a tiny model of the same structure shows that the model does not suit packed rows.
     """
     model = config.model
-    if model.init_from is not None and resuming and (config.run_dir / MODEL_DIR).exists():
-        return pretrained_config(config.run_dir / MODEL_DIR)
-    if model.init_from is not None:
-        hf_config = pretrained_config(model.init_from)
-        check_stored_weights(model.init_from, hf_config)
+    if model.init_from is None:
+        assert model.family is not None and model.shape is not None  # the configuration has either these or init_from
+        hf_config = build_model_config(model.family, model.shape, tokenizer, config.data.sequence_length)
+        check_model(hf_config, model.attention, "model.family")
         return hf_config
-    assert model.family is not None and model.shape is not None  # the configuration has either these or init_from
-    return build_model_config(model.family, model.shape, tokenizer, config.data.sequence_length)
+    copied = resuming and (config.run_dir / MODEL_DIR).exists()
+    hf_config = pretrained_config(config.run_dir / MODEL_DIR if copied else model.init_from)
+    check_model(hf_config, model.attention, "model.init_from")
+    if not copied:
+        check_stored_weights(model.init_from, hf_config)
+    return hf_config
 
 
 def check_model_fits_corpus(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -35,7 +40,7 @@ def check_model_fits_corpus(config: RunConfig, model: LanguageModel, tokenizer: 
             f"the model in model.init_from has {model.vocab_size} token embeddings, but the corpus uses "
             f"{tokenizer.vocab_size} ids: prepare the corpus with data.tokenizer.path set to {config.model.init_from}"
         )
-    limit = model.causal_lm.config.max_position_embeddings
+    limit = model.max_positions
     if limit < config.data.sequence_length:
         raise UserError(
             f"data.sequence_length is {config.data.sequence_length}, but the model in model.init_from allows {limit} "

@@ -30,8 +30,11 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 def _parameter_table(plan: Plan) -> Table:
     size = plan.parameters
+    vocabulary, width = plan.model.vocab_size, plan.model.hidden_size
     embedding = (
-        f"embedding, {plan.model.vocab_size:,} x {plan.model.hidden_size:,}" + ", is the output head too" * size.tied
+        f"embedding, {vocabulary:,} x {width:,}"
+        + ", and positions" * (size.embedding > vocabulary * width)
+        + ", is the output head too" * size.tied
     )
     head = [] if size.tied else [("output head", f"{size.head:,}")]
     predictor = [("predictor embedding", f"{size.predictor:,}")] if size.predictor else []

@@ -110,7 +110,7 @@ def build_engine(
         limit_compile_threads(world.hosts.count(world.hosts[world.rank]))
     if config.train.z_loss:
         objective.add_z_loss(config.train.z_loss)
-        model.causal_lm.lm_head.z_loss = config.train.z_loss
+        model.head.z_loss = config.train.z_loss
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     if config.monitor.layers_every:
         module.measurements = LayerMeasurements(model)

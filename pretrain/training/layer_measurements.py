@@ -37,7 +37,7 @@ class LayerMeasurements:
     def begin(self) -> None:
         """Measure the following forward passes."""
         self._sums = {}
-        self._model.causal_lm.lm_head.measures_logits = True
+        self._model.head.measures_logits = True
 
     @contextmanager
     def record(self, batch: Batch) -> Iterator[None]:
@@ -66,7 +66,7 @@ class LayerMeasurements:
         gradient_totals = dict(zip(gradients, totals, strict=False))
         sums = dict(zip(self._sums, totals[len(gradients) :], strict=True))
         self._sums = None
-        self._model.causal_lm.lm_head.measures_logits = False
+        self._model.head.measures_logits = False
         positions, targets, log_z, logits = (sums.pop(name) for name in ("positions", "targets", "log_z", "logits"))
         elements, targets = max(1, positions) * self._model.hidden_size, max(1, targets)
         return (
@@ -103,9 +103,9 @@ def _parts(model: LanguageModel, objective: Objective) -> Iterator[tuple[str, nn
     yield EMBEDDING, model.causal_lm.get_input_embeddings()
     if model.predictor is not None:
         yield "predictor", model.predictor
-    for number, layer in enumerate(model.causal_lm.model.layers, start=1):
+    for number, layer in enumerate(model.layers, start=1):
         yield str(number), layer
-    yield "head", model.causal_lm.lm_head
+    yield "head", model.head
     yield "objective", objective
     yield "norm", model
 

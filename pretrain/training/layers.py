@@ -32,7 +32,7 @@ def mark_layers_as_z3_leaves(model: LanguageModel) -> None:
     This needs one hook per transformer layer instead of one per linear layer and norm. Call it before DeepSpeed is
     initialised.
     """
-    set_z3_leaf_modules(model, list({type(layer) for layer in model.causal_lm.model.layers}))
+    set_z3_leaf_modules(model, list({type(layer) for layer in model.layers}))
 
 
 def compile_layers(model: LanguageModel) -> None:
@@ -41,7 +41,7 @@ def compile_layers(model: LanguageModel) -> None:
     Call it before DeepSpeed is initialised. All layers of the same shape share one graph. Under ZeRO stage 3 each
     layer must be gathered as one unit, because hooks inside a layer would break its graph at each linear layer.
     """
-    for layer in model.causal_lm.model.layers:
+    for layer in model.layers:
         # compiles forward() and not __call__, because __call__ runs the hooks around the layer
         layer.forward = torch.compile(layer.forward, dynamic=False)
 
@@ -52,7 +52,7 @@ def raise_recompile_limit(model: LanguageModel) -> None:
     The layers share their code and therefore one limit, and the layers of OpenELM have different shapes. If the
     limit is reached nevertheless, there is one warning.
     """
-    limit = GRAPHS_PER_SHAPE * len({_shape(layer) for layer in model.causal_lm.model.layers})
+    limit = GRAPHS_PER_SHAPE * len({_shape(layer) for layer in model.layers})
     settings = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, limit)
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, limit)

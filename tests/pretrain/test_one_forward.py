@@ -21,6 +21,7 @@ from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.nextlat import NextLat
 from pretrain.objectives.nitp import Nitp
 from pretrain.objectives.pool import Gather
+from tests.families import embedding_scale, family_cases
 from tests.reference import Ids, Reference
 from tests.row_plans import plan
 
@@ -96,7 +97,7 @@ def make_reference(model: LanguageModel, specials, **settings) -> Reference:
         weight=WEIGHT,
         temperature=TEMPERATURE,
         softcap=getattr(model.causal_lm.config, "final_logit_softcapping", None),
-        scale=model.hidden_size**0.5 if model.causal_lm.config.model_type == "gemma2" else 1.0,
+        scale=embedding_scale(model.causal_lm.config),
         **settings,
     )
 
@@ -142,12 +143,12 @@ def jepa(distance: str, **settings) -> LlmJepa:
     return LlmJepa(WEIGHT, distance, temperature=TEMPERATURE if distance == "info_nce" else None, **settings)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
-@pytest.mark.parametrize("distance", ["cosine", "l2", "mse", "info_nce"])
-@pytest.mark.parametrize("kind", ["joint", "independent"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
+@pytest.mark.parametrize(
+    ("family", "kind", "distance", "direction"),
+    family_cases(["independent", "joint"], ["cosine", "l2", "mse", "info_nce"], ["forward", "backward", "both"]),
+)
 def test_every_family_distance_and_direction(family, kind, distance, direction, make_model, write_corpus, specials):
-    """The window of Gemma (6 positions) is shorter than some views."""
+    """The sliding windows (6 positions) are shorter than some views."""
     check_equality(
         make_model(2, family=family),
         random_records(seed=11),
@@ -183,9 +184,7 @@ def test_three_views_and_prepended_predictor_tokens(kind, k, placement, directio
     )
 
 
-@pytest.mark.parametrize("distance", ["cosine", "info_nce"])
-@pytest.mark.parametrize("k", [0, 1, 3])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
+@pytest.mark.parametrize(("family", "k", "distance"), family_cases([0, 1, 3], ["cosine", "info_nce"]))
 def test_targets_in_context(family, k, distance, make_model, write_corpus, specials):
     pairing = Pairing(k, in_context=True)
     for records in (random_records(seed=15), three_views(seed=16)):
@@ -263,9 +262,6 @@ def test_next_token_is_only_the_language_model_term(kind, lm_views, make_model, 
     assert error(result, expected) < TOLERANCE
 
 
-FAMILIES = ["llama", "gemma2", "olmo2", "openelm"]
-
-
 def submodule(objective: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Return the weights below a submodule by their names in it."""
     return {key.removeprefix(f"{name}."): value for key, value in objective.named_parameters() if key.startswith(name)}
@@ -278,10 +274,9 @@ def documents_and_pairs(seed: int) -> list[tuple[list[int], ...]]:
     return records
 
 
-@pytest.mark.parametrize("lm_views", ["all", "last"])
-@pytest.mark.parametrize("kind", ["joint", "independent"])
-@pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layer", "kind", "lm_views"), family_cases([1, 2], ["independent", "joint"], ["last", "all"])
+)
 def test_nitp_equals_separate_forwards(family, layer, kind, lm_views, make_model, write_corpus, specials):
     records, model = documents_and_pairs(seed=21), make_model(0, family=family)
     torch.manual_seed(1)
@@ -299,10 +294,9 @@ def test_nitp_equals_separate_forwards(family, layer, kind, lm_views, make_model
     assert error(result, Result(losses, gradients(model, total, objective))) < TOLERANCE
 
 
-@pytest.mark.parametrize("lm_views", ["all", "last"])
-@pytest.mark.parametrize("kind", ["joint", "independent"])
-@pytest.mark.parametrize("kl_weight", [0.0, 0.4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kl_weight", "kind", "lm_views"), family_cases([0.0, 0.4], ["independent", "joint"], ["last", "all"])
+)
 def test_nextlat_equals_separate_forwards(family, kl_weight, kind, lm_views, make_model, write_corpus, specials):
     records, model = documents_and_pairs(seed=22), make_model(0, family=family)
     torch.manual_seed(1)
@@ -321,10 +315,12 @@ def test_nextlat_equals_separate_forwards(family, kl_weight, kind, lm_views, mak
     assert error(result, Result(losses, gradients(model, total, objective))) < TOLERANCE
 
 
-@pytest.mark.parametrize("distance", ["cosine", "info_nce"])
-@pytest.mark.parametrize(("k", "in_context"), [(0, False), (2, False), (1, True)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_predictor_mlp_equals_separate_forwards(family, k, in_context, distance, make_model, write_corpus, specials):
+@pytest.mark.parametrize(
+    ("family", "pairing", "distance"),
+    family_cases([Pairing(0), Pairing(1, in_context=True), Pairing(2)], ["cosine", "info_nce"]),
+)
+def test_a_predictor_mlp_equals_separate_forwards(family, pairing, distance, make_model, write_corpus, specials):
+    k, in_context = pairing.predictor_tokens, pairing.in_context
     records, model = random_records(seed=23), make_model(k, family=family)
     torch.manual_seed(1)
     objective = jepa(distance, predictor=Mlp(model.hidden_size, 12, model.hidden_size))

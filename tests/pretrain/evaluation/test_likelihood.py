@@ -10,12 +10,13 @@ from data_prep.tokenizer import Tokenizer, train
 from pretrain.evaluation import likelihood
 from pretrain.evaluation.likelihood import log_likelihoods
 from pretrain.models.language_model import build_model_config
+from tests.families import FAMILIES
 from tests.pretrain.conftest import SHAPES
 
 PAIRS = [generate(0, "test", index) for index in range(6)]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2", "olmo2", "openelm"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def export(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = train([text for pair in PAIRS * 5 for text in pair], 330, folder)

@@ -15,13 +15,14 @@ from pretrain.run_folder import step_name
 from pretrain.sections import LoraConfig
 from pretrain.training.saving import min_checkpoint_bytes
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.families import FAMILIES
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 
 WITHOUT_PEFT = "there is no package peft (the extra lora)"
 LORA = LoraConfig(rank=2, alpha=8)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_merged_weights_have_the_outputs_of_the_adapted_model(make_model, family):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     model, plain = make_model(1, family=family), make_model(1, family=family)

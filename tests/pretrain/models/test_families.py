@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pretrain.models.attention import attention_mask, visibility_mask
 from pretrain.models.export import load_language_model, write_export
 from pretrain.models.language_model import LanguageModel
+from tests.families import FAMILIES, embedding_scale
 
-FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
 KERNELS = [
-    ("gemma2", "eager"),
-    *((family, kernel) for family in ("llama", "olmo2", "openelm") for kernel in ("sdpa", "eager")),
+    (family, kernel)
+    for family in FAMILIES
+    for kernel in ("sdpa", "eager")
+    if (family, kernel) != ("gemma2", "sdpa")  # SDPA cannot cap scores
 ]
 TOLERANCE, MUTANT = 1e-5, 0.1
 ROW, K = 80, 2
-GEMMA_SCALE = 48**0.5
-"""Factor of the embeddings in Gemma: the square root of their width, 48 in the tiny shape."""
 
 
 class Packed(NamedTuple):
@@ -70,7 +70,7 @@ def packed() -> Packed:
 
 def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
     """Return the states of separate causal passes of the plain model over the sequences: (2, ROW, D), 0 in padding."""
-    scale = GEMMA_SCALE if model.causal_lm.config.model_type == "gemma2" else 1.0
+    scale = embedding_scale(model.causal_lm.config)
     predictors, word_embeddings = scale * model.predictor.weight, model.causal_lm.get_input_embeddings()
     states = torch.zeros(2, ROW, model.hidden_size)
     for tokens, places in packed.sequences:
@@ -152,9 +152,10 @@ def one_mask(model, packed):
 @pytest.mark.parametrize(
     "mutant", [window_by_row_index, window_ignored, window_everywhere, window_off_by_one, boolean_masks, one_mask]
 )
+@pytest.mark.parametrize("family", ["gemma2", "olmo3", "gemma3_text"])
 @torch.no_grad()
-def test_a_wrong_mask_for_gemma_breaks_the_equality(mutant, packed, make_model):
-    model = make_model(K, family="gemma2")
+def test_a_wrong_mask_for_two_kinds_of_layers_breaks_the_equality(family, mutant, packed, make_model):
+    model = with_kernel(make_model(K, family=family), "eager")
     expected = separate_states(model, packed)
     assert error(states_with_mask(model, packed, masks(model, packed)), expected) < TOLERANCE
     assert error(states_with_mask(model, packed, mutant(model, packed)), expected) > MUTANT
@@ -208,8 +209,8 @@ def test_predictor_embeddings_have_the_scale_of_word_embeddings(family, make_mod
     model = make_model(12, std=0.02, family=family)
     embedded = model.embed(torch.tensor([[*range(5, 500), *range(512, 524)]]))[0]
     assert embedded[495:].std() == pytest.approx(embedded[:495].std().item(), rel=0.1)
-    if family == "gemma2":
-        torch.testing.assert_close(embedded[495:], GEMMA_SCALE * model.predictor.weight)
+    scale = embedding_scale(model.causal_lm.config)
+    torch.testing.assert_close(embedded[495:], scale * model.predictor.weight)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -105,6 +105,30 @@ def test_the_divergence_has_the_value_and_gradient_of_all_logits_at_once(rows_at
     assert torch.autograd.grad(again, [reference, layer.weight], allow_unused=True) == (None, None)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_scaled_logits_have_the_values_and_gradients_of_all_logits_at_once(softcap):
+    """Cohere and Granite scale all logits, the bias included."""
+    layer, labels = linear(bias=True), torch.randint(VOCABULARY, (LABELS,))
+    hidden, reference = (torch.randn(LABELS, WIDTH, requires_grad=True) for _ in range(2))
+    head = Head(layer, softcap, max_logits=14 * VOCABULARY, scale=0.3)
+    found, expected = (0.3 * layer(states) for states in (hidden, reference))
+    if softcap is not None:
+        found, expected = (softcap * torch.tanh(logits / softcap) for logits in (found, expected))
+    torch.testing.assert_close(head.finish(head(hidden)), found)
+    value, full = head(hidden, labels), F.cross_entropy(found, labels, reduction="sum")
+    divergence = F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="sum", log_target=True)
+    torch.testing.assert_close(value, full)
+    torch.testing.assert_close(head(hidden, reference=reference), divergence)
+    leaves = [hidden, *layer.parameters()]
+    for one, other in zip(
+        torch.autograd.grad(value, leaves), torch.autograd.grad(full, leaves, retain_graph=True), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(head(hidden, reference=reference), hidden), torch.autograd.grad(divergence, hidden)
+    )
+
+
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_no_tensor_exceeds_the_limit_of_logits(with_reference):
     """Check every tensor that an operation of the forward or backward pass creates."""

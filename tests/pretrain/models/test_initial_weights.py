@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from pretrain.models.language_model import build_model_config, random_causal_lm
 from tests.commands import ROOT, ranks_command, run_command, tiny_config, write_config
+from tests.families import FAMILIES
 
 WORKER = ROOT / "tests/pretrain/models/initial_weights.py"
-FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
 LARGE = 500
 """Number of values from which a standard deviation is measured to 3%."""
 

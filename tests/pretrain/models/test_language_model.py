@@ -1,5 +1,7 @@
 """The wrapper of a Hugging Face model: vocabulary, shape, and predictor tokens outside both."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -69,13 +71,44 @@ def test_a_folder_without_a_model_is_reported(tmp_path):
         pretrained_causal_lm(str(tmp_path), "sdpa", torch.float32)
 
 
-def test_init_from_an_unknown_family_is_refused(tmp_path):
-    """The layers of an unknown family might need different masks."""
+def test_an_unknown_family_is_refused_with_the_nearest_known_one(tokenizer):
+    with pytest.raises(UserError, match=r"model\.family: unknown family 'qwen_3'; the nearest known one is 'qwen3'"):
+        build_model_config("qwen_3", SHAPE, tokenizer, 64)
+    with pytest.raises(UserError, match=r"unknown family 'nonsense'; docs/models\.md lists the known ones"):
+        build_model_config("nonsense", SHAPE, tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma3", r"a model of several parts \(text_config, vision_config\); use its text model, gemma3_text"),
+        ("bart", "the decoder of an encoder-decoder model"),
+        ("dots3_note_text", "layers of different sizes"),
+        ("gemma4_assistant", "cannot create a configuration of gemma4_assistant"),
+    ],
+)
+def test_a_family_that_is_not_one_decoder_is_refused(family, message, tokenizer):
+    with pytest.raises(UserError, match=rf"^model\.family: .*{message}"):
+        build_model_config(family, {}, tokenizer, 64)
+
+
+def test_init_from_a_model_without_a_causal_language_model_is_refused(tmp_path):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"a model of the family 't5', which has no causal language model"):
+        pretrained_config(tmp_path)
+
+
+def test_init_from_a_folder_with_its_own_code_is_refused(tmp_path):
+    """The code is never imported, even if transformers has a class of the same name."""
     AutoConfig.for_model("mistral").save_pretrained(tmp_path)
-    with pytest.raises(
-        UserError,
-        match=r"a model of the unsupported family 'mistral'; supported families: llama, gemma2, olmo2, openelm",
-    ):
+    assert pretrained_config(tmp_path).model_type == "mistral"
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text()) | {
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}
+    }
+    path.write_text(json.dumps(values))
+    (tmp_path / "code.py").write_text("raise SystemExit('imported')")
+    with pytest.raises(UserError, match=r"config.json refers to code outside transformers \(auto_map\)"):
         pretrained_config(tmp_path)
 
 

@@ -1,7 +1,6 @@
 """Published model shapes, and invalid shapes."""
 
 import json
-from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.utils.console import UserError
 from pretrain.models.language_model import build_model_config, pretrained_config
-from pretrain.sections import Family
 from tests.commands import ROOT
+from tests.families import FAMILIES, family_of
 
 FOLDER = ROOT / "configs" / "models"
 PUBLISHED = {
@@ -24,17 +23,29 @@ PUBLISHED = {
     "olmo2_7b": (100352, 7_298_617_344),
     "openelm_270m": (32000, 271_527_168),
     "openelm_1b": (32000, 1_079_891_456),
+    "qwen3_0.6b": (151936, 596_049_920),
+    "mistral_7b": (32000, 7_241_732_096),
+    "smollm3_3b": (128256, 3_075_098_624),
+    "olmo3_7b": (100278, 7_298_011_136),
+    "gemma3_text_1b": (262144, 999_885_952),
 }
 """Vocabulary size and number of parameters of the published models."""
-THETA = {"llama": 500_000.0, "gemma2": 10_000.0, "olmo2": 500_000.0, "openelm": 10_000.0}
+THETA = {
+    "llama": 500_000.0,
+    "gemma2": 10_000.0,
+    "olmo2": 500_000.0,
+    "openelm": 10_000.0,
+    "qwen3": 1_000_000.0,
+    "mistral": 10_000.0,
+    "smollm3": 5_000_000.0,
+    "olmo3": 500_000.0,
+    "gemma3_text": 1_000_000.0,
+}
+"""Base of the rotary embedding; in layers with full attention, if layers with windows have another one."""
 
 
 def read(name):
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-
-
-def family_of(name):
-    return name.split("_")[0]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -49,6 +60,7 @@ def test_a_shape_has_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_shape_has_the_published_rotary_embedding(name):
     rope = read(name)["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     assert rope["rope_theta"] == THETA[family_of(name)]
     if family_of(name) == "llama":  # Llama 3.1 stretches low frequencies by 8, Llama 3.2 by 32
         assert rope == {
@@ -77,7 +89,7 @@ def test_a_value_that_the_family_ignores_is_refused(tokenizer):
 
 
 def test_every_family_has_a_tiny_shape():
-    assert {family_of(path.stem) for path in FOLDER.glob("*_tiny.yaml")} == set(get_args(Family))
+    assert {family_of(path.stem) for path in FOLDER.glob("*_tiny.yaml")} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +100,19 @@ def test_every_family_has_a_tiny_shape():
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             "rope_type must be one of default, linear, llama3, yarn, not dynamic",
         ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            "rope_type must be one of default, linear, llama3, yarn, not dynamic",
+        ),
+        ("mistral", {"sliding_windows": 4}, "mistral has no option 'sliding_windows'"),
+        ("smollm3", {"no_rope_layers": [1]}, "smollm3 cannot be built with these values"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window must be positive"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "llama cannot be built with these values"),
         ("llama", {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ("gemma2", {"hidden_activation": "nonsense"}, "unknown hidden_activation 'nonsense'"),

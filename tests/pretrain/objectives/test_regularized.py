@@ -12,6 +12,7 @@ from pretrain.objectives.configs.regularizers import CodingRateConfig, SigregCon
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularized import Regularized
 from pretrain.objectives.regularizers import build_regularizers, coding_rate_gap, vicreg
+from tests.families import embedding_scale, family_cases
 from tests.reference import Ids, Reference
 
 ROW = 96
@@ -61,9 +62,7 @@ def packed_on_ranks(model, corpus, layout, specials, ranks: int) -> tuple[dict[s
     return losses, total
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["joint", "independent"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
+@pytest.mark.parametrize(("family", "kind", "ranks"), family_cases(["independent", "joint"], [1, 4, 2]))
 def test_terms_and_gradients_equal_separate_forwards(family, kind, ranks, records, make_model, write_corpus, specials):
     model = make_model(0, family=family)
     layout = make_layout(kind, specials, ends=True)
@@ -76,7 +75,7 @@ def test_terms_and_gradients_equal_separate_forwards(family, kind, ranks, record
         Ids(specials.bos, specials.eos, specials.sep),
         layout=kind,
         softcap=getattr(model.causal_lm.config, "final_logit_softcapping", None),
-        scale=model.hidden_size**0.5 if family == "gemma2" else 1.0,
+        scale=embedding_scale(model.causal_lm.config),
     )
     first, later = [], []
     for views in records:

@@ -13,10 +13,10 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
 from pretrain.evaluation.export import export_checkpoint
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.families import FAMILIES
 from tests.processes import TIMEOUT
 
 WORKER = ROOT / "tests/pretrain/training/logits_after_training.py"
-FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
 JEPA = {"name": "llm_jepa", "weight": 0.5}
 TUBE = {"name": "semantic_tube", "weight": 0.02}
 OBJECTIVES = {
