@@ -234,8 +234,9 @@ class LanguageModel(nn.Module):
     @property
     def head_sums(self) -> torch.Tensor:
         """Sums over the labels of the last cross-entropy; see `Head.sums`."""
-        sums: torch.Tensor = self.head.sums
-        return sums
+        if self.head.sums is None:
+            raise RuntimeError("the head measures neither the z-loss nor the logits")
+        return self.head.sums
 
     def kl_divergence(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Return the sum of KL(p || q) in nats, with the next-token distributions p of `reference` and q of `hidden`.

@@ -68,7 +68,7 @@ def test_rows_are_read_from_columns_messages_custom_formats_and_local_data_sets(
 
 
 def test_targets_that_occur_in_the_training_corpus_are_counted(corpus, monkeypatch):
-    monkeypatch.setattr(task_run, "READ_AT_A_TIME", 37)
+    monkeypatch.setattr("pretrain.data.corpus.READ_AT_A_TIME", 37)
     trained = [corpus.tokenizer.decode(corpus.tokens_by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
     targets = [trained[0], "[0-9]never", *trained[1:], ""]
     counts = task_run.count_in_corpus(corpus, targets)

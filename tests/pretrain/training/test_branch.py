@@ -168,15 +168,18 @@ def test_a_resumed_branch_removes_its_pin(folder, tmp_path):
 
 
 def test_recent_losses_are_kept_only_if_they_are_comparable(folder):
-    state = {"owed": {"loss/lm": 1.0}, "losses": {"lm": [[1.0, 2]]}, "loader": {"epoch": 3}}
+    state = {"owed": {"loss/lm": 1.0}, "losses": {"lm": [[1.0, 2]]}, "loader": {"epoch": 3}, "clipped_steps": [3, 5]}
+    changes = {"owed": None, "clipped_steps": [0, 0]}
 
     def continued(differences, continues_data):
-        return branch_state(Branch(folder, load_config(folder / "same.yaml"), differences, continues_data, []), state)
+        return branch_state(
+            Branch(folder, load_config(folder / "same.yaml"), differences, continues_data, [], 0.5), state
+        )
 
-    assert continued(["train.steps is 12, was 8"], True) == state | {"owed": None}
+    assert continued(["train.steps is 12, was 8"], True) == state | changes
     assert continued(["objective.weight is 1, was 2"], True)["losses"] == {}
     assert continued(["data.lm_views is last, was all"], True)["losses"] == {}
-    assert continued([], False) == {"owed": None, "losses": {}, "loader": {"epoch": 0, "window": 0, "row": 0}}
+    assert continued([], False) == changes | {"losses": {}, "loader": {"epoch": 0, "window": 0, "row": 0}}
 
 
 def test_packings_before_new_data_are_not_used(folder):
