@@ -7,6 +7,7 @@ from pathlib import Path
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import write_text
 from pretrain.report.arms import STUDY, read_comparison
+from pretrain.report.live import HOST, PORT, REFRESH_SECONDS, serve
 from pretrain.silence import silence_libraries
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,22 @@ def main() -> None:
         metavar="FOLDER",
         help="folder for report.html and REPORT.md; default: the study folder, or the parent folder of the first run",
     )
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--live",
+        nargs="?",
+        type=int,
+        const=PORT,
+        metavar="PORT",
+        help=f"serve the page at http://{HOST}:PORT ({PORT}) instead; it refreshes itself while the runs train",
+    )
+    arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _report(arguments), messages="stderr")  # the table is the standard output
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    if arguments.live is not None:
+        _serve(arguments)
+        return
     comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
     silence_libraries()
     from pretrain.report.page import html, markdown
@@ -60,3 +72,19 @@ def _report(arguments: argparse.Namespace) -> None:
         ) from None
     print(table)
     logger.info(f"report written to {folder / 'report.html'}")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    for path in arguments.paths:
+        if not path.is_dir():
+            raise UserError(f"there is no folder {path}; pass run directories, or one study folder")
+    silence_libraries()
+    from pretrain.report.page import html
+    from pretrain.report.summary import summarize
+
+    def render() -> str:
+        comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
+        return html(summarize(comparison), REFRESH_SECONDS)
+
+    serve(arguments.paths, render, arguments.live)

@@ -111,7 +111,10 @@ def tuning_sentences(all_arms: Summaries) -> list[str]:
         listed = join_names([f"{arm} ({', '.join(keys)})" for arm, keys in at_edge.items()])
         sentences.append(f"The best value is at the edge of the range that was tried for {listed}.")
     for key, measured in sensitivity(all_arms.comparison).items():
-        if isolated := [scores for scores in measured if len(scores.good) == 1 and not scores.at_edge]:
+        isolated = [
+            scores for scores in measured if scores.has_numbers and len(scores.good) == 1 and not scores.at_edge
+        ]
+        if isolated:
             within = max(scores.tolerance for scores in isolated)
             sentences.append(
                 f"For {join_names([scores.arm for scores in isolated])}, no other value of {key} that was tried scores "

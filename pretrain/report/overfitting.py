@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.report.runs import Run
-from pretrain.report.statistics import PairedTest, compare, max_magnitude, untested
+from pretrain.report.statistics import PairedTest, compare_with_primary, max_magnitude, untested
 from pretrain.report.summary import Spread, Summaries, spread
 from pretrain.tasks.directions import VALIDATION
 
@@ -37,7 +37,10 @@ class Past:
 
 @dataclass(frozen=True)
 class Overfitting:
-    """Overfitting of all arms that have validation losses, and tests of the other arms against the baseline."""
+    """Overfitting of all arms that have validation losses, and tests of the other arms against the baseline.
+
+    The primary arm is tested first.
+    """
 
     arms: dict[str, Past]
     rises: dict[str, PairedTest]
@@ -62,10 +65,11 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
         return Overfitting(arms, untested(rises, base.rise, pending), untested(changes, base.change, pending))
     losses = {name: _magnitude(past.lowest, base.lowest) for name, past in others.items()}
     scores = {name: _magnitude(past.metric, base.metric) for name, past in others.items()}
+    primary = summaries.comparison.primary
     return Overfitting(
         arms,
-        compare({name: past.rise for name, past in others.items()}, base.rise, False, losses),
-        compare(changes, base.change, better, scores),
+        compare_with_primary({name: past.rise for name, past in others.items()}, base.rise, False, primary, losses),
+        compare_with_primary(changes, base.change, better, primary, scores),
     )
 
 

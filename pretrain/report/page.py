@@ -36,8 +36,8 @@ SENSITIVITY = ["key", "arm", "best value", "score", "good values", "width", "spr
 SENSITIVITY_REMARK = (
     "These are the scores of the tuning, on its rows. Good values are the best value and the values around it whose "
     f"mean scores are within {WITHIN:g} of the best, or within {WITHIN:.0%} of a best score above 1. Their width is "
-    "the ratio of the largest and the smallest, and the spread is the standard deviation of all scores at them. Other "
-    "tuned keys have their best values."
+    "the ratio of the largest and the smallest, and the spread is the standard deviation of all scores at them. Values "
+    "that are not numbers have no width. Other tuned keys have their best values."
 )
 """Remark on the table on sensitivity."""
 DEFINITIONS = ["arm", "settings", "model", "rows per step", "training records"]
@@ -246,10 +246,10 @@ def sensitivity_rows(measured: dict[str, list[KeyScores]]) -> list[list[str]]:
         [
             key,
             scores.arm,
-            f"{scores.best:g}" + " (edge)" * scores.at_edge,
-            narrative.format_number(scores.means[scores.values.index(scores.best)]),
-            f"{scores.values[scores.good[0]]:g} to {scores.values[scores.good[-1]]:g}",
-            f"× {scores.width:.3g}",
+            _format_value(scores.best) + " (edge)" * scores.at_edge,
+            narrative.format_number(scores.best_mean),
+            _format_good_values(scores),
+            "–" if scores.width is None else f"× {scores.width:.3g}",
             narrative.format_number(scores.spread),
             str(len(scores.values)),
         ]
@@ -258,8 +258,20 @@ def sensitivity_rows(measured: dict[str, list[KeyScores]]) -> list[list[str]]:
     ]
 
 
-def html(summaries: Summaries) -> str:
-    """Return the HTML page. Logs a message before each slow part."""
+def _format_value(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _format_good_values(scores: KeyScores) -> str:
+    good = [_format_value(scores.values[index]) for index in scores.good]
+    return f"{good[0]} to {good[-1]}" if scores.has_numbers else ", ".join(good)
+
+
+def html(summaries: Summaries, refresh_seconds: int | None = None) -> str:
+    """Return the HTML page. Logs a message before each slow part.
+
+    With `refresh_seconds`, an open page loads itself again after this time.
+    """
     comparison = summaries.comparison
     logger.info("computing embeddings")
     pictures, no_picture = _pictures(summaries)
@@ -296,6 +308,7 @@ def html(summaries: Summaries) -> str:
         loss_heads=["term", *summaries.arms],
         loss_remark=AUXILIARY_TERMS,
         tuning=narrative.tuning_sentences(summaries),
+        refresh_seconds=refresh_seconds,
         sensitivity=sensitivity_rows(measured),
         sensitivity_heads=SENSITIVITY,
         sensitivity_remark=SENSITIVITY_REMARK,

@@ -4,6 +4,7 @@ import io
 import itertools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 
@@ -137,15 +138,17 @@ def sensitivity(summaries: Summaries, measured: dict[str, list[KeyScores]]) -> s
     for axis, (key, arms) in zip(axes.flat, measured.items(), strict=False):
         for scores in arms:
             color, dash = arm_style(numbers[scores.arm])
-            axis.plot(scores.values, scores.means, color=color, linestyle=dash, label=scores.arm)
+            line: dict[str, Any] = {"linestyle": dash} if scores.has_numbers else {"linestyle": "none", "marker": "_"}
+            axis.plot(scores.values, scores.means, color=color, label=scores.arm, **line)
             good = [scores.values[index] for index in scores.good]
-            axis.plot(good, [scores.means[index] for index in scores.good], color=color, linewidth=5, alpha=0.35)
+            if scores.has_numbers:
+                axis.plot(good, [scores.means[index] for index in scores.good], color=color, linewidth=5, alpha=0.35)
             for value, points in zip(scores.values, scores.scores, strict=True):
                 axis.plot([value] * len(points), points, color=color, linestyle="none", marker="o", markersize=3.5)
-        if all(value > 0 for scores in arms for value in scores.values):
+        ticks = sorted({value for scores in arms for value in scores.values if not isinstance(value, str)})
+        if ticks and ticks[0] > 0:
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
-            ticks = sorted({value for scores in arms for value in scores.values})
             axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axis.set_title(key)
         axis.set_ylabel(summaries.comparison.metric.name)

@@ -103,21 +103,25 @@ def compare(
 
 
 def compare_with_primary(
-    arms: dict[str, dict[int, float]], baseline: dict[int, float], higher_is_better: bool, primary: str | None
+    arms: dict[str, dict[int, float]],
+    baseline: dict[int, float],
+    higher_is_better: bool,
+    primary: str | None,
+    sizes: Mapping[str, float] | None = None,
 ) -> dict[str, PairedTest]:
     """Test each arm against the baseline, the primary arm first; see `compare`.
 
     If the primary arm does not differ from the baseline, the other arms are not tested.
     """
     if primary not in arms:
-        return compare(arms, baseline, higher_is_better)
-    tests = compare({primary: arms[primary]}, baseline, higher_is_better)
+        return compare(arms, baseline, higher_is_better, sizes)
+    tests = compare({primary: arms[primary]}, baseline, higher_is_better, sizes)
     others = {name: values for name, values in arms.items() if name != primary}
     first = tests[primary]
     if first.verdict not in ("helps", "hurts"):
         reason = f"it is tested only if the primary arm, {primary}, differs from the baseline, which was not found"
         return tests | untested(others, baseline, reason)
-    for name, test in compare(others, baseline, higher_is_better).items():
+    for name, test in compare(others, baseline, higher_is_better, sizes).items():
         if test.corrected_p is not None and first.corrected_p is not None:
             test = replace(test, corrected_p=max(test.corrected_p, first.corrected_p))
         tests[name] = test

@@ -1,6 +1,7 @@
 """The section of a report on overfitting, which compares arms after their lowest validation loss."""
 
 import json
+from pathlib import Path
 
 from data_prep.utils.files import read_json_lines
 from pretrain.run_folder import read_metrics
@@ -20,10 +21,14 @@ def set_validation_losses(folder, losses: dict[int, float]) -> None:
     write_json_lines(folder / "metrics.jsonl", lines)
 
 
-def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
-    plain = {1: 0.70, 2: 0.69, 3: 0.71}
+PLAIN = {1: 0.70, 2: 0.69, 3: 0.71}
+TITLE = "## Past the best validation loss"
+
+
+def write_overfitting_arms(study_with_values) -> Path:
+    """Write a study with an arm that overfits less than the baseline and one that overfits as much."""
     study = study_with_values(
-        {"plain": plain, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}}
+        {"plain": PLAIN, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}}
     )
     at_best = {
         "arm0": {"loss": 0.5, "exact": 0.8},
@@ -39,13 +44,28 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
         last = json.loads(results.read_text())
         before = last | {"step": 3, "metrics": {"exact": at_best[arm]["exact"]}}
         write_json_lines(results, [before, last])
+    return study
+
+
+def test_the_primary_arm_decides_whether_overfitting_of_other_arms_is_tested(study_with_values):
+    study = write_overfitting_arms(study_with_values)
+    description = json.loads((study / "study.json").read_text())
+    for primary, is_tested in (("steady", True), ("alike", False)):
+        (study / "study.json").write_text(json.dumps(description | {"primary": primary}))
+        sentences = render_report(study, page=False)[0].partition(TITLE)[2]
+        assert ("steady does better than plain in validation/loss/lm past" in sentences) == is_tested
+        assert ("tested only if the primary arm, alike, differs" in sentences) != is_tested
+
+
+def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
+    study = write_overfitting_arms(study_with_values)
     text, page = render_report(study)
-    past = parse_table(text.partition("## Past the best validation loss")[2])
+    past = parse_table(text.partition(TITLE)[2])
     assert past["plain"]["lowest validation loss"].startswith("0.5000")
     assert past["plain"]["loss increase from there to the end"].startswith("0.4200")
     assert past["plain"]["total tokens / tokens up to that loss"] == "2.0"
     assert past["plain"]["metric change from there to the end"].startswith("−0.1000")
-    sentences = text.partition("## Past the best validation loss")[2]
+    sentences = text.partition(TITLE)[2]
     assert (
         "steady does better than plain in validation/loss/lm past the best validation loss: change of +0.0667 "
         "against +0.4200 (difference −0.3533 over 3 seeds, 95% interval"
@@ -56,7 +76,7 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
         in sentences.replace("\\", "")
     )
     assert "Past the best validation loss" in page and "steady does better than plain" in page
-    assert "Past the best" not in render_report(study_with_values({"plain": plain, "other": plain}), page=False)[0]
+    assert "Past the best" not in render_report(study_with_values({"plain": PLAIN, "other": PLAIN}), page=False)[0]
     assert_self_contained(page)
 
 
@@ -76,7 +96,7 @@ def test_the_metric_at_the_lowest_validation_loss_is_interpolated_or_missing(stu
         values = evaluated[folder.name]
         write_json_lines(results, [result | {"step": step, "metrics": {"exact": values[step]}} for step in values])
     text, page = render_report(study)
-    text = text.partition("## Past the best validation loss")[2].replace("\\", "")
+    text = text.partition(TITLE)[2].replace("\\", "")
     table = parse_table(text)
     assert table["plain"]["metric at that loss, interpolated"] == "0.3000"
     assert table["plain"]["metric change from there to the end"] == "0.4000"

@@ -11,6 +11,7 @@ from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_lines
 from pretrain.data.corpus import Corpus
 from pretrain.report.arms import Comparison, read_comparison
+from pretrain.report.page import sensitivity_rows
 from pretrain.report.runs import Metric
 from pretrain.report.sensitivity import sensitivity
 from pretrain.run_folder import read_metrics
@@ -339,3 +340,23 @@ def test_sensitivity_is_measured_along_a_key_at_the_best_values_of_other_keys(hi
     assert [rate.values[index] for index in rate.good] == [2.0, 4.0, 8.0] and rate.width == 4.0
     assert rate.spread == pytest.approx(scale * 0.0110, abs=scale * 2e-4)
     assert weight.values == [1.0, 2.0] and weight.width == 1.0 and weight.at_edge
+
+
+def test_sensitivity_to_texts_and_to_zero():
+    def trial(optimizer: str, decay: float, score: float) -> dict:
+        return {"values": {"optimizer": optimizer, "decay": decay}, "scores": {"1": score, "2": score}}
+
+    trials = [
+        trial("muon", 0.0, 0.80),
+        trial("lion", 0.0, 0.70),
+        trial("adamw", 0.0, 0.79),
+        trial("muon", 0.1, 0.79),
+        trial("muon", 0.2, 0.60),
+    ]
+    tune = {"trials": {"arm": trials}, "best": {"arm": trials[0]["values"]}, "at_edge": {"arm": []}}
+    comparison = Comparison("t", {}, None, Metric("task", "exact", True), "", "flops", tune=tune)
+    measured = sensitivity(comparison)
+    optimizer, decay = (found[0] for found in measured.values())
+    assert (optimizer.values, optimizer.best, optimizer.good) == (["muon", "lion", "adamw"], "muon", [0, 2])
+    assert (decay.best, decay.good, optimizer.width, decay.width) == (0.0, [0, 1], None, None)
+    assert [row[4:6] for row in sensitivity_rows(measured)] == [["muon, adamw", "–"], ["0 to 0.1", "–"]]
