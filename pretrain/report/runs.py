@@ -287,8 +287,9 @@ def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
         settings = {key: value for key, value in settings.items() if key not in FINETUNING} | {
             "finetune": "as configured"
         }
+    files = settings.get("files") or {}
     compared_settings = {
-        key: value
+        key: _without_local_path(value, files)
         for key, value in settings.items()
         if key not in ("train", "test", "files", "overrides")
         or (isinstance(value, dict) and value.get("type") == "hub")
@@ -297,13 +298,21 @@ def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
     return json.dumps(
         [
             compared_settings,
-            sorted((settings.get("files") or {}).values()),
+            sorted(files.values()),
             overrides,
             result.get("rows"),
             scoring_version(result),
         ],
         sort_keys=True,
     )
+
+
+def _without_local_path(value: Any, files: dict[str, str]) -> Any:
+    """Return a hub source without its path if it is a folder, whose files have hashes; anything else unchanged."""
+    folder = value.get("path") if isinstance(value, dict) else None
+    if folder and any(Path(folder) in Path(file).parents for file in files):
+        return {key: entry for key, entry in value.items() if key != "path"}
+    return value
 
 
 def parse_scoring_version(key: str) -> int:

@@ -54,11 +54,15 @@ def test_collapsed_embeddings_are_projected_to_one_point():
 
 def test_results_are_compared_by_the_content_of_files_or_the_name_of_the_data_set():
     def result(**test):
-        settings = {"test": test, "files": {test["path"]: "the same"} if test["type"] == "json" else {}}
+        is_local = test["type"] == "json" or "/" in test["path"]
+        settings = {"test": test, "files": {f"{test['path']}/rows.jsonl": "the same"} if is_local else {}}
         return comparison_key({"task": "a", "settings": settings, "rows": 10}, {})
 
     assert result(type="json", path="here") == result(type="json", path="there")
     assert result(type="hub", path="a", hub_split="test") != result(type="hub", path="a", hub_split="validation")
+    assert result(type="hub", path="a", hub_split="test") != result(type="hub", path="b", hub_split="test")
+    assert result(type="hub", path="./a", hub_split="test") == result(type="hub", path="./b", hub_split="test")
+    assert result(type="hub", path="./a", hub_split="x") != result(type="hub", path="./b", hub_split="test")
 
 
 def test_results_with_different_finetunings_compare_if_the_runs_are_configured_so():
