@@ -193,6 +193,18 @@ def test_only_rows_that_are_neither_trained_on_nor_tested_decide(write_rows_stud
     assert plan_there | {"time": ""} == plan | {"time": ""}
 
 
+def test_rows_without_a_view_may_decide_if_the_corpus_keeps_such_records(write_rows_study, folder, monkeypatch):
+    path, kept = write_rows_study("incomplete", tune=TUNE | {"extensions": 0})
+    base = yaml.safe_load((folder / "with_rows.yaml").read_text())
+    base["data"] |= {"missing_views": "keep", "path": str(folder / "corpus_of_incomplete")}
+    (folder / "with_rows.yaml").write_text(yaml.safe_dump(base))
+    incomplete = {"text": "a description without code", "code": None}
+    with open(folder / "rows.jsonl", "a") as rows:
+        rows.write(json.dumps(incomplete) + "\n")
+    code, study = FakeStudies(monkeypatch).start(path)
+    assert code == 0 and read_json_lines(study / "tuning" / "validation.jsonl") == [*kept, incomplete]
+
+
 def test_a_task_that_finetunes_is_tuned_on_its_validation_rows(write_rows_study, write_study, folder, monkeypatch):
     studies = FakeStudies(monkeypatch)
     write_rows_study("unused")  # writes the files
