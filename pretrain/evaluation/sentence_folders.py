@@ -79,7 +79,8 @@ def write_sentence_folders(export: Path, folder: Path) -> None:
 def _check_class(model: LanguageModel) -> None:
     """Raise UserError if AutoModel would load another class than the transformer of the language model."""
     config = model.causal_lm.config
-    if MODEL_MAPPING.get(type(config), None) is not type(model.transformer):
+    loaded: Any = MODEL_MAPPING.get(type(config), None)
+    if loaded is not type(model.transformer):
         raise UserError(
             f"{OPTION}: AutoModel of transformers does not load {type(model.transformer).__name__} for "
             f"{config.model_type}, so sentence-transformers cannot load it; use --embed"
