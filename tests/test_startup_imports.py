@@ -45,6 +45,7 @@ STARTUP_PACKAGES = {
     "launcher/evaluate.py --help": CONFIGURATION,
     "launcher/evaluate.py nowhere": CONFIGURATION,
     "launcher/evaluate.py nowhere --embed pairs.jsonl": CONFIGURATION,
+    "launcher/evaluate.py nowhere --sentence-transformers folders": CONFIGURATION,
     "launcher/supervise.py --help": CONFIGURATION | {"psutil"},
     "launcher/supervise.py -- python launcher/run.py configs/demo.yaml train.stepz=3": CONFIGURATION | {"psutil"},
     "launcher/study.py --help": CONFIGURATION,

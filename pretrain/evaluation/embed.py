@@ -24,15 +24,19 @@ from pretrain.models.view_templates import (
     ViewTemplate,
     objective_from_export,
     pairing_from_export,
+    prediction_name,
     view_template,
 )
 from pretrain.objectives.base import Objective
+from pretrain.objectives.mlp import Mlp
 from pretrain.tasks.options import RowTask
 
 logger = logging.getLogger(__name__)
 
 TOKENS = 16_384
 """Maximum number of tokens of a batch, padding included."""
+IN_CONTEXT_NOTE = "note: the views are encoded separately, but the model was trained with targets in their context"
+"""Note about embeddings that may be poor; see `objective.target`."""
 
 
 class Embeddings(NamedTuple):
@@ -65,15 +69,11 @@ def embed_file(export: Path, file: str) -> None:
     rows = read_rows(source, views, "--embed")
     embeddings = embed(export, [row.views for row in rows])
     predictions = {
-        f"{view}_to_{predicted_view}": array
+        prediction_name(view, predicted_view): array
         for (view, predicted_view), array in embeddings.predictions.items()
         if array is not embeddings.views[view]
     }
-    if ambiguous := embeddings.views.keys() & predictions.keys():
-        raise UserError(
-            f"{export}: the view {min(ambiguous)!r} has the same name as the array of a prediction; "
-            "rename the view in data.views"
-        )
+    check_names(export, embeddings.views, predictions)
     arrays = embeddings.views | predictions
     output = _write(export / EMBEDDINGS, source, arrays)
     for name, array in arrays.items():
@@ -90,8 +90,17 @@ def embed_file(export: Path, file: str) -> None:
             "diverged; use an earlier checkpoint"
         )
     if pairing_from_export(read_json(export / "jepa.json")).in_context:
-        logger.info("note: the views are encoded separately, but the model was trained with targets in their context")
+        logger.info(IN_CONTEXT_NOTE)
     logger.info(f"written to {output}")
+
+
+def check_names(export: Path, views: Iterable[str], predictions: Iterable[str]) -> None:
+    """Raise UserError if a prediction has the name of a view."""
+    if ambiguous := {*views} & {*predictions}:
+        raise UserError(
+            f"{export}: the view {min(ambiguous)!r} has the same name as the array of a prediction; "
+            "rename the view in data.views"
+        )
 
 
 def finite_rows(arrays: Iterable[np.ndarray]) -> np.ndarray:
@@ -166,30 +175,40 @@ class Embedder:
     def __init__(self, export: Path):
         self._jepa = read_json(export / "jepa.json")
         # Even on CUDA, use the attention kernel for CPU, because it accepts rows that are not packed.
-        self._model, self._tokenizer = load_language_model(export, "auto", torch.device("cpu"))
-        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer, model = self._tokenizer, self._model
+        self.model, self._tokenizer = load_language_model(export, "auto", torch.device("cpu"))
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer, model = self._tokenizer, self.model
         self._ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
         self.names: list[str] = self._jepa["views"]
         self.pairing = pairing_from_export(self._jepa)
         self.has_pairs = objective_from_export(self._jepa).pairing is not None
         self._objective = load_objective(export, objective_from_export(self._jepa), model)
+        self.predictor_mlp: Mlp | None = getattr(self._objective, "predictor", None)
         predictor_tokens = model.predictor.num_embeddings if model.predictor else 0
-        self._predictor = list(range(model.vocab_size, model.vocab_size + predictor_tokens))
+        self.predictor_ids = list(range(model.vocab_size, model.vocab_size + predictor_tokens))
 
-    def embed_view(
-        self, view: int, texts: Sequence[str], front: Sequence[int] = (), back: Sequence[int] = ()
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the embeddings (N, D) fp32 of texts as a view, and whether each fits into the positions, (N,) bool.
+    def ids_around(self, view: int, *, predict: bool = False) -> tuple[list[int], list[int]]:
+        """Return the token ids before and after a text that is encoded as a view.
 
-        `front` and `back` are token ids around the text. The embedding of a text that does not fit is NaN.
+        With `predict`, they include the predictor tokens, whose ids follow the vocabulary.
         """
         template: ViewTemplate = view_template(self._jepa, view)
         before, after = ([self._ids[name] for name in part] for part in template)
-        tokens = self._tokenizer.encode_batch(list(texts))
-        rows = [[*before, *front, *row, *after, *back] for row in tokens]
-        limit = self._model.max_positions
-        return encode(self._model, rows), np.array([len(row) <= limit for row in rows], bool)
+        if predict and self.pairing.prepended:
+            before += self.predictor_ids
+        elif predict:
+            after += self.predictor_ids
+        return before, after
+
+    def embed_view(self, view: int, texts: Sequence[str], *, predict: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return the embeddings (N, D) fp32 of texts as a view, and whether each fits into the positions, (N,) bool.
+
+        With `predict`, they are read after the predictor tokens. The embedding of a text that does not fit is NaN.
+        """
+        before, after = self.ids_around(view, predict=predict)
+        rows = [[*before, *row, *after] for row in self._tokenizer.encode_batch(list(texts))]
+        limit = self.model.max_positions
+        return encode(self.model, rows), np.array([len(row) <= limit for row in rows], bool)
 
     def predict_from(
         self, view: int, texts: Sequence[str], embeddings: np.ndarray | None = None
@@ -199,11 +218,8 @@ class Embedder:
         `embeddings` are the embeddings of the texts, if they are known. Without predictor tokens and a predictor MLP,
         they are the predictions.
         """
-        if self._predictor:
-            front, back = (self._predictor, []) if self.pairing.prepended else ([], self._predictor)
-            context, fits = self.embed_view(view, texts, front, back)
-        elif embeddings is None:
-            context, fits = self.embed_view(view, texts)
+        if self.predictor_ids or embeddings is None:
+            context, fits = self.embed_view(view, texts, predict=True)
         else:
             context, fits = embeddings, np.ones(len(texts), bool)
         return _predict(self._objective, context), fits

@@ -41,20 +41,41 @@ def export_to(run_dir: Path, step: int, folder: Path) -> None:
     The result equals the run's own export of the step, which is copied if it exists. Raises UserError if the folder is
     not empty or cannot be written.
     """
-    folder = Path(os.path.abspath(folder.expanduser()))
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--export: {folder} is not an empty folder; choose a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder, "--export") as folder:
         existing = run_dir / "export" / step_name(step)
         if existing.exists():
             _copy(existing, folder)
         else:
             with _exporting(run_dir, step):
                 _write(run_dir, step, folder)
-    except OSError as error:
-        raise UserError(f"--export: cannot write {folder}: {error.strerror or error}; choose another folder") from None
     print(f"step {step} of {run_dir} is exported to {folder}")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, option: str) -> Iterator[Path]:
+    """Yield the absolute path of a folder that the caller writes, after creating its parent.
+
+    Raises UserError, which names the option, if the folder is not empty or cannot be written.
+    """
+    folder = Path(os.path.abspath(folder.expanduser()))
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{option}: {folder} is not an empty folder; choose a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise UserError(f"{option}: cannot write {folder}: {error.strerror or error}; choose another folder") from None
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary path for a folder that becomes `folder` on success, also if that is an empty folder."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def exported_files(export: Path) -> list[str]:
@@ -64,13 +85,9 @@ def exported_files(export: Path) -> list[str]:
 
 
 def _copy(export: Path, folder: Path) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_folder(folder) as temporary:
         copy_folder(export, temporary)
         shutil.rmtree(temporary / EMBEDDINGS, ignore_errors=True)
-        os.replace(temporary, folder)  # also replaces an empty folder
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

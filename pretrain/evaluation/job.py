@@ -26,7 +26,11 @@ from pretrain.training.evaluation_requests import request_evaluation, requested_
 def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description="Evaluate checkpoints of a run on downstream tasks.")
-    parser.add_argument("run_dir", type=Path, help="folder of the run; with --embed, folder of an export")
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        help="folder of the run; with --embed or --sentence-transformers, folder of an export",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -53,6 +57,13 @@ def main() -> None:
         help="instead of evaluating tasks, export the checkpoint to a new folder",
     )
     parser.add_argument(
+        "--sentence-transformers",
+        type=Path,
+        metavar="FOLDER",
+        help="instead of evaluating tasks, write a folder for sentence-transformers for each view of EXPORT, and for "
+        "each prediction, into a new folder",
+    )
+    parser.add_argument(
         "--push",
         action="store_true",
         help="instead of evaluating tasks, push an export of the newest checkpoint to export.hub",
@@ -61,7 +72,13 @@ def main() -> None:
     parser.add_argument("--pending", action="store_true", help="evaluate the checkpoints that the run has requested")
     parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint until the run is finished")
     arguments = parser.parse_intermixed_args()
-    for chosen, action in ((arguments.embed, _embed), (arguments.export, _export), (arguments.push, _push)):
+    actions = (
+        (arguments.embed, _embed),
+        (arguments.export, _export),
+        (arguments.sentence_transformers, _sentence_transformers),
+        (arguments.push, _push),
+    )
+    for chosen, action in actions:
         if chosen:
             if int(os.environ.get("RANK", 0)) == 0:
                 exit_on_user_error(lambda: action(arguments))  # noqa: B023 (called at once)
@@ -83,10 +100,7 @@ def _run_on_all_ranks(evaluate: Callable[[], None]) -> None:
 def _embed(arguments: argparse.Namespace) -> None:
     if _other_options(arguments) or arguments.overrides or arguments.checkpoint != "latest":
         raise UserError("--embed allows only an export and a file; remove all other options and overrides")
-    if not (arguments.run_dir / "jepa.json").exists():  # reported before torch is loaded
-        raise UserError(
-            f"{arguments.run_dir} is not an export: it has no jepa.json; use a folder in the folder export of a run"
-        )
+    _check_export(arguments.run_dir)
     from pretrain.evaluation.embed import embed_file
 
     embed_file(arguments.run_dir, arguments.embed)
@@ -103,6 +117,24 @@ def _export(arguments: argparse.Namespace) -> None:
     export_to(arguments.run_dir, step, arguments.export)
 
 
+def _sentence_transformers(arguments: argparse.Namespace) -> None:
+    if _other_options(arguments) or arguments.overrides or arguments.checkpoint != "latest":
+        raise UserError(
+            "--sentence-transformers allows only an export and a new folder; remove all other options and overrides"
+        )
+    _check_export(arguments.run_dir)
+    silence_libraries()
+    from pretrain.evaluation.sentence_folders import write_sentence_folders
+
+    write_sentence_folders(arguments.run_dir, arguments.sentence_transformers)
+
+
+def _check_export(folder: Path) -> None:
+    """Raise UserError if a folder is not an export, before torch is loaded."""
+    if not (folder / "jepa.json").exists():
+        raise UserError(f"{folder} is not an export: it has no jepa.json; use a folder in the folder export of a run")
+
+
 def _push(arguments: argparse.Namespace) -> None:
     if _other_options(arguments) or arguments.checkpoint != "latest":
         raise UserError("--push pushes the newest checkpoint; remove all other options")
@@ -114,8 +146,9 @@ def _push(arguments: argparse.Namespace) -> None:
 
 
 def _other_options(arguments: argparse.Namespace) -> bool:
-    """Return whether there are options that --embed, --export and --push exclude."""
-    chosen = [arguments.embed is not None, arguments.export is not None, arguments.push]
+    """Return whether there are options that --embed, --export, --sentence-transformers and --push exclude."""
+    folders = [arguments.embed, arguments.export, arguments.sentence_transformers]
+    chosen = [*(folder is not None for folder in folders), arguments.push]
     return bool(arguments.task or arguments.pending or arguments.watch or sum(chosen) > 1)
 
 

@@ -4,7 +4,8 @@
     jepa.safetensors              `predictor.weight` (k, hidden width), embedding of the k predictor tokens, and
                                   `objective.*`, the weights of the objective; absent if there are neither
     jepa.json                     objective, layout, special tokens, corpus settings
-    README.md                     model card: data, objective and figures of the run, and code that generates and embeds
+    README.md                     model card: data, objective and figures of the run, and code that generates, embeds
+                                  and searches
 
 An export is sufficient to recompute the language-model loss and the auxiliary terms.
 """

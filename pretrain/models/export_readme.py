@@ -1,11 +1,12 @@
-"""Body of an export's README.md: the contents of the folder, and code that generates and embeds with transformers.
+"""Body of an export's README.md: the contents of the folder, and code that generates, embeds and searches.
 
 `pretrain/evaluation/model_card.py` adds the metadata and the figures of the run.
 """
 
 from typing import Any
 
-from pretrain.models.view_templates import ViewTemplate, pairing_from_export, view_template
+from pretrain.models.families import FAMILY_MODULES
+from pretrain.models.view_templates import ViewTemplate, pairing_from_export, prediction_name, view_template
 
 PAGE = """# {run}, step {step}
 
@@ -31,7 +32,45 @@ The embedding of a view is the hidden state of its last token after the final no
 
 In the project that made this folder, `python launcher/evaluate.py THIS_FOLDER --embed FILE` computes the embeddings of
 all rows of a file.
+
+{search}
 """
+
+SEARCH = """## How to search
+
+In the same project, this command prints the texts of the column `{target}` of a file whose embeddings have the highest
+cosine with the {what} a query, a `{source}`:
+
+```sh
+python launcher/search.py THIS_FOLDER --index FILE "QUERY"
+```
+
+## How to use sentence-transformers
+
+"""
+
+SENTENCE_TRANSFORMERS = """In the same project, this command writes the folders {folders} into FOLDER:
+
+```sh
+python launcher/evaluate.py THIS_FOLDER --sentence-transformers FOLDER
+```
+
+[sentence-transformers](https://sbert.net) loads each of them without code of the project. This finds the closest
+`{target}` of a query:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+folder = "sentence-transformers"  # FOLDER
+queries = SentenceTransformer(f"{{folder}}/{query_folder}")
+targets = SentenceTransformer(f"{{folder}}/{target}")
+texts = ["...", "..."]  # each a {target}
+cosines = queries.similarity(queries.encode(["..."]), targets.encode(texts))  # the query is a {source}
+print(texts[cosines[0].argmax()])
+```"""
+
+WITHOUT_SENTENCE_TRANSFORMERS = """transformers does not include `{family}`, so
+[sentence-transformers](https://sbert.net) cannot load this model without code of the project."""
 
 GENERATION = """import torch
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +145,8 @@ def render_readme(
         argument = f", {'front' if pairing.prepended else 'back'}=predictor" if predictor_tokens else ""
         for source, target in pairing.edges(len(views)):
             call = _call(views[source], view_template(jepa, source), argument)
-            lines.append(f'        "{views[source]}_to_{views[target]}": {f"predict({call})" if has_mlp else call},')
+            name = prediction_name(views[source], views[target])
+            lines.append(f'        "{name}": {f"predict({call})" if has_mlp else call},')
     openelm = "import pretrain.models.openelm  # from the project that made this folder: transformers has no OpenELM\n"
     model_imports = openelm if family == "openelm" else ""
     imports = ("from safetensors.torch import load_file\n" if predictor_tokens or has_mlp else "") + model_imports
@@ -147,6 +187,27 @@ def render_readme(
             arguments=", ".join(views),
             lines="\n".join(lines),
         ),
+        search=_search(views, pairing.edges(len(views)), family, predicts=bool(predictor_tokens or has_mlp)),
+    )
+
+
+def _search(views: list[str], edges: list[tuple[int, int]], family: str, predicts: bool) -> str:
+    """Return the sections on search and on sentence-transformers.
+
+    `predicts` states whether predictions differ from the embeddings of their source views.
+    """
+    predicted = [prediction_name(views[source], views[target]) for source, target in edges] if predicts else []
+    source, target = edges[0] if edges else (0, 0)
+    search = SEARCH.format(
+        source=views[source], target=views[target], what="prediction from" if predicted else "embedding of"
+    )
+    if family in FAMILY_MODULES:
+        return search + WITHOUT_SENTENCE_TRANSFORMERS.format(family=family)
+    return search + SENTENCE_TRANSFORMERS.format(
+        folders=", ".join(f"`{name}`" for name in [*views, *predicted]),
+        source=views[source],
+        target=views[target],
+        query_folder=predicted[0] if predicted else views[source],
     )
 
 

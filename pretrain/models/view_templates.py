@@ -38,3 +38,8 @@ def view_template(jepa: dict[str, Any], view: int) -> ViewTemplate:
     if view == views - 1 and segment.last_suffix is not None:
         suffix = segment.last_suffix
     return ViewTemplate(tuple(names[token] for token in segment.prefix), tuple(names[token] for token in suffix))
+
+
+def prediction_name(view: str, predicted_view: str) -> str:
+    """Return the name of the array, or of the folder, of a prediction."""
+    return f"{view}_to_{predicted_view}"

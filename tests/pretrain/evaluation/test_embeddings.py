@@ -18,54 +18,12 @@ from pretrain.evaluation.embed import embed, embed_file
 from pretrain.evaluation.model_tasks import geometry, retrieval
 from pretrain.evaluation.model_tasks.embedded import PairEmbeddings
 from pretrain.evaluation.task_run import CheckpointTask
-from pretrain.models.export import write_export
-from pretrain.models.export_readme import render_readme
 from pretrain.models.view_templates import objective_from_export
 from pretrain.objectives.base import build_objective
 from pretrain.objectives.pool import select_pair_embeddings
 from tests.commands import tiny_config, write_config
+from tests.exports import OBJECTIVES, VIEWS, write_model_export
 from tests.families import FAMILIES
-
-VIEWS = ("text", "code")
-OBJECTIVES = [
-    {"name": "next_token"},
-    {"name": "next_token", "layout": "independent"},
-    {"name": "llm_jepa", "predictor_tokens": 2, "direction": "both"},
-    {"name": "llm_jepa", "predictor_tokens": 1, "layout": "independent", "direction": "backward"},
-    {"name": "llm_jepa", "predictor_tokens": 2, "predictor_placement": "prepend"},
-    {"name": "llm_jepa", "predictor_tokens": 1, "target": "in_context"},
-    {"name": "llm_jepa", "predictor_tokens": 2, "predictor_mlp": 12},
-    {"name": "llm_jepa", "predictor_tokens": 0, "predictor_mlp": 12, "direction": "both"},
-    {"name": "nitp"},
-    {"name": "regularized", "regularizers": [{"name": "coding_rate", "weight": 0.5}]},
-    {
-        "name": "llm_jepa",
-        "predictor_tokens": 2,
-        "predictor_placement": "prepend",
-        "direction": "both",
-        "layout": "independent",
-    },
-]
-
-
-def write_model_export(folder, prepared, model, tokens, jepa, family, objective=None):
-    """Write an export of a model as the evaluation does, and return its folder."""
-    skeleton = folder / "skeleton"
-    model.causal_lm.config.save_pretrained(skeleton)
-    for file in (prepared / "tokenizer").iterdir():
-        (skeleton / file.name).write_bytes(file.read_bytes())
-    state = model.state_dict()
-    if objective is not None:
-        state |= {f"objective.{name}": weight for name, weight in objective.state_dict().items()}
-    write_export(
-        folder / "export",
-        skeleton,
-        state,
-        jepa,
-        render_readme(jepa, family, tokens, bool(objective and objective.state_dict())),
-    )
-    return folder / "export"
-
 
 CASES = [("llama", objective) for objective in OBJECTIVES] + [
     (family, OBJECTIVES[2]) for family in FAMILIES if family != "llama"
@@ -113,7 +71,7 @@ def test_embeddings_match_the_objective_and_the_readme(
     assert ("read in its context" in readme) == (objective.get("target") == "in_context")
     monkeypatch.chdir(export)
     namespace: dict = {}
-    exec(readme.split("```python\n")[-1].split("```")[0], namespace)
+    exec(readme.split("```python\n")[2].split("```")[0], namespace)
     for number in range(3):
         for name, vector in namespace["embed_record"](*texts[number]).items():
             expected = found.views[name] if name in VIEWS else found.predictions[tuple(name.split("_to_"))]

@@ -132,6 +132,10 @@ def test_the_card_has_metadata_that_the_hub_reads_and_the_figures_of_the_run(tra
         "## How to generate",
         "## How to embed",
         "def embed_record(text, code)",
+        "## How to search",
+        "python launcher/search.py THIS_FOLDER --index FILE",
+        "## How to use sentence-transformers",
+        "python launcher/evaluate.py THIS_FOLDER --sentence-transformers FOLDER",
     ):
         assert text in card.text, text
 
