@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from data_prep.config import MAX_VIEWS
 from data_prep.inspection.columns import Column
 from data_prep.sources.chat import COLUMNS
 from data_prep.utils.console import UserError
@@ -66,6 +67,12 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
     lists = [column for column in columns if column.kind == "texts" and column.filled >= FILLED * column.rows]
     if lists and not texts:
         return _lists(lists)
+    several = max((column.several_turns for column in columns), default=0)
+    if not texts and several:
+        raise UserError(
+            f"{where}: {several:,} of {columns[0].rows:,} conversations have several turns, but a view holds one turn of "
+            "a role: split the conversations into one row per answer"
+        )
     if not texts:
         labels = ", ".join(column.name for column in candidates) or "none"
         raise UserError(
@@ -121,9 +128,9 @@ def _conversation(name: str, columns: Sequence[Column]) -> ViewChoice:
 def _lists(lists: list[Column]) -> ViewChoice:
     """Return the views of a column of lists of texts: each text is the context of the next one."""
     column = lists[0]
-    choice = ViewChoice(
-        column.name, (CONTEXT, TARGET), None, f"{column.name} has lists of texts; neighbours in a list become pairs"
-    )
+    equal = column.median == column.longest and 2 < column.longest <= MAX_VIEWS
+    views = tuple(f"text_{number}" for number in range(1, column.longest + 1)) if equal else (CONTEXT, TARGET)
+    choice = ViewChoice(column.name, views, None, f"{column.name} has lists of texts; each is the context of the next")
     choice.questions.append(f"are all texts in a list of {column.name} about the same thing, such as paraphrases?")
     if len(lists) > 1:
         choice.questions.append(f"other columns of lists, which are not used: {_quoted(lists[1:])}")
@@ -201,5 +208,5 @@ def _unused(choice: ViewChoice, columns: Sequence[Column]) -> list[str]:
         elif not _varies(column):
             reasons["the same value in all rows"].append(column)
         else:
-            reasons["available for a template such as \"{a}\\n{b}\""].append(column)
+            reasons["a template could join it to the context"].append(column)
     return [f"not used: {_quoted(columns)} ({reason})" for reason, columns in reasons.items()]

@@ -52,9 +52,9 @@ class Column:
     language: str = ""
     """Language of a text; empty if it is not recognised."""
     median: int = 0
-    """Median length in characters, over the filled rows."""
+    """Median length over the filled rows, in characters; for lists, in texts."""
     longest: int = 0
-    """Length of the longest value, in characters."""
+    """Length of the longest value, in characters; for lists, in texts."""
     examples: list[str] = field(default_factory=list)
     """Different values, at most MOST_LABELS, the most common first if they are labels."""
     several_turns: int = 0
@@ -125,7 +125,8 @@ def _column(name: str, values: Sequence[Any]) -> Column:
         is_texts = len(texts) == sum(map(len, lists))
         column = Column(name, "texts" if is_texts else "other", len(values), len(present))
         column.language = language_of(texts[:EXAMINED])
-        column.median = round(statistics.median(map(len, lists))) if is_texts else 0
+        if is_texts:
+            column.median, column.longest = round(statistics.median(map(len, lists))), max(map(len, lists))
         return column
     texts = list(_texts(present, name))
     if len(texts) < MOST * len(present):

@@ -74,7 +74,10 @@ def find_splits(where: str, config: str | None = None) -> Found:
     kind = _kind_of(where)
     if kind is not None or not HUB_NAME.fullmatch(where):
         raise UserError(f"there is no file or folder {where}: correct the path, or give owner/name of a hub data set")
-    return _hub_splits(where, config)
+    try:
+        return _hub_splits(where, config)
+    except UserError as error:
+        raise UserError(f"there is no file or folder {where}, and on the hub: {error}") from None
 
 
 def _kind_of(name: str) -> str | None:

@@ -137,7 +137,7 @@ def _checked_sample(values: Values, split: Split) -> Sample:
         problem = sample.problems[0]
         remedy = "fix these rows"
         if "UTF-8" in problem or "utf-8" in problem:
-            remedy = "convert the file, for example with iconv -f LATIN1 -t UTF-8 FILE > NEW"
+            remedy = "convert the file with iconv -f ENCODING -t UTF-8 FILE > NEW; ENCODING is often LATIN1 or UTF-16"
         raise UserError(f"{problem} ({sample.unreadable:.0%} of the rows of {split} cannot be read): {remedy}")
     return sample
 

@@ -142,8 +142,8 @@ def _print_inspection(inspection: "Inspection") -> None:
         f"{view} {mean:.0f}" for view, mean in zip(inspection.choice.views, lengths.mean(axis=0), strict=True)
     )
     print(
-        f"\n{inspection.total:,} different records, {inspection.repeated:,} repeated, {inspection.incomplete:,} without "
-        f"a view; about {inspection.tokens:,} tokens (mean per record: {means})",
+        f"\n{inspection.total:,} different records, {inspection.repeated:,} repeated, {inspection.incomplete:,} incomplete; "
+        f"about {inspection.tokens:,} tokens (mean per record: {means})",
         flush=True,
     )
 
@@ -151,14 +151,15 @@ def _print_inspection(inspection: "Inspection") -> None:
 def _print_choices(choices: "Choices") -> None:
     """Print the choices with their reasons, the ambiguous points, the predicted time and the next commands."""
     from pretrain.init.budget import time_text
-    from pretrain.init.write import CHECK, data_questions, reasons
+    from pretrain.init.write import CHECK, data_questions, malformed_text, reasons
 
     rows = reasons(choices)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     print()
     for key, value, reason in rows:
         print(f"{key.ljust(widths[0])}  {value.ljust(widths[1])}  {reason}")
-    for question in [*data_questions(choices), *choices.task.questions]:
+    malformed = [malformed_text(choices.inspection)] if choices.inspection.malformed else []
+    for question in [*data_questions(choices), *malformed, *choices.task.questions]:
         print(f"{CHECK}{question}")
     machine = choices.machine.described
     print(f"\nwrote {choices.path}, which passes --dry-run")

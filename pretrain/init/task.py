@@ -8,6 +8,7 @@ from typing import Any
 from data_prep.inspection.columns import MOST_LABELS
 from data_prep.inspection.find import Values
 from data_prep.inspection.look import Inspection
+from data_prep.inspection.raw_rows import TEXT_COLUMNS
 from data_prep.tasks.yelp import LABELS as STARS
 from pretrain.tasks.gsm8k import final_number
 
@@ -46,9 +47,10 @@ def choose_task(inspection: Inspection, rows: int | None) -> TaskChoice:
         choice = _by_target(inspection)
     test = test_rows(inspection)
     if test is None:
-        choice.off = (
-            f"the data have no test split: hold rows out in a file, write its name for {PLACEHOLDER}, and remove the #"
-        )
+        choice.off = "the data have no test split: "
+        if inspection.found.kind not in TEXT_COLUMNS:
+            choice.off += "divide them into files named train and test in one folder and run jepa-init on it, or "
+        choice.off += f"replace {PLACEHOLDER} by a file of JSON lines and remove the #"
     count = len(inspection.samples["test"].rows) if "test" in inspection.samples else 0
     for task in choice.tasks:
         task["test"] = PLACEHOLDER if test is None else test
@@ -88,6 +90,8 @@ def _by_target(inspection: Inspection) -> TaskChoice:
         return _sql(inspection)
     if content == "regex":
         return TaskChoice([{"name": "nl_rx"}], "the targets are regexes, which are compared by the lines that they match")
+    if len(inspection.choice.views) > 2:
+        return TaskChoice([{"name": "retrieval"}], "it compares the embeddings of all views")
     text: dict[str, Any] = {"name": "text"}
     if content == "numbers":
         return TaskChoice([text], "the targets are numbers, which are compared as text")

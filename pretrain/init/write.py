@@ -110,6 +110,11 @@ def data_questions(choices: Choices) -> list[str]:
     return found
 
 
+def malformed_text(inspection: Inspection) -> str:
+    """Return the number of rows that are not valid records, and the first of them."""
+    return f"{len(inspection.malformed):,} rows are not valid and are dropped, such as {inspection.malformed[0][:200]}"
+
+
 def vocabulary_reason(inspection: Inspection) -> str:
     """Return why the vocabulary has its size."""
     mean = inspection.tokens // inspection.vocabulary
@@ -186,10 +191,7 @@ def _data(choices: Choices) -> list[str]:
     inspection, budget = choices.inspection, choices.budget
     lines = ["data:", f"  path: {flow(f'runs/data/{choices.name}')}", *_sources(choices)]
     if inspection.malformed:
-        first = inspection.malformed[0]
-        lines += _line(
-            "  ", "on_malformed: drop", f"{len(inspection.malformed):,} rows are not valid, such as {first[:200]}"
-        )
+        lines += _line("  ", "on_malformed: drop", CHECK + malformed_text(inspection))
     if inspection.repeated:
         lines += _line("  ", "deduplicate: exact", f"{inspection.repeated:,} training records are repeated")
     if seen := [(split, count) for split in ("validation", "test") if split in inspection.samples
