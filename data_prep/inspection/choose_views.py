@@ -53,9 +53,9 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
     """Return the views of rows with these columns. Raises UserError if no column has text."""
     usable = [column for column in columns if column.kind == "text" and column.filled >= FILLED * column.rows]
     names = {column.name for column in usable}
-    if conversation := next((name for name in COLUMNS if f"{name}.user" in names), None):
-        if f"{conversation}.assistant" in names:
-            return _conversation(conversation, columns)
+    conversations = [name for name in COLUMNS if {f"{name}.user", f"{name}.assistant"} <= names]
+    if conversations:
+        return _conversation(conversations[0], columns)
     if {"db_id", "question", "query"} <= names:
         target = next(column for column in usable if column.name == "query")
         mapping = {CONTEXT: "For db_id:[{db_id}]\n\n{question}", TARGET: "query"}
@@ -70,8 +70,8 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
     several = max((column.several_turns for column in columns), default=0)
     if not texts and several:
         raise UserError(
-            f"{where}: {several:,} of {columns[0].rows:,} conversations have several turns, but a view holds one turn of "
-            "a role: split the conversations into one row per answer"
+            f"{where}: {several:,} of {columns[0].rows:,} conversations have several turns, but a view holds one turn "
+            "of a role: split the conversations into one row per answer"
         )
     if not texts:
         labels = ", ".join(column.name for column in candidates) or "none"

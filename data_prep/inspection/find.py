@@ -136,7 +136,9 @@ def _data_splits(folder: Path, kind: str, paths: list[Path]) -> Found:
     for path in paths:
         split = _split_of(path.name)
         by_split[split].append(path) if split else others.append(path)
-    has_description = (folder / "README.md").is_file() and "configs:" in (folder / "README.md").read_text("utf-8", "replace")
+    has_description = (folder / "README.md").is_file() and "configs:" in (folder / "README.md").read_text(
+        "utf-8", "replace"
+    )
     single_files = all(len(split_files) == 1 for split_files in by_split.values())
     if has_description or (by_split.keys() - {"train"} and (kind != "json" or not single_files)):
         return _hub_splits(str(folder), None)  # tasks read rows of other types from a folder of type hub only
@@ -169,7 +171,8 @@ def _hub_splits(where: str, config: str | None) -> Found:
             found.splits[wanted] = values | ({"hub_split": chosen} if names != ["train"] else {})
     if "train" not in found.splits:
         others = {split: one for split, one in found.splits.items() if one.get("hub_split") != names[0]}
-        found.splits = {"train": values | {"hub_split": names[0]}} | others
+        found.splits = {"train": values | {"hub_split": names[0]}}
+        found.splits.update(others)
         found.notes.append(f"there is no split train, so the training data are the split {names[0]}")
     used = {one.get("hub_split", "train") for one in found.splits.values()}
     if unused := [name for name in names if name not in used]:

@@ -32,6 +32,8 @@ SCRIPTS = {
 """Language, or script of several languages, by the first word of the Unicode names of its letters."""
 FEWEST_COMMON = 0.08
 """Smallest fraction of common words in texts of a language."""
+FEWEST_DIFFERENT = 2
+"""Smallest number of different common words in texts of a language."""
 MOST_LETTERS = 20_000
 """Number of letters that are examined."""
 JAPANESE_FRACTION = 0.1
@@ -56,4 +58,5 @@ def language_of(texts: Sequence[str]) -> str:
         language: sum(word in listed for word in words) / max(1, len(words)) for language, listed in common.items()
     }
     best = max(fractions, key=lambda language: fractions[language])
-    return best if fractions[best] >= FEWEST_COMMON else ""
+    different = common[best] & set(words)
+    return best if fractions[best] >= FEWEST_COMMON and len(different) >= FEWEST_DIFFERENT else ""

@@ -108,7 +108,10 @@ def inspect(where: str, config: str | None = None) -> Inspection:
         choice = ViewChoice({"text": "text"}, ("text",), None, "plain documents, so there are no pairs")
     elif found.kind == "python":
         choice = ViewChoice(
-            {"context": "docstring", TARGET: "code"}, ("context", TARGET), columns[-1], "functions with their docstrings"
+            {"context": "docstring", TARGET: "code"},
+            ("context", TARGET),
+            columns[-1],
+            "functions with their docstrings",
         )
     else:
         choice = choose_views(columns, where)
@@ -142,9 +145,7 @@ def _checked_sample(values: Values, split: Split) -> Sample:
     return sample
 
 
-def _records(
-    sample: Sample, values: Values, choice: ViewChoice
-) -> tuple[list[tuple[str, ...]], list[str], int]:
+def _records(sample: Sample, values: Values, choice: ViewChoice) -> tuple[list[tuple[str, ...]], list[str], int]:
     """Return the complete records of a sample, the problems of rows that are malformed, and the number without a view.
 
     A problem names the row by its number among the readable ones.

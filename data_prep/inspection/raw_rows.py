@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from data_prep.config import ArrowSource, FileSource, HubSource, ParquetSource, PythonSource, Source, TextSource
 from data_prep.sources import arrow, csv_rows, files, json_lines, open_source, parquet
 from data_prep.sources.arrow_values import Unreadable, rows
@@ -104,17 +106,18 @@ def _documents(source: TextSource | PythonSource, name: str) -> Iterator[tuple[s
 def _batches(source: ParquetSource | ArrowSource, name: str) -> Iterator[tuple[str, Any]]:
     is_parquet = isinstance(source, ParquetSource)
     for path in files.find_files(source, name, parquet.SUFFIXES if is_parquet else arrow.SUFFIXES):
-        number = 0
-        if isinstance(source, ParquetSource):
-            with parquet.opened(path) as file:
-                for batch in file.iter_batches(parquet.BATCH_ROWS, use_threads=False):
-                    for number, row in enumerate(rows(batch), start=number + 1):
-                        yield f"{path}:{number}", row
-        else:
-            with arrow.opened(path) as (_, batches):
-                for batch in batches:
-                    for number, row in enumerate(rows(batch), start=number + 1):
-                        yield f"{path}:{number}", row
+        all_rows = (row for batch in (_parquet if is_parquet else _arrow)(path) for row in rows(batch))
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(all_rows, start=1))
+
+
+def _parquet(path: str) -> Iterator[pa.RecordBatch]:
+    with parquet.opened(path) as file:
+        yield from file.iter_batches(parquet.BATCH_ROWS, use_threads=False)
+
+
+def _arrow(path: str) -> Iterator[pa.RecordBatch]:
+    with arrow.opened(path) as (_, batches):
+        yield from batches
 
 
 def _estimated_rows(source: Source, name: str, sample: Sample) -> int:

@@ -33,7 +33,9 @@ def main() -> None:
         "tokenizer, row length, model, budget and a task. Ambiguous points are comments that begin with check.",
     )
     parser.add_argument(
-        "data", metavar="FILE|FOLDER|HUB_NAME", help="JSON, CSV, Parquet, Arrow, text or Python files, or a hub data set"
+        "data",
+        metavar="FILE|FOLDER|HUB_NAME",
+        help="JSON, CSV, Parquet, Arrow, text or Python files, or a hub data set",
     )
     parser.add_argument("-o", "--output", type=Path, default=DEFAULT_OUTPUT, metavar="CONFIG", help=str(DEFAULT_OUTPUT))
     parser.add_argument("--config", metavar="NAME", help="configuration of a hub data set that has several")
@@ -142,8 +144,8 @@ def _print_inspection(inspection: "Inspection") -> None:
         f"{view} {mean:.0f}" for view, mean in zip(inspection.choice.views, lengths.mean(axis=0), strict=True)
     )
     print(
-        f"\n{inspection.total:,} different records, {inspection.repeated:,} repeated, {inspection.incomplete:,} incomplete; "
-        f"about {inspection.tokens:,} tokens (mean per record: {means})",
+        f"\n{inspection.total:,} different records, {inspection.repeated:,} repeated, {inspection.incomplete:,} "
+        f"incomplete; about {inspection.tokens:,} tokens (mean per record: {means})",
         flush=True,
     )
 

@@ -89,7 +89,9 @@ def _by_target(inspection: Inspection) -> TaskChoice:
     if content == "SQL":
         return _sql(inspection)
     if content == "regex":
-        return TaskChoice([{"name": "nl_rx"}], "the targets are regexes, which are compared by the lines that they match")
+        return TaskChoice(
+            [{"name": "nl_rx"}], "the targets are regexes, which are compared by the lines that they match"
+        )
     if len(inspection.choice.views) > 2:
         return TaskChoice([{"name": "retrieval"}], "it compares the embeddings of all views")
     text: dict[str, Any] = {"name": "text"}

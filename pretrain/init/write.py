@@ -194,8 +194,11 @@ def _data(choices: Choices) -> list[str]:
         lines += _line("  ", "on_malformed: drop", CHECK + malformed_text(inspection))
     if inspection.repeated:
         lines += _line("  ", "deduplicate: exact", f"{inspection.repeated:,} training records are repeated")
-    if seen := [(split, count) for split in ("validation", "test") if split in inspection.samples
-                and (count := inspection.seen_contexts(split))]:
+    if seen := [
+        (split, count)
+        for split in ("validation", "test")
+        if split in inspection.samples and (count := inspection.seen_contexts(split))
+    ]:
         counts = " and ".join(f"{count:,} {split}" for split, count in seen)
         lines += _line(
             "  ", "decontaminate: true", f"{counts} records have a context that is also in the training data"
@@ -204,8 +207,8 @@ def _data(choices: Choices) -> list[str]:
         lines += _line(
             "  ",
             f"validation_fraction: {(fraction := validation_fraction(inspection.total))}",
-            f"no validation split; holds out about {fraction * inspection.total:,.0f} records, of which the monitors use "
-            f"up to {MONITORED_PAIRS:,}",
+            f"no validation split; about {fraction * inspection.total:,.0f} records, of which the monitors use up to "
+            f"{MONITORED_PAIRS:,}",
         )
     lines += _line("  ", f"tokenizer: {{vocab_size: {inspection.vocabulary}}}", vocabulary_reason(inspection))
     return lines + _line("  ", f"sequence_length: {budget.row_length}", row_reason(choices))
@@ -218,7 +221,7 @@ def _sources(choices: Choices) -> list[str]:
     lines += [line for question in data_questions(choices) for line in _comment("  ", CHECK + question)]
     lines.append("  sources:")
     for split in ("train", "validation"):
-        values = inspection.found.splits.get(split)  # type: ignore[call-overload]
+        values = inspection.found.splits.get(split)
         if values is not None:
             source = values | ({} if split == "train" else {"split": split}) | {"views": choice.mapping}
             languages = _languages(inspection) if split == "train" else ""
@@ -239,7 +242,9 @@ def _languages(inspection: Inspection) -> str:
     """Return the contents of the columns of the views."""
     mapping = inspection.choice.mapping
     used = mapping if isinstance(mapping, str) else " ".join(mapping.values())
-    columns = [column for column in inspection.columns if column.name in used.replace("{", " ").replace("}", " ").split()]
+    columns = [
+        column for column in inspection.columns if column.name in used.replace("{", " ").replace("}", " ").split()
+    ]
     return "; ".join(f"{column.name}: {column.described}" for column in columns)
 
 
