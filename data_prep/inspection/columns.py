@@ -30,7 +30,7 @@ CODE = re.compile(r"(?m)^\s*(def|class|import|from|public|static|function|func|r
 WORD, FEWEST_WORDS = re.compile(r"(?<!\S)[a-z]{2,}(?!\S)"), 3
 """A word between blanks; a text with several of them is not a regex."""
 MOST_OF_REGEXES = 0.75
-"""Fraction of the texts of a column of regexes that must have an operator; the others are plain strings."""
+"""Fraction of the texts of a column of regexes that must have an operator; a regex may also be a plain string."""
 Content = Literal["labels", "numbers", "SQL", "regex", "code", "text"]
 Kind = Literal["text", "texts", "other"]
 

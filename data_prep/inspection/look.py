@@ -1,4 +1,4 @@
-"""What is in the data of a user: splits, columns, views, records and lengths in tokens."""
+"""Inspection of the data of a user: splits, columns, views, records and lengths in tokens."""
 
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -45,7 +45,7 @@ LARGEST_MEASURED = 8192
 
 @dataclass
 class Inspection:
-    """What is in the data."""
+    """Splits, columns, views, records and lengths of data."""
 
     where: str
     found: Found

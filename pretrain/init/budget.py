@@ -155,7 +155,7 @@ def epoch_stream(inspection: Inspection, length: int) -> Stream:
 def epoch_flops(shape: dict[str, Any], vocabulary: int, epoch: Stream) -> float:
     """Return the FLOPs of an epoch, as the plan of a run counts them."""
     attention = 12 * epoch.visible * shape["num_hidden_layers"] * shape["hidden_size"]
-    return sum(count_shape(shape, vocabulary).flops(epoch.positions, epoch.targets)) + attention
+    return float(sum(count_shape(shape, vocabulary).flops(epoch.positions, epoch.targets)) + attention)
 
 
 def _fits(size: tuple[int, int, int], inspection: Inspection, epoch: Stream, flops: float) -> bool:
@@ -182,7 +182,7 @@ def choose_batch(flops: float, positions: float, length: int, machine: Machine) 
 
 def rounded(steps: float) -> int:
     """Return a number of steps rounded down to 1, 2 or 5 times a power of ten."""
-    power = 10 ** (len(str(max(1, int(steps)))) - 1)
+    power: int = 10 ** (len(str(max(1, int(steps)))) - 1)
     return next(factor * power for factor in (5, 2, 1) if factor * power <= max(1, steps))
 
 

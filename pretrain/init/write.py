@@ -257,7 +257,11 @@ def _objective(choices: Choices) -> list[str]:
     if choices.inspection.is_text:
         return [
             "objective:",
-            *_line("  ", "name: semantic_tube", "one view has no pairs, and this term needs none (docs/objectives.md)"),
+            *_line(
+                "  ",
+                "name: semantic_tube",
+                "one view makes no pairs, which this term does not need (docs/objectives.md)",
+            ),
             *_line("  ", "weight: 0.02", "a published weight, arXiv 2602.22617"),
         ]
     return [

@@ -69,7 +69,7 @@ def measure_flops(machine: Machine, shape: dict[str, Any], vocabulary: int, leng
     keys = rows * length * (length + 1) / 2
     attention = 12 * keys * shape["num_hidden_layers"] * shape["hidden_size"]
     flops = sum(parameters.flops(rows * length, rows * length)) + attention
-    return EFFICIENCY * machine.processes * flops / seconds
+    return float(EFFICIENCY * machine.processes * flops / seconds)
 
 
 def _step_seconds(model: Any, tokens: torch.Tensor) -> float:
