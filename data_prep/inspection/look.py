@@ -27,7 +27,7 @@ FEW_DOCUMENTS = 20
 """Number of documents below which paragraphs become the documents, because validation needs several of them."""
 PIECE_TOKENS = 500
 """Smallest mean number of tokens in the corpus per piece of the vocabulary. A piece is well trained from about 100
-occurrences on (Gowda and May, arXiv 2004.02334, section 5), and most pieces are rarer than the mean."""
+occurrences on (Gowda and May, arXiv 2004.02334), and most pieces are rarer than the mean."""
 CHARACTERS_PER_TOKEN = 3
 """Assumed length of a token when the size of the vocabulary is chosen."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32_768

@@ -15,7 +15,7 @@ from pretrain.planning.speed import Machine, measure_flops
 TOKENS_PER_PARAMETER = 20
 """Tokens per parameter of compute-optimal training (Hoffmann et al., arXiv 2203.15556, table 3)."""
 MOST_EPOCHS = 16
-"""Epochs beyond which repeated data are worth little (Muennighoff et al., arXiv 2305.16264, section 5)."""
+"""Epochs beyond which repeated data are worth little (Muennighoff et al., arXiv 2305.16264)."""
 LONGEST = {"cpu": 3600.0, "cuda": 86400.0}
 """Longest training of a first configuration, in seconds."""
 SIZES = (
@@ -34,9 +34,9 @@ FILLED = 0.97
 """Assumed fraction of the positions of a row that packing fills."""
 MICRO_POSITIONS = {"cpu": 4096, "cuda": 32_768}
 """Largest number of positions in a forward pass on one rank."""
-TUNED_WIDTH, TUNED_RATE, RATE_EXPONENT = 144, 2.0e-3, 0.7
-"""The learning rate of llama_1m, which was tuned, and the exponent with which it falls with the width. The exponent
-leads to 3e-4 for the width of Llama 1B."""
+KNOWN_WIDTH, KNOWN_RATE, RATE_EXPONENT = 144, 2.0e-3, 0.7
+"""The learning rate of llama_1m in this project's studies, and the exponent with which it falls with the width. The
+exponent leads to 3e-4 for the width of Llama 1B, as in configs/llama_1b_pairs.yaml."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def choose_budget(inspection: Inspection, machine: Machine) -> Budget:
         rows=rows,
         micro_rows=micro_rows,
         steps=max(1, round(positions / (rows * length * FILLED))),
-        learning_rate=float(f"{TUNED_RATE * (TUNED_WIDTH / size[0]) ** RATE_EXPONENT:.1e}"),
+        learning_rate=float(f"{KNOWN_RATE * (KNOWN_WIDTH / size[0]) ** RATE_EXPONENT:.1e}"),
         seconds=flops / speed,
         is_limited_by_time=possible < MOST_EPOCHS,
         is_smallest=not fitting,

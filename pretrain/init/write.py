@@ -167,7 +167,7 @@ def batch_reason(choices: Choices) -> str:
 
 def rate_reason(budget: Budget) -> str:
     """Return why the learning rate has its value."""
-    return f"2e-3 was tuned for width 144, and 3e-4 suits width 2048; this width is {budget.shape['hidden_size']}"
+    return f"2e-3 for width 144 (docs/studies), 3e-4 for width 2048; this width is {budget.shape['hidden_size']}"
 
 
 def flow(value: Any) -> str:
