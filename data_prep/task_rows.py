@@ -164,35 +164,37 @@ def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Co
                 yield f"hub:{source.path}:{source.hub_split}:{number}", columns
         return
     for path in paths:
-        size = files.size_of(path)
-        try:
-            if path.endswith(csv_rows.SUFFIXES):
-                yield from _rows_of_csv(path)
-                continue
-            with files.open_piece(Piece(path, 0, size, size)) as file:
-                yield from _objects_of(path, files.block_reader(file, path))
-        except files.CorruptFileError as problem:
-            raise UserError(f"{path}: {problem}") from None
-
-
-def _rows_of_csv(path: str) -> Iterator[tuple[str, Columns]]:
-    size = files.size_of(path)
-    for line, row in csv_rows.read_objects(Piece(path, 0, size, size)):
-        if isinstance(row, files.CorruptFileError):
-            raise row
-        yield f"{path}:{line}", _columns(row, f"{path}:{line}")
-
-
-def _objects_of(path: str, read: Callable[[], bytes]) -> Iterator[tuple[str, Columns]]:
-    if json_array.is_array(path):
-        for number, value in enumerate(json_array.elements(read), start=1):
+        for location, value in rows_of_file(path):
             if isinstance(value, files.CorruptFileError):
-                raise value
-            yield f"{path}, element {number}", _columns(value, f"{path}, element {number}")
+                raise UserError(f"{path}: {value}")
+            yield location, _columns(value, location)
+
+
+def rows_of_file(path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the unchanged rows of a JSON or CSV file, each with its location.
+
+    A row that cannot be read is a ValueError. If the rest of the file cannot be read, the last row is a
+    CorruptFileError. Raises UserError if the file cannot be read at all.
+    """
+    size = files.size_of(path)
+    piece = Piece(path, 0, size, size)
+    if path.endswith(csv_rows.SUFFIXES):
+        yield from ((f"{path}:{line}", row) for line, row in csv_rows.read_objects(piece))
+        return
+    try:
+        with files.open_piece(piece) as file:
+            yield from _objects_of(path, files.block_reader(file, path))
+    except files.CorruptFileError as problem:
+        yield path, problem
+
+
+def _objects_of(path: str, read: Callable[[], bytes]) -> Iterator[tuple[str, Any]]:
+    if json_array.is_array(path):
+        yield from ((f"{path}, element {number}", value) for number, value in enumerate(json_array.elements(read), 1))
         return
     for number, line in enumerate(files.lines(read), start=1):
         if line is None or (line and not line.isspace()):
-            yield f"{path}:{number}", _columns(_value(line), f"{path}:{number}")
+            yield f"{path}:{number}", _value(line)
 
 
 def _value(line: bytes | None) -> Any:

@@ -13,7 +13,19 @@ import pytest
 from tests.commands import ROOT, environment, tiny_config, write_config
 from tests.processes import TIMEOUT
 
-COMMANDS = {"prepare", "train", "evaluate", "study", "report", "doctor", "supervise", "generate", "search", "status"}
+COMMANDS = {
+    "init",
+    "prepare",
+    "train",
+    "evaluate",
+    "study",
+    "report",
+    "doctor",
+    "supervise",
+    "generate",
+    "search",
+    "status",
+}
 
 
 def run(command: list[str | Path], **options) -> str:

@@ -56,6 +56,8 @@ STARTUP_PACKAGES = {
     "launcher/generate.py nowhere": CONFIGURATION,
     "launcher/search.py nowhere --index nowhere": CONFIGURATION,
     "launcher/status.py nowhere": CONFIGURATION,
+    "launcher/init.py --help": CONFIGURATION - {"numpy"},
+    "launcher/init.py pairs.jsonl -o configs/demo.yaml": CONFIGURATION - {"numpy"},
     "launcher/doctor.py --help": CONFIGURATION | {"psutil"},
     "launcher/doctor.py configs/demo.yaml train.stepz=3": CONFIGURATION | {"psutil"},
     "launcher/demo.py --help": CONFIGURATION,

@@ -18,19 +18,24 @@ def records(batch: pa.RecordBatch, mapping: ViewMapping, before: int) -> Iterato
 
     The batch starts `before` rows after the first row of its piece.
     """
+    for position, row in enumerate(rows(batch), start=before + 1):
+        if isinstance(row, Unreadable):
+            yield Record(None, position, str(row))
+        else:
+            yield from mapping.records(row, position)
+
+
+def rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Unreadable]:
+    """Yield the rows of a batch by column name, or a description of the first unreadable value of a row."""
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
     unreadable = {
-        row: f"{name!r} holds {value}"
+        row: Unreadable(f"{name!r} holds {value}")
         for name, column in zip(names, columns, strict=True)
         for row, value in enumerate(column)
         if value.__class__ is Unreadable
     }
     for row, values in enumerate(zip(*columns, strict=True)):
-        position = before + row + 1
-        if row in unreadable:
-            yield Record(None, position, unreadable[row])
-        else:
-            yield from mapping.records(dict(zip(names, values, strict=True)), position)
+        yield unreadable[row] if row in unreadable else dict(zip(names, values, strict=True))
 
 
 def _values(column: pa.Array) -> list[Any]:

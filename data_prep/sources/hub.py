@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.config import HubSource
+from data_prep.sources.arrow import SPLITS, splits_of
 from data_prep.sources.files import LARGEST_PIECE
 from data_prep.sources.hub_folder import check_saved_split, is_saved, open_files, open_saved, text_files
 from data_prep.sources.record import Piece, Reader, Record
@@ -91,6 +92,19 @@ def open_rows(source: HubSource, name: str) -> "list[str] | IterableDataset":
         builder = open_builder(source)
         files = text_files(source, name, builder) if Path(source.path).is_dir() else []
         return files or builder.as_streaming_dataset(split=source.hub_split)
+
+
+def split_names(source: HubSource) -> list[str]:
+    """Return the names of the splits of a data set. Raises UserError if it cannot be opened or has no split."""
+    folder = Path(source.path)
+    if is_saved(source):
+        return splits_of(folder) if (folder / SPLITS).is_file() else ["train"]
+    with as_user_error(f"cannot open the data set {source.path}"):
+        builder = open_builder(source)
+        names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
+    if not names:
+        raise UserError(f"{source.path} names no splits; write the source by hand, with hub_split (docs/data.md)")
+    return names
 
 
 def commit_of(source: HubSource, name: str) -> str | None:

@@ -294,8 +294,8 @@ def _sample_steps(
                 tokens=int(rows.lengths.sum()),
                 pairs=count_pairs(rows, layout),
             )
-            sums.update(_stream(layout, rows.lengths, rows.segment_lengths))
-            without_pairs = _stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired))
+            sums.update(count_stream(layout, rows.lengths, rows.segment_lengths))
+            without_pairs = count_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired))
             sums.update({PLAIN + name: count for name, count in without_pairs.items()})
             sums.update({TERM + name: count for name, count in loss_denominators(rows, layout, units).items()})
     return sums
@@ -340,7 +340,7 @@ def _stream_in(counts: Mapping[str, float], prefix: str) -> Stream:
     return Stream(**{one.name: counts[prefix + one.name] for one in fields(Stream)})
 
 
-def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
+def count_stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
     """Return the fields of a Stream, summed over records with view lengths (N, views) and segments (N, segments)."""
     predicting = [index for index, segment in enumerate(layout.segments) if segment.view is None]
     return {

@@ -1,0 +1,1 @@
+"""Inspection of data that nobody has described yet: splits, columns, languages, lengths, and the likely views."""
