@@ -10,7 +10,7 @@ from data_prep.utils.console import UserError
 from data_prep.utils.files import copy_folder, locked, read_json
 from pretrain.config import load_config
 from pretrain.evaluation.model_card import render_figures, render_metadata
-from pretrain.models.export import EMBEDDINGS, OBJECTIVE_PREFIX, PREDICTOR_KEY, write_export
+from pretrain.models.export import EMBEDDINGS, OBJECTIVE_PREFIX, PREDICTOR_KEY, SEARCH_INDEX, write_export
 from pretrain.models.export_readme import render_readme
 from pretrain.models.lora import merge_adapters
 from pretrain.run_folder import MODEL_DIR, PINS, step_name
@@ -18,6 +18,8 @@ from pretrain.training.checkpoint_loading import consolidate
 
 PIN_SUFFIX = ".export"
 """Suffix of the pin of a checkpoint that is being exported."""
+ADDED = (EMBEDDINGS, SEARCH_INDEX)
+"""Folders that other commands add to an export. They hold texts of the user, so they are neither copied nor pushed."""
 
 
 def export_checkpoint(run_dir: Path, step: int) -> Path:
@@ -79,15 +81,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def exported_files(export: Path) -> list[str]:
-    """Return the relative paths of the files of an export, without embeddings that were computed with it."""
+    """Return the relative paths of the files of an export, without texts and embeddings that were added to it."""
     files = [path.relative_to(export) for path in sorted(export.rglob("*")) if path.is_file()]
-    return [str(file) for file in files if file.parts[0] != EMBEDDINGS]
+    return [str(file) for file in files if file.parts[0] not in ADDED]
 
 
 def _copy(export: Path, folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         copy_folder(export, temporary)
-        shutil.rmtree(temporary / EMBEDDINGS, ignore_errors=True)
+        for name in ADDED:
+            shutil.rmtree(temporary / name, ignore_errors=True)
 
 
 @contextlib.contextmanager

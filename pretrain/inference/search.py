@@ -136,9 +136,11 @@ def open_index(export: Path, embedder: Any, file: str, view: int) -> Index:
     """
     import numpy as np
 
+    from pretrain.models.export import SEARCH_INDEX  # imported late because it loads torch
+
     texts = list(dict.fromkeys(read_views(file, export, "--index", view)))
     name = embedder.names[view]
-    path = export / "index" / f"{Path(file).stem}-{name}.npz"
+    path = export / SEARCH_INDEX / f"{Path(file).stem}-{name}.npz"
     origin = {"view": name, "sha256": sha256_file(Path(file)) if Path(file).is_file() else None, "texts": len(texts)}
     saved = _read_index(path, origin)
     if saved is None:

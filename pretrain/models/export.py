@@ -34,6 +34,8 @@ PREDICTOR_KEY = "predictor.weight"
 OBJECTIVE_PREFIX = "objective."
 EMBEDDINGS = "embeddings"
 """Folder in an export with the embeddings that `--embed` has computed."""
+SEARCH_INDEX = "index"
+"""Folder in an export with the texts and embeddings that launcher/search.py searches."""
 
 
 def write_export(

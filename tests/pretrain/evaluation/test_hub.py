@@ -320,8 +320,10 @@ def test_a_checkpoint_is_exported_to_any_folder(run_dir, tmp_path):
     assert not (run_dir / "export" / step_name(2)).exists()
     exported = files_of(target)
     assert exported == files_of(export_checkpoint(run_dir, 2))
-    (run_dir / "export" / step_name(2) / "embeddings").mkdir()
-    (run_dir / "export" / step_name(2) / "embeddings" / "file.npz").write_bytes(b"")
+    for added in ("embeddings", "index"):
+        (run_dir / "export" / step_name(2) / added).mkdir()
+        (run_dir / "export" / step_name(2) / added / "file.npz").write_bytes(b"")
+    assert exported_files(run_dir / "export" / step_name(2)) == sorted(exported, key=Path)
     (tmp_path / "empty").mkdir()
     run_command(["python", "launcher/evaluate.py", run_dir, "--export", tmp_path / "empty", "--step", "2"])
     assert files_of(tmp_path / "empty") == exported
