@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import write_text
+from pretrain.imports import import_deepspeed
 from pretrain.report.arms import STUDY, read_comparison
 from pretrain.silence import silence_libraries
 
@@ -42,6 +43,7 @@ def main() -> None:
 def _report(arguments: argparse.Namespace) -> None:
     comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
     silence_libraries()
+    import_deepspeed()
     from pretrain.report.page import html, markdown
     from pretrain.report.summary import summarize
 
