@@ -1,6 +1,6 @@
 """Processor time of a start: of `--dry-run`, and of a rank until it is ready for its first step.
 
-    PYTHONPATH=. python benchmarks/start.py [--rounds 3] > start.json
+    python benchmarks/start.py [--rounds 3] > start.json
 
 The checkout in the current folder is measured, with its configs/demo.yaml on CPU in one process and one thread. The
 figures are user and system time in seconds, including child processes: the smallest of the rounds, because other
@@ -51,7 +51,8 @@ def main() -> None:
 def processor_seconds(arguments: list[str]) -> float:
     """Run Python in the current folder and return its processor time. Raises CalledProcessError if it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2)

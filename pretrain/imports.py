@@ -61,7 +61,7 @@ def import_transformers() -> None:
     # because it passes the folder in another form and misses the cache of this function.
     list_models = import_utils.create_import_structure_from_path
     models = Path(import_utils.__file__).parents[1] / "models"
-    import_utils.create_import_structure_from_path = lambda path: list_models(models)
+    import_utils.create_import_structure_from_path = lambda path: list_models(models)  # type: ignore[assignment]
     try:
         import transformers.models  # noqa: F401
     finally:
