@@ -72,10 +72,10 @@ STARTUP_PACKAGES = {
 """Third-party packages that each command may load at startup."""
 PREPARATION = CONFIGURATION | PYARROW | {"google", "sentencepiece", "tokenizers", "tqdm"}
 """Third-party packages for preparing and verifying a corpus."""
-TORCH = {"dill", "functorch", "mpmath", "networkx", "sympy", "torch", "torchgen", "triton"}
-"""torch, and the packages that it loads with torch._dynamo, torch.distributed.tensor and torch._inductor.
+TORCH = {"dill", "functorch", "mpmath", "sympy", "torch", "torchgen", "triton"}
+"""torch, and the packages that it loads with torch._dynamo and torch.distributed.tensor.
 
-transformers loads the first two with any model. DeepSpeed loads the third when it gets an optimizer.
+transformers loads both with any model.
 """
 DEEPSPEED = {"deepspeed", "einops", "hjson", "msgpack", "packaging", "psutil", "tqdm"}
 TRANSFORMERS = {
@@ -94,7 +94,6 @@ TRANSFORMERS = {
     "markupsafe",
     "regex",
     "safetensors",
-    "scipy",
     "sniffio",
     "tabulate",
     "tokenizers",
@@ -103,14 +102,27 @@ TRANSFORMERS = {
 }
 """transformers, the client of its hub, and the optional packages that they and torch load if installed.
 
-scipy comes with the losses of any model, PIL and jinja2 with chat templates, colorama and tabulate with tables.
+PIL and jinja2 come with chat templates, colorama and tabulate with tables.
 """
 TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
 RANK = CONFIGURATION | PYARROW | {"sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
+PLAN = RANK - TENSORBOARD | {"google"}
+"""Third-party packages of a dry run."""
+UNNEEDED = {
+    "mlflow",
+    "networkx",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "torch._inductor.compile_fx",
+    "torch._inductor.lowering",
+}
+"""Large modules that DeepSpeed and transformers would load for parts of them that this project does not use."""
 RANK_UNITS = {
     "config",
     "data",
     "deepspeed_options",
+    "imports",
     "local_gpu",
     "models",
     "objectives",
@@ -169,6 +181,15 @@ def test_a_run_loads_no_unneeded_package(tmp_path):
     models = {name.split(".")[2] for name in modules if name.startswith("transformers.models.")}
     assert models == {"auto", "gemma2"}
     assert {"pretrain.models.openelm", "pretrain.training.dry_run"}.isdisjoint(modules)
+    assert UNNEEDED.isdisjoint(modules)
+
+    modules = modules_after(tmp_path, "launcher/run.py", str(config), "--dry-run")
+    assert packages(modules) <= PLAN, f"a dry run loads {', '.join(sorted(packages(modules) - PLAN))}"
+    assert UNNEEDED.isdisjoint(modules)
+    run = str(tmp_path / "runs" / "run")
+    modules = modules_after(tmp_path, "launcher/evaluate.py", run, "--export", str(tmp_path / "export"))
+    assert {"deepspeed", "transformers"} <= modules
+    assert UNNEEDED.isdisjoint(modules)
 
 
 def test_no_module_of_data_prep_loads_torch(tmp_path):

@@ -214,7 +214,9 @@ def _main() -> None:
     server = _Server(socket.socket(fileno=int(sys.argv[1])))
     sys.path.pop(0)  # the folder of this file
     before = set(os.environ)
-    importlib.import_module("pretrain.training.main").import_deepspeed()
+    imports = importlib.import_module("pretrain.imports")
+    imports.import_deepspeed()
+    imports.import_transformers()
     for name in IMPORTS:
         importlib.import_module(name)
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}

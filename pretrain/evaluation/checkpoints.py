@@ -11,6 +11,7 @@ from data_prep.utils.console import UserError
 from data_prep.utils.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
+from pretrain.imports import import_deepspeed
 from pretrain.run_folder import PINS, step_name
 from pretrain.silence import silence_libraries
 from pretrain.tasks.options import TaskConfig
@@ -84,6 +85,7 @@ def evaluate_step(
     The caller has pinned the checkpoint and holds the lock.
     """
     silence_libraries()
+    import_deepspeed()
     from pretrain.evaluation.task_evaluation import evaluate_task
 
     failures: list[Exception] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_prep.utils.console import exit_on_user_error
 from pretrain.config import load_config
+from pretrain.imports import import_deepspeed
 from pretrain.silence import silence_libraries
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     hub = load_config(run_dir / "config.yaml", sys.argv[2:]).hub
     assert hub is not None  # the overrides name the repository
     silence_libraries()
+    import_deepspeed()
     from pretrain.evaluation.hub import push_in_background  # loads torch, after the libraries have been silenced
 
     push_in_background(run_dir, hub)

@@ -17,6 +17,7 @@ from pretrain.evaluation.checkpoints import (
 )
 from pretrain.evaluation.summary import print_summary
 from pretrain.evaluation.watch import watch
+from pretrain.imports import import_deepspeed
 from pretrain.run_folder import list_steps
 from pretrain.silence import silence_libraries
 from pretrain.tasks.options import TaskConfig
@@ -92,6 +93,7 @@ def _run_on_all_ranks(evaluate: Callable[[], None]) -> None:
     if max(int(os.environ.get("WORLD_SIZE", 1)), launched_process_count()) == 1:
         evaluate()
         return
+    import_deepspeed()
     from pretrain.evaluation.workers import run_with_workers
 
     run_with_workers(evaluate)
@@ -112,6 +114,7 @@ def _export(arguments: argparse.Namespace) -> None:
     _read_config(arguments)
     step = _find_step(arguments.run_dir, arguments.checkpoint, "checkpoints", "export")
     silence_libraries()
+    import_deepspeed()
     from pretrain.evaluation.export import export_to
 
     export_to(arguments.run_dir, step, arguments.export)
@@ -140,6 +143,7 @@ def _push(arguments: argparse.Namespace) -> None:
         raise UserError("--push pushes the newest checkpoint; remove all other options")
     config = _read_config(arguments)
     silence_libraries()
+    import_deepspeed()
     from pretrain.evaluation.hub import push_now
 
     push_now(arguments.run_dir, config.hub)

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from data_prep.utils.console import UserError
+from pretrain.imports import import_deepspeed
 from pretrain.run_folder import list_steps, step_name
 from pretrain.silence import silence_libraries
 
@@ -34,6 +35,7 @@ def find_export(path: Path) -> Path:
     if not folder.exists():
         logger.info(f"exporting step {step:,} to {folder}")
         silence_libraries()
+        import_deepspeed()
         from pretrain.evaluation.export import export_checkpoint  # imported late because it loads torch
 
         return export_checkpoint(path, step)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import write_text
+from pretrain.imports import import_deepspeed
 from pretrain.report.arms import STUDY, read_comparison
 from pretrain.report.live import HOST, PORT, REFRESH_SECONDS, serve
 from pretrain.silence import silence_libraries
@@ -54,6 +55,7 @@ def _report(arguments: argparse.Namespace) -> None:
         return
     comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
     silence_libraries()
+    import_deepspeed()
     from pretrain.report.page import html, markdown
     from pretrain.report.summary import summarize
 
@@ -80,6 +82,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; pass run directories, or one study folder")
     silence_libraries()
+    import_deepspeed()
     from pretrain.report.page import html
     from pretrain.report.summary import summarize
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors
 from data_prep.utils.files import try_lock
+from pretrain.imports import import_deepspeed, import_transformers
 from pretrain.studies.config import Study, load_study
 
 
@@ -50,6 +51,8 @@ def _main(launcher_dir: Path, arguments: argparse.Namespace) -> None:
 
 
 def _show(study: Study) -> None:
+    import_deepspeed()
+    import_transformers()
     from pretrain.studies.corpora import assign_corpora, is_prepared
     from pretrain.studies.matching import Matching, load_base_config
     from pretrain.studies.plan import print_plan
@@ -76,6 +79,8 @@ def _show(study: Study) -> None:
 
 
 def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
+    import_deepspeed()
+    import_transformers()
     from pretrain.studies.calibration import calibrate
     from pretrain.studies.corpora import assign_corpora, prepare_corpus
     from pretrain.studies.matching import Matching, load_base_config

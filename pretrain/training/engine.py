@@ -14,6 +14,7 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
+from pretrain.imports import import_deepspeed_muon
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_objective_weights, load_predictor
 from pretrain.models.hidden_matrices import full_shape, hidden_matrices
@@ -115,6 +116,7 @@ def build_engine(
     if config.monitor.layers_every:
         module.measurements = LayerMeasurements(model)
     optimizer = _optimizer(module, config, world.device)
+    import_deepspeed_muon()
     with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer in bf16 prints a dozen lines about memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive

@@ -4,6 +4,7 @@ It imports slow packages late, so an error in the configuration is reported imme
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors, report
 from data_prep.utils.launch_env import is_silent_rank
 from pretrain.config import RunConfig, load_config
+from pretrain.imports import fast_imports, import_deepspeed, import_transformers
 from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import Stopped, StopRequest
@@ -56,8 +58,10 @@ def main() -> None:
 
 def plan(config: RunConfig) -> None:
     """Print the resource estimate of the run."""
-    _silence_libraries()
-    from pretrain.training.dry_run import dry_run
+    with fast_imports():
+        _import_libraries()
+        from pretrain.training.dry_run import dry_run
+    gc.freeze()  # later collections skip what has been imported
 
     dry_run(config)
 
@@ -83,8 +87,9 @@ def run_and_leave_group(config: RunConfig) -> None:
 def run(config: RunConfig) -> None:
     """Train according to the configuration; exit with EXIT_CODE_STOPPED if the run stops before its end."""
     stop = StopRequest()  # from here on a signal is stored until all ranks can act on it together
-    _silence_libraries()
-    from pretrain.training.distributed import RendezvousError, init_world
+    with fast_imports():
+        _import_libraries()
+        from pretrain.training.distributed import RendezvousError, init_world
 
     try:
         world = init_world()
@@ -100,8 +105,10 @@ def run(config: RunConfig) -> None:
 
 
 def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -> None:
-    from pretrain.training.first_error import report_first_error
-    from pretrain.training.setup import RunLock, set_up
+    with fast_imports():
+        from pretrain.training.first_error import report_first_error
+        from pretrain.training.setup import RunLock, set_up
+    gc.freeze()  # later collections skip what has been imported
 
     trainer = None
     lock = RunLock(config.run_dir)
@@ -163,17 +170,10 @@ def _silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _import_libraries() -> None:
+    """Import the large packages without the parts that are not needed."""
+    _silence_libraries()
     import_deepspeed()
-
-
-def import_deepspeed() -> None:
-    """Import DeepSpeed without mlflow.
-
-    If mlflow is installed, DeepSpeed's autotuner, which this project does not use, would import it on every rank. That
-    takes seconds, and mlflow would send usage statistics.
-    """
-    if {"deepspeed", "mlflow"}.isdisjoint(sys.modules):
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes `import mlflow` fail
-        import deepspeed  # noqa: F401
-
-        del sys.modules["mlflow"]
+    import_transformers()
