@@ -251,7 +251,8 @@ class DataConfig(Section):
 
     @field_validator("views")
     @classmethod
-    def _check_view_names(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+    def check_view_names(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the names of views. Raises ValueError if one of them is not valid."""
         for view in views:
             if not re.fullmatch(r"[^\W\d]\w*", view) or view in COLUMNS_OF_SHARDS:
                 raise ValueError(

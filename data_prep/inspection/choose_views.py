@@ -5,13 +5,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from data_prep.config import MAX_VIEWS
+from data_prep.config import MAX_VIEWS, DataConfig
 from data_prep.inspection.columns import Column
 from data_prep.sources.chat import COLUMNS
 from data_prep.utils.console import UserError
 
 CONTEXT, TARGET = "context", "target"
-"""Names of the views of a pair."""
+"""Names of the views of a pair whose columns cannot give their names to the views."""
 TARGET_NAMES = {
     *("answer", "answers", "output", "response", "completion", "target", "solution", "reply", "chosen", "gold"),
     *("sql", "code", "regex", "regexp", "label", "labels", "class", "category", "sentiment", "stars", "rating"),
@@ -157,7 +157,8 @@ def _pair(candidates: list[Column], texts: list[Column]) -> ViewChoice:
     joined = [column for column in others if _belongs(column, first)]
     joined = joined if len(joined) <= MOST_JOINED else [first]
     context = first.name if len(joined) == 1 else "\n".join(f"{{{column.name}}}" for column in joined)
-    choice = ViewChoice({CONTEXT: context, TARGET: target.name}, (CONTEXT, TARGET), target, "")
+    views = (context, target.name) if _are_view_names(context, target.name) else (CONTEXT, TARGET)
+    choice = ViewChoice(dict(zip(views, (context, target.name), strict=True)), views, target, "")
     if toward_target(target) - toward_target(first) >= 2:
         by = "names" if _name_in(target, TARGET_NAMES) or _name_in(first, CONTEXT_NAMES) else "contents"
         choice.reason = f"chosen by the {by} of the columns"
@@ -178,6 +179,15 @@ def _pair(candidates: list[Column], texts: list[Column]) -> ViewChoice:
                 "marks a pair (a source cannot filter by value)"
             )
     return choice
+
+
+def _are_view_names(*names: str) -> bool:
+    """Return whether columns may give their names to views. Other files with the same columns then need no mapping."""
+    try:
+        DataConfig.check_view_names(names)
+    except ValueError:
+        return False
+    return True
 
 
 def _belongs(column: Column, first: Column) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 import yaml
+from pydantic import TypeAdapter
 
 from data_prep.config import HubSource, NlrxSource, Source
 from data_prep.shards import MANIFEST
@@ -74,17 +75,29 @@ def _data(run_dir: Path, config: RunConfig) -> str:
         splits = (read_json_or_none(run_dir / "environment.json") or {}).get("data", {}).get("corpus", {})
         counts = ", ".join(f"{entry['records']:,} {split} records" for split, entry in splits.items())
         names = ", ".join(_source_name(source) for source in config.data.sources)
-        return f"Sources: {names}. The corpus has {counts or 'an unknown number of records'}."
+        return f"Sources: {names or 'unknown'}. The corpus has {counts or 'an unknown number of records'}."
     rows = [["source", "split", "records", "tokens", "uses per epoch"]]
     rows += [
         [_source_name(source), source.split, f"{entry['kept']:,}", f"{entry['tokens']:,}", _uses(source)]
-        for source, entry in zip(config.data.sources, manifest["sources"], strict=True)
+        for source, entry in zip(_sources(config), manifest["sources"], strict=True)
     ]
     totals = ", ".join(
         f"{entry['records']:,} records and {sum(entry['tokens'].values()):,} tokens for {split}"
         for split, entry in manifest["splits"].items()
     )
     return f"{_table(rows)}\n\nThe corpus has {totals}, after duplicates and unusable records were dropped."
+
+
+def _sources(config: RunConfig) -> list[Source]:
+    """Return the sources of the corpus: those of the run or, if it lists none, those of the manifest."""
+    if config.data.sources:
+        return config.data.sources
+    manifest = read_json_or_none(Path(config.data.path) / MANIFEST)
+    if manifest is None:
+        return []
+    described = zip(manifest["settings"]["data"]["sources"], manifest["sources"], strict=True)
+    sources = [stored | {"weight": entry["weight"]} for stored, entry in described]
+    return TypeAdapter(list[Source]).validate_python(sources)
 
 
 def _objective(config: RunConfig) -> str:

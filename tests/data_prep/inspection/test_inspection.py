@@ -21,7 +21,7 @@ from data_prep.utils.console import UserError
 from tests.commands import ROOT
 from tests.processes import TIMEOUT
 
-NAMED = {"context": "question", "target": "regex"}
+NAMED = {"question": "question", "regex": "regex"}
 
 
 def pairs(count: int, split: str = "train") -> list[dict]:
@@ -133,7 +133,7 @@ def test_a_data_set_of_the_hub_is_read_by_its_name(tmp_path):
     assert done.returncode == 0, done.stderr
     splits, mapping, records = json.loads(done.stdout.splitlines()[-1])
     assert splits == {"train": {"type": "hub", "path": "owner/name"}} and records == 200
-    assert mapping == {"context": "text", "target": "code"}
+    assert mapping == {"text": "text", "code": "code"}
 
 
 def chosen(tmp_path: Path, rows: list[dict]):
@@ -178,7 +178,7 @@ def test_an_ambiguous_choice_is_a_question(tmp_path):
         for number, row in enumerate(pairs(60))
     ]
     choice = chosen(tmp_path, rows)
-    assert choice.mapping == {"context": "alpha", "target": "beta"}
+    assert choice.mapping == {"alpha": "alpha", "beta": "beta"} and choice.views == ("alpha", "beta")
     assert any("swap them if beta predicts alpha" in question for question in choice.questions)
     assert any("tags (lists of texts" in question for question in choice.questions)
 

@@ -94,7 +94,8 @@ def test_the_file_passes_the_dry_run_with_a_task_for_its_target(tmp_path, write,
     write(folder)
     printed, values = init(folder, tmp_path / "new" / "mine.yaml")
     assert [task["name"] for task in values["evaluation"]["tasks"]] == tasks
-    assert values["name"] == "mine" and values["data"]["views"] == ["context", "target"]
+    views = list(values["data"]["sources"][0]["views"])
+    assert values["name"] == "mine" and values["data"]["views"] == views and len(views) == 2
     plan = checked_plan(load_config(tmp_path / "new" / "mine.yaml"), 2)
     assert f"{plan.total:,} parameters" in printed
     assert "training takes about" in printed and "launcher/evaluate.py runs/mine" in printed

@@ -127,3 +127,5 @@ def test_the_export_has_the_fp32_weights_of_the_checkpoint(folder, family):
         "every weight is exact in bf16: the export may hold rounded copies"
     )
     assert model(torch.arange(3, 40)[None]).logits.isfinite().all()
+    card = (export / "README.md").read_text()
+    assert "| NL-RX grammar (generated) | train |" in card, "the sources of a run without data.sources are the corpus's"

@@ -276,7 +276,7 @@ def test_a_rewind_changes_nothing_if_a_checkpoint_cannot_be_set_aside(tmp_path):
 def fake_run(run_dir: Path, step: int) -> Any:
     """Return what loggers read of a run that resumes after a step."""
     return SimpleNamespace(
-        config=SimpleNamespace(run_dir=run_dir),
+        config=SimpleNamespace(run_dir=run_dir, monitor=SimpleNamespace(layers_every=0)),
         progress=SimpleNamespace(step=step),
         last_logged_step=step,
         objective=SimpleNamespace(units={"lm": None}),
