@@ -21,7 +21,7 @@ COMPUTED_KEYS = {
     "bf16": "train.precision",
     "fp16": "train.precision",
     "steps_per_print": "monitor.log_every",
-    "tensorboard": "monitor.tensorboard",
+    "tensorboard": "monitor.loggers",
     "activation_checkpointing": "train.activation_checkpointing",
     "compile": "train.compile",
 }

@@ -1,5 +1,6 @@
-"""The environment variables that should be the same on all nodes of a run."""
+"""The environment variables that should be the same on all nodes of a run, and secrets that must not be shown."""
 
+import re
 from collections.abc import Mapping
 
 RELEVANT_NAMES = (
@@ -29,6 +30,24 @@ PER_RANK_NAMES = ("CUDA_VISIBLE_DEVICES",)
 """Variables that the launcher sets for each rank."""
 SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 """Words in the names of variables whose values must not be shown or sent."""
+
+
+LOGIN = re.compile(r"//[^\s'\"<>]*@")
+"""User and password of an address. A password may contain a slash, so this ends at the last @ of the address."""
+SECRET_OPTION = re.compile(
+    r"([?&;][^=&;\s]*(?:token|key|secret|password|passwd|pwd|credential)[^=&;\s]*=)[^&;\s'\"<>]+", re.IGNORECASE
+)
+"""A secret among the options of an address."""
+HUB_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
+"""A token of the Hugging Face Hub."""
+
+
+def redact(text: str, environment: Mapping[str, str]) -> str:
+    """Return a text without tokens, secrets in addresses, and the values of secret environment variables."""
+    for name, value in environment.items():
+        if len(value) >= 4 and any(word in name.upper() for word in SECRET_WORDS):
+            text = text.replace(value, "***")
+    return HUB_TOKEN.sub("***", SECRET_OPTION.sub(r"\1***", LOGIN.sub("//***@", text)))
 
 
 def relevant_env(environment: Mapping[str, str]) -> dict[str, str]:

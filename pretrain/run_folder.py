@@ -83,6 +83,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [values for values in parsed if values is not None]
 
 
+def flat_values(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a line of metrics.jsonl by metric tag. In a line, the values of layers form objects."""
+    flat: dict[str, Any] = {}
+    for tag, value in line.items():
+        flat |= {f"{tag}/{part}": entry for part, entry in value.items()} if isinstance(value, dict) else {tag: value}
+    return flat
+
+
 def loss_terms(metrics: Iterable[dict[str, Any]]) -> list[str]:
     """Return the terms of the loss that lines of metrics.jsonl have, in the order in which the objective lists them."""
     tags = dict.fromkeys(tag for line in metrics for tag in line)

@@ -1,11 +1,11 @@
 """The sections of a run's configuration for the model, training, checkpoints, exports and monitoring."""
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.utils.config_file import LocalPath, Section
+from pretrain.relevant_env import redact
 
 DEFAULT_DECAY_FRACTION = 0.2
 
@@ -319,10 +319,10 @@ class MlflowConfig(Section):
     @field_validator("tracking_uri")
     @classmethod
     def _check_secrets(cls, uri: str | None) -> str | None:
-        if uri is not None and "@" in urlsplit(uri).netloc:
+        if uri is not None and redact(uri, {}) != uri:
             raise ValueError(
-                "must not contain a user name or password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
-                "or for a database the variable MLFLOW_TRACKING_URI, in the environment"
+                "must not contain a user name, password or token: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or for a database the variable MLFLOW_TRACKING_URI, in the environment"
             )
         return uri
 

@@ -10,12 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from data_prep.config import HubSource, JsonSource
 from data_prep.task_rows import read_rows
-from data_prep.utils.config_file import validate
 from data_prep.utils.console import UserError
 from data_prep.utils.files import atomic_path, read_json
 from pretrain.models.export import EMBEDDINGS, load_language_model, load_objective
@@ -29,7 +27,7 @@ from pretrain.models.view_templates import (
 )
 from pretrain.objectives.base import Objective
 from pretrain.objectives.mlp import Mlp
-from pretrain.tasks.options import RowTask
+from pretrain.tasks.options import parse_source
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ def embed_file(export: Path, file: str) -> None:
     be read or array names collide.
     """
     views = tuple(read_json(export / "jepa.json")["views"])
-    source = _parse_source(file)
+    source = parse_source(file, "--embed")
     rows = read_rows(source, views, "--embed")
     embeddings = embed(export, [row.views for row in rows])
     predictions = {
@@ -135,18 +133,6 @@ def _comment(path: Path) -> bytes:
             return archive.comment
     except zipfile.BadZipFile:
         return b""
-
-
-def _parse_source(file: str) -> JsonSource | HubSource:
-    if not file.startswith("{"):
-        return JsonSource(type="json", path=file)
-    try:
-        values = yaml.safe_load(file)
-    except yaml.YAMLError:
-        raise UserError(f"--embed: {file} is not valid YAML; fix it, or pass a file") from None
-    source = validate(RowTask, {"name": "retrieval", "test": values}, "--embed").test
-    assert isinstance(source, JsonSource | HubSource)  # YAML that starts with a brace is a mapping
-    return source
 
 
 def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:

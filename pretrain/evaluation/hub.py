@@ -1,7 +1,7 @@
 """Pushes of exports to the Hugging Face hub: one commit and one tag `step-N` for each export."""
 
 import logging
-import re
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from huggingface_hub.utils._http import default_client_factory
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_or_none, try_lock, write_json
 from pretrain.evaluation.export import export_checkpoint, exported_files
+from pretrain.relevant_env import redact
 from pretrain.run_folder import HUB, list_steps, step_name
 from pretrain.sections import HubConfig
 from pretrain.training.hub_pushes import LOCK, PROBLEM, check_hub, push_command, unpushed_step
@@ -26,9 +27,6 @@ TIMEOUT_SECONDS = 60.0
 """Time after which a request without any progress fails, in seconds. The library itself would wait forever."""
 RETRIED_STATUS = (408, 409, 412, 423, 425, 429)
 """Status codes of client errors that may disappear: time-outs, conflicts with another commit, and rate limits."""
-
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-"""A token of the hub."""
 
 
 def push_in_background(run_dir: Path, hub: HubConfig, pauses: Sequence[float] = PAUSES) -> None:
@@ -167,6 +165,6 @@ def _is_permanent(error: Exception) -> bool:
 
 
 def _error_text(error: Exception) -> str:
-    """Return an error as one line, without a token that it might contain."""
+    """Return an error as one line without secrets."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return " ".join(TOKEN.sub("TOKEN", text).split())[:300]
+    return " ".join(redact(text, os.environ).split())[:300]

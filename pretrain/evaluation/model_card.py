@@ -89,7 +89,7 @@ def _data(run_dir: Path, config: RunConfig) -> str:
 
 
 def _sources(config: RunConfig) -> list[Source]:
-    """Return the sources of the corpus: those of the run or, if it lists none, those of the manifest."""
+    """Return the sources that the run lists. If it lists none, return the sources in the manifest of the corpus."""
     if config.data.sources:
         return config.data.sources
     manifest = read_json_or_none(Path(config.data.path) / MANIFEST)

@@ -13,6 +13,7 @@ from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import read_json
 from pretrain.inference.export_folder import JEPA, find_export
 from pretrain.silence import silence_libraries
+from pretrain.tasks.options import parse_source
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +101,11 @@ def _prompts(arguments: argparse.Namespace, export: Path) -> list[str]:
 
 
 def read_views(file: str, export: Path, key: str, view: int) -> list[str]:
-    """Return the texts of one view of the rows of a file. Raises UserError for a row without the view."""
-    from data_prep.config import JsonSource
+    """Return the texts of one view of the rows of a file or source. Raises UserError for a row without the view."""
     from data_prep.task_rows import read_rows
 
     views = tuple(read_json(export / JEPA)["views"])
-    rows = read_rows(JsonSource(type="json", path=file), views, key, allow_missing_views=True)
+    rows = read_rows(parse_source(file, key), views, key, allow_missing_views=True)
     for number, row in enumerate(rows, 1):
         if not row.views[view]:
             raise UserError(f"{file}: row {number} has no text for the view {views[view]}; add a column of that name")

@@ -13,6 +13,7 @@ from data_prep.utils.files import atomic_path, read_json, sha256_file
 from pretrain.inference.export_folder import JEPA, find_export
 from pretrain.inference.generate import read_views
 from pretrain.silence import silence_libraries
+from pretrain.tasks.options import parse_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,8 +141,9 @@ def open_index(export: Path, embedder: Any, file: str, view: int) -> Index:
 
     texts = list(dict.fromkeys(read_views(file, export, "--index", view)))
     name = embedder.names[view]
-    path = export / SEARCH_INDEX / f"{Path(file).stem}-{name}.npz"
-    origin = {"view": name, "sha256": sha256_file(Path(file)) if Path(file).is_file() else None, "texts": len(texts)}
+    data = Path(parse_source(file, "--index").path or "")
+    path = export / SEARCH_INDEX / f"{data.stem}-{name}.npz"
+    origin = {"view": name, "sha256": sha256_file(data) if data.is_file() else None, "texts": len(texts)}
     saved = _read_index(path, origin)
     if saved is None:
         embeddings, fits = embedder.embed_view(view, texts)

@@ -165,6 +165,7 @@ def _print_choices(choices: "Choices") -> None:
         print(f"{CHECK}{question}")
     machine = choices.machine.described
     print(f"\nwrote {choices.path}, which passes --dry-run")
-    print(f"training takes {time_text(choices.budget.seconds)} on {machine} (estimated from measured steps). Next:")
+    seconds = time_text(choices.budget.seconds)
+    print(f"training takes {seconds} on {machine} if it is idle (estimated from measured steps). Next:")
     for command in choices.commands:
         print(f"  {command}")

@@ -145,6 +145,12 @@ def _check_parts(causal_lm: Any) -> None:
                 "it is a mixture of experts: there is no load-balancing loss, and the plan and Muon would treat all "
                 "experts as one dense layer"
             )
+    rates = {key: value for key, value in vars(causal_lm.config).items() if "layerdrop" in key}
+    if any(rates.values()):
+        raise Rejected(
+            f"its training skips layers at random ({max(rates)} is above 0): set it to 0, because ZeRO-3 "
+            "would use gradients of an earlier step for them"
+        )
     if any("sink" in name for name, _ in causal_lm.named_parameters()):
         raise Rejected("it has attention sinks, which SDPA and the checked kernels do not compute")
     head, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()

@@ -59,7 +59,8 @@ def clipped_fraction(run: Run) -> float | None:
     if not (curve := run.curve(CLIPPED)):
         return None
     steps, fractions = zip(*curve, strict=True)
-    return float(np.average(fractions, weights=np.diff([0, *steps])))
+    lineage = run.environment.get("lineage") or [{"step": 0}]  # a branch counts from the step of its source on
+    return float(np.average(fractions, weights=np.diff([lineage[-1]["step"], *steps])))
 
 
 def _late(run_steps: list[int]) -> int:

@@ -103,9 +103,11 @@ def tuning_sentences(all_arms: Summaries) -> list[str]:
         f"{format_seeds(plan['seeds'])}. The compared runs have other seeds."
     ]
     if len(tune["plans"]) > 1:
-        sentences.append(
-            f"The plan of the tuning was changed {len(tune['plans']) - 1} time(s) after {tune['plans'][0]['time']}."
+        changes = (
+            f"The plan of the tuning was changed {len(tune['plans']) - 1} time(s) after {tune['plans'][0]['time']}"
         )
+        scored = tune["plans"][-1].get("scored", 0)
+        sentences.append(f"{changes}, the last time when {scored} runs had been scored." if scored else f"{changes}.")
     at_edge = {arm: keys for arm, keys in tune["at_edge"].items() if keys}
     if at_edge:
         listed = join_names([f"{arm} ({', '.join(keys)})" for arm, keys in at_edge.items()])

@@ -34,6 +34,13 @@ def record_path(study_folder: Path, name: str) -> Path:
     return study_folder / RECORDS / f"{name}.tar.xz"
 
 
+def count_scored(study_folder: Path) -> int:
+    """Return the number of runs with results in a study folder, whether or not the study still lists them."""
+    recorded = {path.name.removesuffix(".tar.xz") for path in (study_folder / RECORDS).glob("*.tar.xz")}
+    evaluated = {path.parent.parent.name for path in study_folder.glob("*/evaluation/results.jsonl")}
+    return len(recorded | evaluated)
+
+
 def write_record(run_dir: Path, path: Path) -> bool:
     """Write the record of a finished run, and return whether the file has changed."""
     step = step_name(read_status(run_dir)["step"])

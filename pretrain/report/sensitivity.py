@@ -1,5 +1,6 @@
 """Sensitivity of each arm to the tuned keys: the width of the range of good values, and the spread in it."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def sensitivity(comparison: Comparison) -> dict[str, list[KeyScores]]:
     found: dict[str, list[KeyScores]] = {}
     for key in dict.fromkeys(key for of_arm in trials.values() for trial in of_arm for key in trial["values"]):
         tried = [trial["values"][key] for of_arm in trials.values() for trial in of_arm if key in trial["values"]]
-        as_value = float if all(map(_is_number, tried)) else str
+        as_value = float if all(map(is_number, tried)) else str
         for arm, of_arm in trials.items():
             along = _along(key, of_arm, tune["best"][arm])
             if len(along) < 2:
@@ -101,16 +102,18 @@ def sensitivity(comparison: Comparison) -> dict[str, list[KeyScores]]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value of a key is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _along(key: str, trials: Sequence[dict[str, Any]], best: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials with scores that have a value of `key`, and the best values of all other keys."""
+    """Return the trials with finite scores that have a value of `key`, and the best values of all other keys."""
     return [
         trial
         for trial in trials
         if trial["scores"]
+        and all(map(math.isfinite, trial["scores"].values()))
         and key in trial["values"]
         and all(trial["values"][other] == best[other] for other in best if other != key)
     ]

@@ -120,7 +120,6 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
             study,
             {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()},
             {name: arm.flops_per_token for name, arm in matching.arms.items()},
-            sum(map(is_done, runs)),
         )
         print_plan(study, matching, speeds)
         return runs

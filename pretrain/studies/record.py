@@ -31,7 +31,7 @@ from typing import Any
 
 from data_prep.utils.files import read_json_or_none, write_json
 from pretrain.config import RunConfig
-from pretrain.report.records import find_run, record_path
+from pretrain.report.records import count_scored, find_run, record_path
 from pretrain.studies.config import FILE, Study, run_name
 
 
@@ -89,16 +89,13 @@ class StudyRecord:
             if key in ("name", "matched_by", "baseline", "primary", "metric", "tuned", "first_seed", "arms")
         }
 
-    def describe(
-        self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float], scored: int
-    ) -> None:
+    def describe(self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float]) -> None:
         """Record the current arms and settings of the study.
 
-        `matched` contains the dotted keys that matching has set for each arm, and `scored` is the number of runs with a
-        score.
+        `matched` contains the dotted keys that matching has set for each arm.
         """
         config = study.config
-        self._record_decision(study, scored)
+        self._record_decision(study)
         settings = {
             "name": config.name,
             "matched_by": config.matched_by,
@@ -121,21 +118,24 @@ class StudyRecord:
         }
         self.save()
 
-    def _record_decision(self, study: Study, scored: int) -> None:
-        """Record the baseline, metric and primary arm, unless they are as before."""
+    def _record_decision(self, study: Study) -> None:
+        """Record the arms, metric and seeds, and the number of runs with a score, unless they are as before."""
         config = study.config
         better = "higher" if config.metric.higher_is_better else "lower"
         decision = {
+            "arms": list(config.arms),
             "baseline": config.baseline,
             "metric": f"{study.metric} ({better} is better)",
             "primary": config.primary,
             "tune": "yes" if config.tune else "no",
             "seeds": None if config.power else config.seeds,
             "detect": config.power.detect if config.power else None,
+            "pilot": config.power.pilot if config.power else None,
+            "most": config.power.most if config.power else None,
         }
         before = self.decisions[-1] if self.decisions else self._undated_decision(decision)
         if before is None or any(before.get(key, value) != value for key, value in decision.items()):
-            self.decisions.append({"time": now(), "scored": scored} | decision)
+            self.decisions.append({"time": now(), "scored": count_scored(self._path.parent)} | decision)
 
     def _undated_decision(self, decision: dict[str, Any]) -> dict[str, Any] | None:
         """Return the decision in the study.json of an earlier version; None if there is none.

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
-from pretrain.report.records import find_run, record_path
+from pretrain.report.records import count_scored, find_run, record_path
 from pretrain.report.runs import read_run
+from pretrain.report.sensitivity import is_number
 from pretrain.studies.calibration import seconds_per_flop
 from pretrain.studies.config import Study, TuneConfig, Values, combinations, run_name
 from pretrain.studies.matching import Matching
@@ -70,11 +71,11 @@ def best_trial(trials: Sequence[Trial], higher_is_better: bool) -> Trial:
 def edge_values(grid: Mapping[str, Sequence[Any]], best: Values) -> dict[str, tuple[Any, Any]]:
     """Return the edges at which the best values of an arm are: by key, the edge and the next value within the range.
 
-    Only keys with at least two values that are positive numbers have edges.
+    Only keys with at least two values that are numbers have edges.
     """
     edges = {}
     for key, values in grid.items():
-        if len(values) < 2 or not all(_is_positive(value) for value in values):
+        if len(values) < 2 or not all(map(is_number, values)):
             continue
         ordered = sorted(values)
         if best[key] == ordered[0]:
@@ -84,12 +85,13 @@ def edge_values(grid: Mapping[str, Sequence[Any]], best: Values) -> dict[str, tu
     return edges
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def value_beyond(edge: float, inner: float) -> float | None:
+    """Return the value beyond the edge of a range that continues its last ratio; an integer if both are integers.
 
-
-def value_beyond(edge: float, inner: float) -> float:
-    """Return the value beyond the edge of a range that continues its last ratio; an integer if both are integers."""
+    Returns None if there is no ratio, because one of them is not positive.
+    """
+    if edge <= 0 or inner <= 0:
+        return None
     beyond = float(f"{edge * edge / inner:.4g}")
     if isinstance(edge, int) and isinstance(inner, int):
         return max(1, round(beyond))
@@ -186,9 +188,9 @@ class Tuning:
 
         Returns None, or the exit code of the study if trials are missing.
         """
+        planned = self._plan()
         self._record_plan()
         while True:
-            planned = self._plan()
             if not planned.is_done:
                 code = self._run_trials(planned, launcher_dir, processes)
                 if code or not planned.is_done:
@@ -196,6 +198,7 @@ class Tuning:
             trials = {arm: self._read_trials(planned, arm) for arm in self.arms}
             if len(self.extensions) >= self.tune.extensions or not self._extend(trials):
                 break
+            planned = self._plan()
         self._record_results(trials)
         return None
 
@@ -211,7 +214,6 @@ class Tuning:
             study,
             {name: matching.overrides(arm, {}) for name, arm in matching.arms.items()},
             {name: arm.flops_per_token for name, arm in matching.arms.items()},
-            sum(map(is_done, runs)),
         )
         return _Planned(study, matching, runs, record)
 
@@ -280,6 +282,9 @@ class Tuning:
         for arm in self.arms:
             for key, (edge, inner) in edge_values(self.grid(arm), self._best(trials[arm]).values).items():
                 beyond = value_beyond(edge, inner)
+                if beyond is None:
+                    logger.info(f"tuning: {arm} is best at {key}={edge}, the edge; it has no ratio to {inner}")
+                    continue
                 if not self._is_valid(arm, key, beyond):
                     logger.info(f"tuning: {arm} is best at {key}={edge}, the edge; {beyond} is not a valid value")
                     continue
@@ -313,7 +318,8 @@ class Tuning:
         }
         plans = self.record.tune.setdefault("plans", [])
         if not plans or {key: plans[-1].get(key) for key in plan} != plan:
-            plans.append({"time": now()} | plan)
+            folder = self.study.folder
+            plans.append({"time": now(), "scored": count_scored(folder) + count_scored(folder / FOLDER)} | plan)
             self.record.save()
 
     def _record_results(self, trials: dict[str, list[Trial]]) -> None:

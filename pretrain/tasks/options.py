@@ -6,11 +6,12 @@ import os
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource, task_source
 from data_prep.tasks import public_row_format
-from data_prep.utils.config_file import LocalPath, Section, unknown_key
+from data_prep.utils.config_file import LocalPath, Section, unknown_key, validate
 from data_prep.utils.console import UserError
 from pretrain.sections import LoraConfig, TrainConfig
 
@@ -221,3 +222,19 @@ def check_package(package: str, extra: str, key: str) -> None:
             f"{key} needs the package {package}, which is not installed; "
             f"run pip install '.[{extra}]' in the project's folder"
         )
+
+
+def parse_source(text: str, key: str) -> JsonSource | HubSource:
+    """Return the source that an option of a command names: a file, or a mapping in YAML. Raises UserError.
+
+    `key` is the name of the option.
+    """
+    if not text.startswith("{"):
+        return JsonSource(type="json", path=text)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: {text} is not valid YAML; fix it, or pass a file") from None
+    source = validate(RowTask, {"name": "retrieval", "test": values}, key).test
+    assert isinstance(source, JsonSource | HubSource)  # YAML that starts with a brace is a mapping
+    return source

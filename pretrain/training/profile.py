@@ -1,5 +1,6 @@
 """Profiles of training steps by PyTorch's profiler."""
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -60,8 +61,16 @@ class Profile(Hook):
         profiler.stop()
         steps = f"steps-{self._began}-{run.progress.step}"
         path = run.config.run_dir / FOLDER / f"rank-{run.world.rank:05d}.{steps}.pt.trace.json.gz"
-        path.parent.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(path))
+        temporary = path.with_name(f".{path.name}")  # not atomic_path: the trace is compressed if its name ends in gz
+        try:
+            path.parent.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(temporary))
+            temporary.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            logger.warning(f"cannot write the profile {path} ({error.strerror}); the run continues without it")
+            return
         kind = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=kind, row_limit=OPERATORS, max_name_column_width=50)
         logger.info(f"profile of {steps.replace('-', ' ', 1).replace('-', ' to ')}, in {path}:\n{table}")

@@ -10,11 +10,10 @@ import logging
 import math
 import os
 import queue
-import re
 import threading
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,8 +22,8 @@ import yaml
 
 from data_prep.utils.files import read_json_or_none, write_json
 from pretrain.config import RunConfig
-from pretrain.relevant_env import SECRET_WORDS
-from pretrain.run_folder import list_steps, read_metrics, read_rewinds
+from pretrain.relevant_env import redact
+from pretrain.run_folder import flat_values, list_steps, read_metrics, read_rewinds
 from pretrain.training.hooks import Ending, Hook, StepReport
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class Tracker(Hook):
     def _start(self, last: int, counters: Collection[str]) -> None:
         rows = [
             Row(line["step"], {tag: math.nan if v is None else v for tag, v in line.items() if tag not in counters})
-            for line in read_metrics(self.run_dir)
+            for line in map(flat_values, read_metrics(self.run_dir))
             if line["step"] <= last
         ]
         stored = read_entry(self.run_dir, self.name)
@@ -275,11 +274,3 @@ def describe_error(error: BaseException) -> str:
     """Return an error in one line without secrets."""
     text = redact(" ".join(str(error).split()), os.environ)
     return f"{type(error).__name__}: {text[:300]}"
-
-
-def redact(text: str, environment: Mapping[str, str]) -> str:
-    """Return a text without passwords in addresses and without the values of secret environment variables."""
-    for name, value in environment.items():
-        if len(value) >= 4 and any(word in name.upper() for word in SECRET_WORDS):
-            text = text.replace(value, "***")
-    return re.sub(r"//[^/@\s]+@", "//***@", text)

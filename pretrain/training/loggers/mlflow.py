@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
+from pretrain.relevant_env import redact
 from pretrain.sections import MlflowConfig
 from pretrain.training.hooks import Ending
-from pretrain.training.loggers._tracker import Entry, Row, Tracker, evaluation_values, read_entry, redact
+from pretrain.training.loggers._tracker import Entry, Row, Tracker, evaluation_values, read_entry
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel, Llama
 
 from data_prep.utils.console import UserError
 from pretrain.models.language_model import build_model_config, pretrained_config
-from pretrain.models.model_check import check_model, find_problem
-from pretrain.models.tiny_config import tiny_config
+from pretrain.models.model_check import RECORDS, check_model, find_problem
+from pretrain.models.tiny_config import ROW, tiny_config
 from tests.commands import ROOT, run_command, write_config
 from tests.commands import tiny_config as run_config
 from tests.families import FAMILIES
@@ -64,6 +64,24 @@ class LookingAheadMLP(LlamaMLP):
         return super().forward(x) + x[:, -1:]
 
 
+class PaddingMLP(LlamaMLP):
+    """A layer in which the tokens of a packed row see the padding at its end."""
+
+    def forward(self, x):
+        return super().forward(x) + (x[:, -1:] if x.shape[1] == ROW else 0)
+
+
+class PredictorMLP(LlamaMLP):
+    """A layer in which the context of the first record of a packed row sees its predictor tokens."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        if x.shape[1] == ROW:
+            context, target = RECORDS[0][0]
+            output[0, :context] += x[0, context + target]
+        return output
+
+
 class PlaceEmbedding(LlamaRotaryEmbedding):
     """Rotary embeddings of the places in the row instead of the positions."""
 
@@ -108,6 +126,8 @@ FAULTS = {
     "carries_state": (with_mlp(CarryingMLP), "a state passes from record to record in a row"),
     "batch_statistics": (with_mlp(BatchMLP), "the rows of a batch influence each other"),
     "looks_ahead": (with_mlp(LookingAheadMLP), "its attention is not causal: a token sees the tokens after it"),
+    "sees_padding": (with_mlp(PaddingMLP), "padding changes the hidden states of records"),
+    "sees_predictors": (with_mlp(PredictorMLP), "predictor tokens change the hidden states of other tokens"),
     "ignores_positions": (
         lambda model: setattr(model.model.rotary_emb, "__class__", PlaceEmbedding),
         "it does not take its positions from the rows",
@@ -167,6 +187,13 @@ REFUSED = {
 def test_an_unsuitable_family_is_refused_with_the_reason(family):
     with pytest.raises(UserError, match=rf"{family} is not supported, because {REFUSED[family]}"):
         check_model(AutoConfig.for_model(family), "auto", "model.family")
+
+
+def test_layers_that_are_skipped_at_random_are_refused(tokenizer):
+    shape = {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 96, "num_hidden_layers": 2}
+    config = build_model_config("opt", shape | {"num_attention_heads": 4, "layerdrop": 0.1}, tokenizer, 64)
+    with pytest.raises(UserError, match=r"its training skips layers at random \(layerdrop is above 0\): set it to 0"):
+        check_model(config, "auto", "model.shape")
 
 
 def test_layers_that_carry_a_state_are_refused(tokenizer, tmp_path):

@@ -1,5 +1,7 @@
 """The section of a report on the health of the training, which shows the measures in which arms differ."""
 
+from pathlib import Path
+
 import pytest
 
 from pretrain.report.health import clipped_fraction
@@ -28,6 +30,12 @@ def measured_study(study_with_values):
         return study
 
     return make
+
+
+def test_a_branch_counts_clipped_steps_from_its_source_on():
+    lines = [{"step": step, "optimizer/clipped_fraction": float(step == 310)} for step in range(310, 401, 10)]
+    branch = Run(Path("branch"), {}, {"lineage": [{"step": 100}, {"step": 300}]}, {}, lines, [])
+    assert clipped_fraction(branch) == pytest.approx(0.1)
 
 
 def measurement(scale: float, log_z: float = 6.0) -> dict:

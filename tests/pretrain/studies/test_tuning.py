@@ -15,7 +15,7 @@ from pretrain.report.page import sensitivity_rows
 from pretrain.report.runs import Metric
 from pretrain.report.sensitivity import sensitivity
 from pretrain.run_folder import read_metrics
-from pretrain.studies.config import combinations
+from pretrain.studies.config import combinations, load_study
 from pretrain.studies.tuning import Trial, best_trial, edge_values, trial_name, value_beyond
 from tests.commands import run_command
 from tests.pretrain.report.report_helpers import parse_table, render_report
@@ -53,6 +53,8 @@ def test_the_best_trial_has_the_best_mean_and_among_equal_ones_is_the_first():
         ([2], 2, None),
         (["cosine", "l2"], "l2", None),
         ([0, 0.5], 0.5, None),
+        ([0, 1, 2], 2, 4),
+        ([0, 1, 2], 0, None),
         ([True, False], True, None),
     ],
 )
@@ -152,6 +154,8 @@ def test_ranges_are_extended_for_all_arms_and_the_best_values_are_compared(write
     table = parse_table(text.partition("## Sensitivity")[2])
     assert set(table) == {RATE.replace("_", "\\_")} or set(table) == {RATE}
     assert "<h2>Sensitivity</h2>" in page
+    assert "The best value is at the edge of the range that was tried for" in text
+    assert "values in between may score higher" not in text, "the best value is at the edge"
 
 
 @pytest.fixture
@@ -325,6 +329,13 @@ def test_what_is_decided_after_scores_exist_is_reported(write_study, monkeypatch
     studies.start(write_study(name="decided", seeds=[2], primary="jepa", metric=metric))
     text, _ = render_report(study, page=False)
     assert "scored: metric loss/lm (higher is better), seeds 2." in text
+    studies.start(write_study(name="decided", seeds=[11], primary="jepa", metric=metric))
+    decision = json.loads((study / "study.json").read_text())["decisions"][-1]
+    assert (decision["scored"], decision["seeds"]) == (4, [11]), "runs that are no longer listed count"
+    arms = {"plain": {"objective.name": "next_token"}, "jepa": {}, "other": {"objective.weight": 0.3}}
+    studies.start(write_study(name="decided", seeds=[11], primary="jepa", metric=metric, arms=arms))
+    text, _ = render_report(study, page=False)
+    assert "when 6 runs had already been scored: arms plain jepa other." in text
 
 
 @pytest.mark.parametrize(("higher_is_better", "scale"), [(True, 1.0), (False, 1.0), (True, 100.0)])
@@ -352,6 +363,51 @@ def test_sensitivity_is_measured_along_a_key_at_the_best_values_of_other_keys(hi
     assert [rate.values[index] for index in rate.good] == [2.0, 4.0, 8.0] and rate.width == 4.0
     assert rate.spread == pytest.approx(scale * 0.0110, abs=scale * 2e-4)
     assert weight.values == [1.0, 2.0] and weight.width == 1.0 and weight.at_edge
+
+
+def test_an_edge_of_a_range_with_zero_is_reported(write_study, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    tune = TUNE | {"keys": {"train.warmup_fraction": [0.0, 0.1]}, "extensions": 2}
+    code, study = studies.start(write_study(tune=tune, name="zero"))
+    found = json.loads((study / "study.json").read_text())["tune"]
+    assert code == 0 and found["extensions"] == [] and found["at_edge"]["plain"] == ["train.warmup_fraction"]
+
+
+def test_the_plan_is_recorded_before_the_first_trial_and_later_changes_name_the_scored_runs(write_study, monkeypatch):
+    studies, plans = FakeStudies(monkeypatch), []
+    train = studies.train
+
+    def record_plans(launcher_dir, launch, config_path, log):
+        plans.append(json.loads((studies.folder / "study.json").read_text())["tune"]["plans"])
+        return train(launcher_dir, launch, config_path, log)
+
+    monkeypatch.setattr(studies, "train", record_plans)
+    path = write_study(tune=TUNE | {"extensions": 0}, name="planned")
+    studies.folder = load_study(path, []).folder
+    studies.start(path)
+    assert [plan["scored"] for plan in plans[0]] == [0] and plans[0][0]["compared_seeds"] == [1]
+    _, study = studies.start(write_study(tune=TUNE | {"extensions": 0}, name="planned", seeds=[2]))
+    text, _ = render_report(study, page=False)
+    assert "The plan of the tuning was changed 1 time(s)" in text
+    assert "the last time when 6 runs had been scored." in text
+
+
+def test_a_failed_check_of_the_trials_changes_no_plan(write_study, monkeypatch):
+    studies = FakeStudies(monkeypatch)
+    _, study = studies.start(write_study(tune=TUNE | {"extensions": 0}, name="checked"))
+    before = (study / "study.json").read_text()
+    config = study / "tuning" / "plain.learning_rate-0.001-seed7" / "config.yaml"
+    config.write_text(config.read_text().replace("learning_rate: 0.001", "learning_rate: 0.003"))
+    with pytest.raises(UserError, match="has changed since the run was started"):
+        studies.start(write_study(tune=TUNE | {"extensions": 1}, name="checked"))
+    assert (study / "study.json").read_text() == before
+
+
+def test_trials_without_finite_scores_are_not_part_of_the_sensitivity():
+    trials = [{"values": {"rate": rate}, "scores": {"1": score}} for rate, score in ((1, math.nan), (2, 0.7), (3, 0.6))]
+    tune = {"trials": {"arm": trials}, "best": {"arm": {"rate": 2}}, "at_edge": {"arm": []}}
+    (rate,) = sensitivity(Comparison("t", {}, None, Metric("task", "exact", True), "", "flops", tune=tune))["rate"]
+    assert rate.values == [2.0, 3.0] and rate.best == 2.0
 
 
 def test_sensitivity_to_texts_and_to_zero():

@@ -54,6 +54,16 @@ def test_a_stopped_run_profiles_the_remaining_steps(path, tmp_path):
     ]
 
 
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(path):
+    config = write_config(path.parent, tiny_config(path.parent, name="blocked", monitor__profile={"steps": [2, 3]}))
+    run_dir = path.parent / "runs" / "blocked"
+    run_dir.mkdir(parents=True)
+    (run_dir / "profile").write_text("a file where the folder should be")
+    done = run_command(["python", "launcher/run.py", str(config)])
+    assert "cannot write the profile" in done.stdout and "the run continues without it" in done.stdout
+    assert json.loads((run_dir / "status.json").read_text())["status"] == "finished"
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [("[3, 2]", "must be the first and the last step"), ("[2, 5]", "ends at step 5, but train.steps is 4")],
