@@ -119,7 +119,16 @@ def read_comparison(paths: list[Path], baseline: str | None, metric: str | None)
         chosen = Metric.parse(metric, runs)
         origin = "named on the command line; nothing records whether it was chosen before the runs were seen"
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs of {paths[0].resolve().parent.name}"
-    return _comparison(title, arms, baseline, chosen, origin, None)
+    return replace(_comparison(title, arms, baseline, chosen, origin, None), pending=_pending_studies(paths))
+
+
+def _pending_studies(run_dirs: list[Path]) -> str:
+    """Return the reason why a study that contains one of the runs is unfinished; empty if there is none."""
+    folders = {run_dir.resolve().parent for run_dir in run_dirs}
+    for folder in sorted(folder for folder in folders if (folder / STUDY).is_file()):
+        if pending := _read_study(folder, None, None).pending:
+            return f"{pending} in {folder}, the study of these runs"
+    return ""
 
 
 def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> Comparison:
@@ -132,7 +141,7 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
                 f"{folder / 'tuning'}"
             )
         runs_folder = extract(folder / RUNS_ARCHIVE) if (folder / RUNS_ARCHIVE).is_file() else folder
-        power = study.get("power")
+        power = _power(study)
         # The seeds of the pilot are not compared once they have determined the number of seeds.
         excluded = power["pilot"] if power and "seeds" in power else []
         arms = [_study_arm(folder, runs_folder, name, arm, excluded) for name, arm in study["arms"].items()]
@@ -167,6 +176,16 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
         pending=_pending(arms, planned, power),
         power=power,
     )
+
+
+def _power(study: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the choice of the number of seeds from a pilot; None if the study file lists other seeds by now."""
+    power: dict[str, Any] | None = study.get("power")
+    if power and "seeds" in power:
+        seeds = {int(seed) for arm in study["arms"].values() for seed in arm["runs"]}
+        if seeds - {*power["pilot"]} != {*power["seeds"]}:
+            return None
+    return power
 
 
 def _pending(arms: list[Arm], metric: Metric, power: dict[str, Any] | None) -> str:

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
+from pretrain.report.arms import read_comparison
 from pretrain.report.runs import read_run
+from pretrain.report.summary import summarize
 from tests.pretrain.report.report_helpers import parse_table, render_report
 from tests.pretrain.report.test_overfitting import set_validation_losses
 from tests.pretrain.report.tiny_study import change_lines
@@ -62,6 +64,23 @@ def test_no_p_value_before_all_runs_are_finished(study_with_values, change):
     assert "Past the best validation loss" in text
     for shown in (text, page.partition("<body>")[2].partition("<h2>How each number")[0]):
         assert not re.search(r"p (=|<|&lt;) |95% interval [+−\d]|\bhelps\b|\bhurts\b|does (better|worse)", shown)
+
+
+def test_run_directories_of_an_unfinished_study_have_no_p_value_either(study_with_values):
+    study = study_with_values(VALUES)
+    run_dirs = [study / f"arm{arm}-{seed}" for arm in (0, 1) for seed in (1, 2, 3, 4)]
+    assert all(test.p for test in summarize(read_comparison(run_dirs, None, None)).tests.values())
+    remove_run(study)
+    comparison = read_comparison(run_dirs, None, None)
+    assert comparison.pending == f"1 of 18 runs is missing in {study}, the study of these runs"
+    assert [test.verdict for test in summarize(comparison).tests.values()] == ["no verdict"]
+
+
+def test_a_pilot_is_not_named_if_the_study_lists_other_seeds_by_now(study_with_values):
+    study = study_with_values(VALUES)
+    set_power(study, POWER | DECISION | {"seeds": [4, 5, 6, 7]})
+    text, _ = render_report(study, page=False)
+    assert "follows from a pilot" not in text and parse_table(text)["pairs"]["seeds"] == "6 of 6"
 
 
 def test_a_seed_that_was_removed_from_the_study_does_not_block_the_verdict(study_with_values):
