@@ -14,6 +14,9 @@ SUFFIXES = tuple(kind + (compression or "") for kind in (".csv", ".tsv") for com
 TOO_LONG_LINE = "\udcff"
 """Placeholder for a line of more than 16 MiB: a lone surrogate, like the ones that replace bytes that are not UTF-8."""
 
+UNCLOSED = "a quote is not closed, so the rest of the file is one field"
+"""Explanation of the error at the end of a file."""
+
 
 class Csv:
     """Reader of CSV and TSV files. A file is one piece, because quotes can only be matched from its beginning."""
@@ -73,7 +76,8 @@ def read_objects(
         if isinstance(row, files.CorruptFileError):
             yield line, row
         elif isinstance(row, csv.Error):
-            yield line, ValueError(f"not CSV ({row})")
+            reason = f"{row}: {UNCLOSED}" if "unexpected end of data" in str(row) else str(row)
+            yield line, ValueError(f"not CSV ({reason})")
         elif len(row) != len(names):
             yield line, ValueError(f"{len(row)} fields, but the header has {len(names)}")
         elif any(not field.isascii() and not _is_text(field) for field in row):

@@ -112,7 +112,9 @@ def data_questions(choices: Choices) -> list[str]:
 
 def malformed_text(inspection: Inspection) -> str:
     """Return the number of rows that are not valid records, and the first of them."""
-    return f"{len(inspection.malformed):,} rows are not valid and are dropped, such as {inspection.malformed[0][:200]}"
+    count = len(inspection.malformed)
+    rows = f"{count:,} rows are" if count > 1 else "1 row is"
+    return f"{rows} not valid and dropped, such as {inspection.malformed[0][:200]}"
 
 
 def vocabulary_reason(inspection: Inspection) -> str:

@@ -132,7 +132,7 @@ def test_rows_that_are_not_valid_are_dropped_with_a_comment(tmp_path):
     data = write_lines(tmp_path / "rows.jsonl", [{"text": a, "code": b} for a, b in pairs(60)])
     data.write_bytes(data.read_bytes() + b'{"text": "caf\xe9", "code": "x"}\n')
     printed, values = init(data, tmp_path / "mine.yaml")
-    assert values["data"]["on_malformed"] == "drop" and "check: 1 rows are not valid" in printed
+    assert values["data"]["on_malformed"] == "drop" and "check: 1 row is not valid" in printed
 
 
 def test_an_existing_file_is_kept_unless_force_is_given(tmp_path):
