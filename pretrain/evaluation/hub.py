@@ -152,8 +152,13 @@ def _tag(api: HfApi, repo: str, tag: str, commit: str) -> None:
 
 def _client_with_timeout() -> Any:
     client = default_client_factory()
-    client.timeout = TIMEOUT_SECONDS
+    client.event_hooks["request"].append(_limit_wait)
     return client
+
+
+def _limit_wait(request: Any) -> None:
+    """Set the timeout of a request. The one of the client does not suffice: some calls of the library disable it."""
+    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_SECONDS)
 
 
 def _is_permanent(error: Exception) -> bool:

@@ -238,6 +238,15 @@ def test_a_hub_that_is_down_is_given_up_on(run_dir, hub):
         push_newest(run_dir, SETTINGS, (0.0,))
 
 
+def test_a_hub_that_does_not_answer_is_given_up_on(run_dir, hub, monkeypatch):
+    monkeypatch.setattr("pretrain.evaluation.hub.TIMEOUT_SECONDS", 0.5)
+    hub.released.clear()
+    hub.failures = [500]
+    with pytest.raises(UserError, match=rf"the push of step 2 to {REPO} failed: ReadTimeout"):
+        push_newest(run_dir, SETTINGS, ())
+    hub.released.set()
+
+
 def test_nothing_is_pushed_to_a_public_repository_unless_the_configuration_allows_it(run_dir, hub):
     assert push_newest(run_dir, HubConfig(repo=REPO, private=False), ()) == 2
     assert not hub.repositories[REPO].private
