@@ -51,12 +51,15 @@ def import_transformers() -> None:
     """Import transformers without scipy and scikit-learn, and list its models once, if it is not imported yet.
 
     With any model, transformers would import scipy for the losses of object detection, and scikit-learn for assisted
-    generation. The answer whether they are installed is cached, so only the first question counts.
+    generation. The answer whether they are installed is cached, so it is asked for here.
     """
     if "transformers" in sys.modules:
         return
     with hidden("scipy", "sklearn"):
         from transformers.utils import import_utils
+
+        for is_available in (import_utils.is_scipy_available, import_utils.is_sklearn_available):
+            is_available()
     # `import transformers` has read 3,000 files to list the models. Its subpackage of models would read them again,
     # because it passes the folder in another form and misses the cache of this function.
     list_models = import_utils.create_import_structure_from_path
