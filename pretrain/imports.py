@@ -51,7 +51,7 @@ def import_transformers() -> None:
     """Import transformers without scipy and scikit-learn, and list its models once, if it is not imported yet.
 
     With any model, transformers would import scipy for the losses of object detection, and scikit-learn for assisted
-    generation. The answer whether they are installed is cached, so it is asked for here.
+    generation. The first check whether they are installed is cached, so it is made here.
     """
     if "transformers" in sys.modules:
         return
