@@ -85,7 +85,7 @@ def _kind_of(name: str) -> str | None:
 
 
 def _split_of(name: str) -> Split | None:
-    """Return the split that the words of a name stand for: train for `mrpc_train.jsonl`."""
+    """Return the split that a name contains as a word, such as train in `mrpc_train.jsonl`; None if there is none."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 

@@ -26,6 +26,23 @@ from pretrain.training.evaluation_requests import request_evaluation, requested_
 
 def main() -> None:
     """Parse the command line and evaluate."""
+    arguments = _parser().parse_intermixed_args()
+    actions = (
+        (arguments.embed, _embed),
+        (arguments.export, _export),
+        (arguments.sentence_transformers, _sentence_transformers),
+        (arguments.push, _push),
+    )
+    for chosen, action in actions:
+        if chosen:
+            if int(os.environ.get("RANK", 0)) == 0:
+                exit_on_user_error(lambda: action(arguments))  # noqa: B023 (called at once)
+            return
+    with ignore_output_errors():  # a full disk under the log must not end an evaluation
+        exit_on_user_error(lambda: _run_on_all_ranks(lambda: _evaluate(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Evaluate checkpoints of a run on downstream tasks.")
     parser.add_argument(
         "run_dir",
@@ -72,20 +89,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("--pending", action="store_true", help="evaluate the checkpoints that the run has requested")
     parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint until the run is finished")
-    arguments = parser.parse_intermixed_args()
-    actions = (
-        (arguments.embed, _embed),
-        (arguments.export, _export),
-        (arguments.sentence_transformers, _sentence_transformers),
-        (arguments.push, _push),
-    )
-    for chosen, action in actions:
-        if chosen:
-            if int(os.environ.get("RANK", 0)) == 0:
-                exit_on_user_error(lambda: action(arguments))  # noqa: B023 (called at once)
-            return
-    with ignore_output_errors():  # a full disk under the log must not end an evaluation
-        exit_on_user_error(lambda: _run_on_all_ranks(lambda: _evaluate(arguments)))
+    return parser
 
 
 def _run_on_all_ranks(evaluate: Callable[[], None]) -> None:
