@@ -179,11 +179,15 @@ def _read_study(folder: Path, baseline: str | None, metric_text: str | None) -> 
 
 
 def _power(study: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the choice of the number of seeds from a pilot; None if the study file lists other seeds by now."""
+    """Return the choice of the number of seeds from a pilot; None if the study lists other seeds than the chosen ones.
+
+    A study may list fewer seeds than were chosen, if some runs never finish.
+    """
     power: dict[str, Any] | None = study.get("power")
     if power and "seeds" in power:
         seeds = {int(seed) for arm in study["arms"].values() for seed in arm["runs"]}
-        if seeds - {*power["pilot"]} != {*power["seeds"]}:
+        further = seeds - {*power["pilot"]}
+        if not further or not further <= {*power["seeds"]}:
             return None
     return power
 

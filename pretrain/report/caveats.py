@@ -37,6 +37,9 @@ def _power(all_arms: Summaries) -> list[str]:
         f"this report. The {which} of the differences between an arm and the baseline was "
         f"{format_number(power['sd'][deciding])} ({deciding})."
     )
+    planned = max(arm.planned for arm in all_arms.comparison.arms.values())
+    if planned < count:
+        text += f" The study file now lists {planned} of the {count} seeds."
     if power["limit_reached"]:
         return [
             f"{text} The study file allows at most {count} seeds. They find a true difference of "

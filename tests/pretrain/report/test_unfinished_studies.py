@@ -78,9 +78,17 @@ def test_run_directories_of_an_unfinished_study_have_no_p_value_either(study_wit
 
 def test_a_pilot_is_not_named_if_the_study_lists_other_seeds_by_now(study_with_values):
     study = study_with_values(VALUES)
+    for seeds in ([4, 5], [7, 8, 9]):
+        set_power(study, POWER | DECISION | {"seeds": seeds})
+        text, _ = render_report(study, page=False)
+        assert "follows from a pilot" not in text and parse_table(text)["pairs"]["seeds"] == "6 of 6"
+
+
+def test_the_pilot_stays_excluded_if_the_study_lists_fewer_seeds(study_with_values):
+    study = study_with_values(VALUES)
     set_power(study, POWER | DECISION | {"seeds": [4, 5, 6, 7]})
     text, _ = render_report(study, page=False)
-    assert "follows from a pilot" not in text and parse_table(text)["pairs"]["seeds"] == "6 of 6"
+    assert "The study file now lists 3 of the 4 seeds" in text and parse_table(text)["pairs"]["seeds"] == "3 of 3"
 
 
 def test_a_seed_that_was_removed_from_the_study_does_not_block_the_verdict(study_with_values):
