@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from data_prep.config import DataConfig
 from data_prep.layout import Layout, SpecialTokenIds
-from data_prep.utils.config_file import LocalPath, Section, apply_overrides, load_yaml, validate
+from data_prep.utils.config_file import LocalPath, Section, apply_overrides, load_yaml, parse_yaml, validate
 from data_prep.utils.console import UserError
 from pretrain.deepspeed_options import check_deepspeed
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
@@ -294,7 +294,7 @@ def finetuning_config(
     for alternatives in (WARMUPS, DECAYS):
         if any(key in task.finetune for key in alternatives):
             train = {key: value for key, value in train.items() if key not in alternatives}
-    values = yaml.safe_load(dump_config(config))
+    values = config_values(config)
     values |= {
         "name": name,
         "output_dir": output_dir,
@@ -333,7 +333,7 @@ def _remove_ignored_keys(objective: Any) -> list[str]:
 
 def _read_shape(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"model.shape: cannot read {path} ({error.strerror}): set a path relative to the configuration file"
@@ -346,4 +346,9 @@ def _read_shape(path: Path) -> Any:
 
 def dump_config(config: RunConfig) -> str:
     """Return the configuration as YAML that `load_config` reads back, without unset and ignored options."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config_values(config), sort_keys=False, allow_unicode=True)
+
+
+def config_values(config: RunConfig) -> dict[str, Any]:
+    """Return the plain values that `dump_config` writes."""
+    return config.model_dump(mode="json", exclude_none=True)

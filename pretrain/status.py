@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.utils.config_file import parse_yaml
 from data_prep.utils.console import UserError, duration, exit_on_user_error, print_table
 from pretrain.run_folder import PINS, list_steps, loss_terms, parse_metrics_line, read_status
 from pretrain.sections import BUDGETS
@@ -126,7 +127,7 @@ def _interval(metrics: list[dict[str, Any]]) -> float:
 def _fraction(run: Path, last: dict[str, Any]) -> float | None:
     """Return the consumed fraction of the budget; None if it is unknown."""
     try:
-        train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
+        train = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"))["train"]
         budget = next(key for key in BUDGETS if train.get(key) is not None)
         counter = {"steps": "step", "tokens": "tokens", "records": "records", "epochs": "epoch"}[budget]
         return min(1.0, last[counter] / train[budget])

@@ -17,8 +17,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from data_prep.utils.console import UserError
 
+SafeLoader: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+"""The fastest safe loader of YAML: a study reads hundreds of files."""
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+
+class _UniqueKeyLoader(SafeLoader):  # type: ignore[misc]
     """YAML loader that rejects a key that is given twice, because the later value would win silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -31,13 +34,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                         None, None, f"the key {key.value!r} is given twice", key.start_mark
                     )
                 keys.add(key.value)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 SIMILARITY = 0.7
 """Lowest ratio of difflib at which an unknown key counts as a misspelling of a known one."""
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """Path of a file or folder; a leading `~` is expanded to the home directory."""
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text of plain types. Raises yaml.YAMLError or ValueError if it is not valid."""
+    return yaml.load(text, SafeLoader)
 
 
 class Section(BaseModel):
@@ -94,7 +103,7 @@ def _override(config: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict | list):
             raise UserError(f"{key}: {'.'.join(parents[: position + 1])} is a single value and has no keys below it")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = parse_yaml(value)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"{key}: cannot read the value {value!r} as YAML") from None
     if isinstance(node, list):

@@ -10,9 +10,10 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
+from data_prep.utils.config_file import parse_yaml
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_or_none
-from pretrain.config import dump_config, load_config
+from pretrain.config import config_values, load_config
 from pretrain.evaluation.results import read_results, scoring_version
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
 from pretrain.run_folder import read_metrics, read_status
@@ -330,10 +331,10 @@ def read_run(folder: Path) -> Run:
     """Read a run directory, whether or not the run is finished. Raises UserError if its config.yaml is not valid."""
     path = folder / "config.yaml"
     try:
-        config = yaml.safe_load(dump_config(load_config(path)))
+        config: Any = config_values(load_config(path))
     except UserError:  # written by a different version; the results can still be compared
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            config = parse_yaml(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError):
             config = None
         if not isinstance(config, dict) or "name" not in config or "name" not in (config.get("objective") or {}):

@@ -8,11 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from data_prep.utils.console import UserError, duration
 from data_prep.utils.files import write_text
-from pretrain.config import RunConfig, dump_config
+from pretrain.config import RunConfig, config_values, dump_config
 from pretrain.evaluation.results import evaluated_steps, read_results, result_key
 from pretrain.report.records import read_record, write_record
 from pretrain.report.runs import comparison_key, read_run
@@ -73,7 +71,7 @@ def missing_results(run: Run) -> list[str]:
     """
     folder = read_record(run.record)
     step = read_status(folder)["step"]
-    config = yaml.safe_load(dump_config(run.config))
+    config = config_values(run.config)
     recorded = {
         (result["task"], comparison_key(result | {"rows": None}, config))
         for result in read_results(folder)

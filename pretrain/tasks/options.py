@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource, task_source
 from data_prep.tasks import public_row_format
-from data_prep.utils.config_file import LocalPath, Section, unknown_key, validate
+from data_prep.utils.config_file import LocalPath, Section, parse_yaml, unknown_key, validate
 from data_prep.utils.console import UserError
 from pretrain.sections import LoraConfig, TrainConfig
 
@@ -232,7 +232,7 @@ def parse_source(text: str, key: str) -> JsonSource | HubSource:
     if not text.startswith("{"):
         return JsonSource(type="json", path=text)
     try:
-        values = yaml.safe_load(text)
+        values = parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"{key}: {text} is not valid YAML; fix it, or pass a file") from None
     source = validate(RowTask, {"name": "retrieval", "test": values}, key).test

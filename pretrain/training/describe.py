@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import yaml
 
-from data_prep.utils.config_file import validate
+from data_prep.utils.config_file import parse_yaml, validate
 from data_prep.utils.console import UserError
 from data_prep.utils.files import sha256_file, write_json, write_text
-from pretrain.config import RunConfig, dump_config
+from pretrain.config import RunConfig, config_values, dump_config
 from pretrain.data.corpus import corpus_identity, source_weights
 from pretrain.revision import ROOT, revision
 from pretrain.training.extension import MAY_DIFFER, check_extension, larger_budget
@@ -158,7 +158,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
 def previous_config(run_dir: Path) -> dict[str, Any] | None:
     """Return the configuration of the last launch of a run; None for a new run. Raises UserError if it is corrupt."""
     path = run_dir / "config.yaml"
-    return _with_partitioning(_with_defaults(_read(path, yaml.safe_load))) if path.exists() else None
+    return _with_partitioning(_with_defaults(_read(path, parse_yaml))) if path.exists() else None
 
 
 def read_environment(run_dir: Path) -> dict[str, Any] | None:
@@ -179,7 +179,7 @@ def read_environment(run_dir: Path) -> dict[str, Any] | None:
 
 def completed_config(config: RunConfig) -> dict[str, Any]:
     """Return a configuration in the form in which `previous_config` returns the configuration of an earlier launch."""
-    return _with_partitioning(yaml.safe_load(dump_config(config)))
+    return _with_partitioning(config_values(config))
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -217,10 +217,9 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     A configuration that the current version cannot read is returned as it is.
     """
     try:
-        completed: dict[str, Any] = yaml.safe_load(dump_config(validate(RunConfig, values)))
+        return config_values(validate(RunConfig, values))
     except UserError:
         return values
-    return completed
 
 
 def _with_partitioning(values: dict[str, Any]) -> dict[str, Any]:
