@@ -36,6 +36,16 @@ def try_lock(path: Path) -> IO[bytes] | None:
     return file
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file. Raises OSError if the file cannot be read."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file; wait if another process holds it."""
