@@ -40,9 +40,21 @@ def main() -> None:
         "An evaluation that is running is shown below the table."
     )
     parser.add_argument(
-        "paths", nargs="*", type=Path, default=[Path("runs")], metavar="RUN|FOLDER", help="runs, or folders (runs)"
+        "paths",
+        nargs="*",
+        type=Path,
+        default=[Path("runs")],
+        metavar="RUN|FOLDER",
+        help="run directories, or folders that contain them; default: runs",
     )
-    parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="repeat every 5 s")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=5.0,
+        metavar="SECONDS",
+        help="repeat the table every SECONDS; default: 5",
+    )
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _show(arguments.paths, arguments.watch))
 

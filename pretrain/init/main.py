@@ -37,9 +37,16 @@ def main() -> None:
         metavar="FILE|FOLDER|HUB_NAME",
         help="JSON, CSV, Parquet, Arrow, text or Python files, or a hub data set",
     )
-    parser.add_argument("-o", "--output", type=Path, default=DEFAULT_OUTPUT, metavar="CONFIG", help=str(DEFAULT_OUTPUT))
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="CONFIG",
+        help=f"configuration file to write; default: {DEFAULT_OUTPUT}",
+    )
     parser.add_argument("--config", metavar="NAME", help="configuration of a hub data set that has several")
-    parser.add_argument("--force", action="store_true", help="replace the output file")
+    parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
     arguments = parser.parse_args()
     exit_on_user_error(lambda: write_config(arguments.data, arguments.output, arguments.config, arguments.force))
 

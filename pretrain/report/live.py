@@ -86,7 +86,7 @@ def serve(paths: list[Path], render: Render, port: int) -> None:
             f"http://{HOST}:{server.server_port}/ shows the report and refreshes it every {REFRESH_SECONDS} s until "
             "Ctrl-C; reading the runs"
         )
-        # so that the page is ready soon: the first one takes seconds
+        # before the first request, because reading the runs takes seconds
         threading.Thread(target=page.current, daemon=True).start()
         try:
             server.serve_forever()

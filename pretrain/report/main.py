@@ -42,7 +42,7 @@ def main() -> None:
         type=int,
         const=PORT,
         metavar="PORT",
-        help=f"serve the page at http://{HOST}:PORT ({PORT}) instead; it refreshes itself while the runs train",
+        help=f"serve the page at http://{HOST}:PORT instead; it refreshes itself while the runs train; default: {PORT}",
     )
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _report(arguments), messages="stderr")  # the table is the standard output
