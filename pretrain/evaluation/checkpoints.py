@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.utils.console import UserError
+from data_prep.utils.console import UserError, file_system_error
 from data_prep.utils.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
@@ -93,7 +93,8 @@ def evaluate_step(
         try:
             evaluate_task(config, run_dir, task, step, overrides)
         except Exception as error:
-            failures.append(error)
-            if not isinstance(error, UserError):
+            known = error if isinstance(error, UserError) else file_system_error(error)
+            failures.append(known or error)
+            if known is None:
                 traceback.print_exception(error)
     return failures

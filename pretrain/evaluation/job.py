@@ -115,6 +115,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     if _other_options(arguments) or arguments.overrides or arguments.checkpoint != "latest":
         raise UserError("--embed allows only an export and a file; remove all other options and overrides")
     _check_export(arguments.run_dir)
+    silence_libraries()
     from pretrain.evaluation.embed import embed_file
 
     embed_file(arguments.run_dir, arguments.embed)
