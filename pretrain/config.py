@@ -242,7 +242,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _replace_alternatives(train: Any, overrides: Sequence[str]) -> None:
-    """Remove the budget, warm-up and decay of the file if an override gives it by a different key."""
+    """Remove the budget, warm-up and decay of the file if an override sets it by a different key."""
     if not isinstance(train, dict):
         return
     named = [override.partition("=")[0] for override in overrides]

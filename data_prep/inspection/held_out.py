@@ -12,7 +12,7 @@ from data_prep.sources.views import make_mapping
 from data_prep.task_rows import Columns
 
 MOST_ROWS, FEWEST_ROWS = 500, 20
-"""Largest and smallest number of test rows. Fewer rows than this say little about a model."""
+"""Largest and smallest number of test rows. With fewer rows, scores are too uncertain."""
 FRACTION, FRACTION_OF_FEW, FEW = 0.05, 0.1, 1000
 """Fraction of the rows that is held out, and the fraction if there are fewer than FEW."""
 BATCH = 4096

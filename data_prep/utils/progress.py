@@ -84,7 +84,7 @@ class Progress:
         return f"{self.done:,} of {self.total:,} {self.unit}"
 
     def describe(self, seconds: float, work: float) -> str:
-        """Return what a line says in addition to the finished units; `work` is their number with the work begun."""
+        """Return the time left, which follows the finished units; `work` is their number with the work begun."""
         if not work:
             return f"{duration(seconds)} so far"
         return f"{duration(seconds * (self.total - work) / work)} left"

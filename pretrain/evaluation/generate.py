@@ -99,7 +99,7 @@ class _TokenProgress(StoppingCriteria):
     def __init__(self, progress: Progress, prompt: int, room: int):
         self._progress, self._prompt, self._room = progress, prompt, room
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Show the progress after a token, and return that no row has to stop, (B,)."""
         batch, length = input_ids.shape
         self._progress.update(0, begun=batch * (length - self._prompt) / self._room)
