@@ -294,7 +294,6 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
         f"data.path={folder / 'demo'}",
         f"output_dir={folder}",
         f"train.steps={steps}",
-        "train.epochs=null",
         "monitor.loggers=[]",
     ]
     demo = ["configs/demo.yaml", *overrides]

@@ -88,7 +88,7 @@ class LocalExecutor:
                         records = outcome()
                     except UserError as error:
                         errors[number] = error
-                    progress.update(tasks[number].size, records)
+                    progress.add(tasks[number].size, records)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process of the preparation was killed (out of memory?); "
@@ -171,7 +171,7 @@ class MpiExecutor:
         def add_result(number: int, records: int, error: Failure | None) -> None:
             nonlocal finished
             finished += 1
-            progress.update(tasks[number].size, records)
+            progress.add(tasks[number].size, records)
             if error:
                 errors[number] = error
 

@@ -79,7 +79,10 @@ def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), executor: Execut
         raise
     except OSError as error:
         file = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"cannot write the corpus to {config.path}: {error.strerror or error}{file}") from None
+        raise UserError(
+            f"cannot write the corpus to {config.path}: {error.strerror or error}{file}; free space or change the "
+            "permissions there, or choose a different data.path"
+        ) from None
 
 
 class _Preparation:

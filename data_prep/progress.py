@@ -1,46 +1,29 @@
-"""Progress of a phase of the preparation: a bar on a terminal, one line per minute in a log."""
+"""Progress of a phase of the preparation, in bytes and records."""
 
-import logging
-import sys
-import time
-
-from tqdm import tqdm
-
-logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 60
+from data_prep.utils import progress
 
 
-class Progress:
-    """A progress display of one phase: processed bytes and records of all processes. Use as a context manager."""
+class Progress(progress.Progress):
+    """Progress of one phase: processed bytes and records of all processes."""
+
+    LINE_SECONDS = 60.0
 
     def __init__(self, title: str, size: int):
-        self.title, self.size = title, size
-        self.done = self.records = 0
-        self.started = self.last_line = time.monotonic()
-        self.bar: tqdm | None = None
+        super().__init__(title, size, "B")
+        self.records = 0
 
-    def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.size, desc=self.title, unit="B", unit_scale=True, mininterval=0.5)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def update(self, size: int, records: int) -> None:
+    def add(self, size: int, records: int) -> None:
         """Add a finished task: `size` bytes of input, and its number of records."""
-        self.done += size
         self.records += records
-        seconds = max(1e-9, time.monotonic() - self.started)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{self.records / seconds:,.0f} records/s", refresh=False)
-            self.bar.update(size)
-        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES and self.done < self.size:
-            self.last_line = time.monotonic()
-            seconds_left = seconds * (self.size - self.done) / max(1, self.done)
-            logger.info(
-                f"{self.title}: {self.done / self.size:.0%}, {self.records / seconds:,.0f} records/s, "
-                f"{self.done / seconds / 1e6:,.1f} MB/s, {max(1, round(seconds_left / 60)):,} min left"
-            )
+        self.update(size)
+
+    @property
+    def amount(self) -> str:
+        """The finished fraction."""
+        return f"{self.done / max(1, self.total):.0%}"
+
+    def describe(self, seconds: float, work: float) -> str:
+        """Return the speed and the time left."""
+        seconds = max(1e-9, seconds)
+        speed = f"{self.records / seconds:,.0f} records/s, {self.done / seconds / 1e6:,.1f} MB/s"
+        return f"{speed}, {super().describe(seconds, work)}"

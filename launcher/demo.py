@@ -42,7 +42,7 @@ def main() -> None:
         "--hostfile",
         help="nodes to train on, started through pdsh; all must share this folder and its runs folder",
     )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"overrides of {CONFIG}")
     arguments = parser.parse_args()
     overrides = arguments.overrides
     nodes = ["--num_gpus", str(RANKS)]

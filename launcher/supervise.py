@@ -325,7 +325,7 @@ def main() -> None:
         type=int,
         default=2,
         metavar="N",
-        help="give up after this many consecutive crashes without a new checkpoint between them (default 2)",
+        help="give up after this many consecutive crashes without a new checkpoint between them; default: 2",
     )
     crashes = parser.parse_args(sys.argv[1:separator]).crashes
     words = sys.argv[separator + 1 :]

@@ -1,5 +1,6 @@
 """The configuration of a run: the `data` section of data_prep and the sections that training adds."""
 
+import logging
 import math
 import re
 import sys
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 else:  # the classes are discovered at run time
     ObjectiveSection = Annotated[Union[tuple(objective_configs().values())], Field(discriminator="name")]  # noqa: UP007
     TaskSection = Annotated[Union[tuple(task_configs().values())], Field(discriminator="name")]  # noqa: UP007
+
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluationConfig(Section):
@@ -228,12 +232,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if isinstance(shape, str):
         values["model"]["shape"] = _read_shape(Path(path).parent / Path(shape).expanduser())
     apply_overrides(values, shape_overrides)
+    _replace_alternatives(values.get("train"), overrides)
     ignored = _remove_ignored_keys(values.get("objective"))
     config = validate(RunConfig, values)
     for number, task in enumerate(config.evaluation.tasks):
         check_task(config, task, f"evaluation.tasks.{number}")
     config._ignored_keys = ignored
     return config
+
+
+def _replace_alternatives(train: Any, overrides: Sequence[str]) -> None:
+    """Remove the budget, warm-up and decay of the file if an override sets it by a different key."""
+    if not isinstance(train, dict):
+        return
+    named = [override.partition("=")[0] for override in overrides]
+    for alternatives in (BUDGETS, WARMUPS, DECAYS):
+        set_keys = [key for key in alternatives if train.get(key) is not None]
+        overridden = [key for key in set_keys if f"train.{key}" in named]
+        for key in set_keys:
+            if len(overridden) == 1 and key not in overridden:
+                (new,) = overridden
+                logger.info(f"note: train.{new}={train[new]} replaces train.{key}={train[key]} of the configuration")
+                del train[key]
 
 
 def parse_task(values: dict[str, Any], where: str) -> TaskConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.utils.console import UserError
-from data_prep.utils.files import write_json
+from data_prep.utils.files import is_locked, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,22 @@ PINS = "pins"
 A file with a further part of the name, after a dot, belongs to a branch that has no checkpoint yet.
 """
 
+EVALUATION_LOCK, EVALUATION_PROGRESS = "evaluation/.lock", "evaluation/.progress"
+"""Lock of the evaluations of a run, and a line about the one that holds it; see `read_evaluation_progress`."""
 HUB = "hub"
 """Folder with the record of each export that has been pushed to the hub, and the log of the pushes.
 
 A record has the name of the export, so `list_steps` lists the pushed steps.
 """
+
+
+def read_evaluation_progress(run_dir: Path) -> str:
+    """Return the line about the evaluation that is running; empty if there is none, or if it has been killed."""
+    try:
+        line = (run_dir / EVALUATION_PROGRESS).read_text(encoding="utf-8")
+        return line if is_locked(run_dir / EVALUATION_LOCK) else ""
+    except OSError:
+        return ""
 
 
 def step_name(step: int) -> str:

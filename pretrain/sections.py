@@ -155,10 +155,12 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_consistency(self) -> "TrainConfig":
         budgets = [budget for budget in BUDGETS if getattr(self, budget) is not None]
-        if len(budgets) != 1:
+        if not budgets:
+            raise ValueError("there is no budget: set one of steps, tokens, records and epochs")
+        if len(budgets) > 1:
             raise ValueError(
                 "the budget must be exactly one of steps, tokens, records and epochs, not "
-                f"{' and '.join(budgets) or 'none'}; unset one with train.KEY=null"
+                f"{' and '.join(budgets)}; remove all but one"
             )
         self._check_lengths(budgets[0])
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -170,7 +172,7 @@ class TrainConfig(Section):
         for keys in (WARMUPS, DECAYS):
             given = [key for key in keys if getattr(self, key) is not None]
             if len(given) > 1:
-                raise ValueError(f"set only one of {' and '.join(given)}; unset the other with train.KEY=null")
+                raise ValueError(f"set only one of {' and '.join(given)}; remove the other")
             if given and given[0] != keys[0] and given[0].rpartition("_")[2] != budget:
                 raise ValueError(
                     f"{given[0]} needs a budget in {given[0].rpartition('_')[2]}, but train.{budget} is set; "

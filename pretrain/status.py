@@ -14,7 +14,7 @@ import yaml
 
 from data_prep.utils.config_file import parse_yaml
 from data_prep.utils.console import UserError, duration, exit_on_user_error, print_table
-from pretrain.run_folder import PINS, list_steps, loss_terms, parse_metrics_line, read_status
+from pretrain.run_folder import PINS, list_steps, loss_terms, parse_metrics_line, read_evaluation_progress, read_status
 from pretrain.sections import BUDGETS
 
 TAIL_BYTES = 2**18
@@ -37,12 +37,25 @@ CLEAR = "\033[H\033[2J\033[3J"
 def main() -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(
-        description="Show the state of runs. A running run whose metrics have not changed for long is named as silent."
+        description="Show the state of runs. A running run whose metrics have not changed for long is named as silent. "
+        "An evaluation that is running is shown below the table."
     )
     parser.add_argument(
-        "paths", nargs="*", type=Path, default=[Path("runs")], metavar="RUN|FOLDER", help="runs, or folders (runs)"
+        "paths",
+        nargs="*",
+        type=Path,
+        default=[Path("runs")],
+        metavar="RUN|FOLDER",
+        help="run directories, or folders that contain them; default: runs",
     )
-    parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="repeat every 5 s")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=5.0,
+        metavar="SECONDS",
+        help="repeat the table every SECONDS; default: 5",
+    )
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _show(arguments.paths, arguments.watch))
 
@@ -61,6 +74,8 @@ def _show(paths: list[Path], interval: float | None) -> None:
         for run in runs:
             if reason := read_status(run).get("reason"):
                 print(f"{run.name}: {reason}", flush=True)
+            if evaluation := read_evaluation_progress(run):
+                print(f"{run.name}: {evaluation}", flush=True)
         if interval is None:
             return
         time.sleep(interval)

@@ -61,13 +61,13 @@ STARTUP_PACKAGES = {
     "launcher/doctor.py --help": CONFIGURATION | {"psutil"},
     "launcher/doctor.py configs/demo.yaml train.stepz=3": CONFIGURATION | {"psutil"},
     "launcher/demo.py --help": CONFIGURATION,
-    "-m data_prep --help": CONFIGURATION - {"numpy"} | {"tqdm"},
-    "-m data_prep configs/demo.yaml data.pathh=3": CONFIGURATION - {"numpy"} | {"tqdm"},
-    "-m data_prep verify --help": CONFIGURATION - {"numpy"} | {"tqdm"},
-    "-m data_prep verify nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers", "tqdm"},
+    "-m data_prep --help": CONFIGURATION - {"numpy"},
+    "-m data_prep configs/demo.yaml data.pathh=3": CONFIGURATION - {"numpy"},
+    "-m data_prep verify --help": CONFIGURATION - {"numpy"},
+    "-m data_prep verify nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers"},
     "-m pretrain.data --help": set(),
     "-m pretrain.data inspect nowhere": CONFIGURATION | PYARROW,
-    "-m pretrain.data stats nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers", "tqdm"},
+    "-m pretrain.data stats nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers"},
 }
 """Third-party packages that each command may load at startup."""
 PREPARATION = CONFIGURATION | PYARROW | {"google", "sentencepiece", "tokenizers", "tqdm"}

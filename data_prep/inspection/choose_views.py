@@ -64,6 +64,8 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
     candidates = [column for column in usable if not column.is_identifier and _varies(column)]
     candidates = [column for column in candidates if column.content != "numbers" or _name_in(column, TARGET_NAMES)]
     texts = [column for column in candidates if column.content != "labels"]
+    if texts:
+        candidates = [column for column in candidates if column in texts or _is_target_label(column, texts)]
     lists = [column for column in columns if column.kind == "texts" and column.filled >= FILLED * column.rows]
     if lists and not texts:
         return _lists(lists)
@@ -82,6 +84,15 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
     choice = _single(texts[0]) if len(candidates) == 1 else _pair(candidates, texts)
     choice.questions += _unused(choice, columns)
     return choice
+
+
+def _is_target_label(column: Column, texts: Sequence[Column]) -> bool:
+    """Return whether a column with few different values is what a model shall predict, and not a property of the row.
+
+    Its name must be one of a target, or the row must consist of a text to classify: one text, named as a context.
+    """
+    named = any(part in TARGET_NAMES for part in re.split(r"[\W_]+", column.name.lower()))
+    return named or (len(texts) == 1 and _name_in(texts[0], CONTEXT_NAMES))
 
 
 def _varies(column: Column) -> bool:
@@ -217,6 +228,8 @@ def _unused(choice: ViewChoice, columns: Sequence[Column]) -> list[str]:
             reasons["mostly empty"].append(column)
         elif not _varies(column):
             reasons["the same value in all rows"].append(column)
+        elif column.content == "labels":
+            reasons["few different values; to predict them, make this column the target"].append(column)
         else:
             reasons["a template could join it to the context"].append(column)
     return [f"not used: {_quoted(columns)} ({reason})" for reason, columns in reasons.items()]

@@ -9,11 +9,13 @@ import os
 import re
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from data_prep.utils.console import UserError
 
@@ -174,18 +176,39 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] in ("model_type", "model_attributes_type"):
             message = "must be a section of keys, such as {key: value}"
+        if first["input"] is None and first["type"] not in ("missing", "value_error"):
+            raise UserError(f"{key or 'configuration'}: {_null_message(model, '.'.join(parts), key)}") from None
         given_value = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
         raise UserError(f"{key or 'configuration'}: {_one_line(message)}{given_value}") from None
 
 
+def _null_message(model: type[BaseModel], key: str, dotted_key: str) -> str:
+    """Return the message for a key whose value is null: it names its default, and 0 if this is allowed too."""
+    fields = [field for name, field in _known_fields(model) if name == _with_list_index(key)]
+    has_default = bool(fields) and not any(field.is_required() for field in fields)
+    defaults = [field.get_default(call_default_factory=True) for field in fields] if has_default else []
+    if not defaults or any(default != defaults[0] for default in defaults):
+        return "must not be null; set a value"
+    if isinstance(defaults[0], BaseModel):
+        return f"must not be null; for the defaults, remove the section or set {dotted_key}={{}}"
+    default = yaml.safe_dump(defaults[0], default_flow_style=True).removesuffix("...\n").strip()
+    choices = [f"{dotted_key}={default} (the default)"]
+    if defaults[0] and any(getattr(limit, "ge", None) == 0 for limit in fields[0].metadata):
+        choices.append(f"{dotted_key}=0")
+    return f"must not be null; set {' or '.join(choices)}"
+
+
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Return all dotted keys below a section. Entries of a list have the index `0`."""
-    keys: list[str] = []
+    return [name for name, _ in _known_fields(model, prefix)]
+
+
+def _known_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield all dotted keys below a section, with their fields."""
     for name, field in model.model_fields.items():
-        keys.append(prefix + name)
+        yield prefix + name, field
         for section, below in subsections(field.annotation, prefix + name):
-            keys += known_keys(section, below + ".")
-    return keys
+            yield from _known_fields(section, below + ".")
 
 
 def subsections(annotation: Any, prefix: str) -> list[tuple[type[BaseModel], str]]:

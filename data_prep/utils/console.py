@@ -6,8 +6,10 @@ messages are shown once `exit_on_user_error` has called `show_messages`. Tables 
 """
 
 import contextlib
+import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TextIO
@@ -18,6 +20,20 @@ LEVEL_VARIABLE = "LOGLEVEL"
 """Environment variable with the lowest level that is shown; the launchers of torch read it too."""
 INTERRUPTED_EXIT_CODE = 130
 """Exit code after Ctrl-C, as in shells."""
+
+_SPACE = "free space there, or choose another folder"
+_PERMISSION = "change the permissions, or choose another folder"
+FILE_SYSTEM_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _PERMISSION,
+    errno.EROFS: _PERMISSION,
+    errno.ENOTDIR: "correct the path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""Errors of the file system that the user can fix, by their number."""
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""Number of an error of the operating system in a message of safetensors."""
 
 
 class UserError(Exception):
@@ -78,7 +94,8 @@ def exit_on_user_error(
 ) -> None:
     """Run `main` and exit cleanly: a UserError prints one line and exits with code 2, Ctrl-C with code 130.
 
-    `silent` returns whether this process must not print errors and messages, because a peer prints the same ones.
+    An error of the file system that the user can fix, such as a full disk, is treated as a UserError. `silent` returns
+    whether this process must not print errors and messages, because a peer prints the same ones.
     `messages` is the stream of log messages; a command whose standard output is its result uses stderr. A closed output
     pipe (`| head`) ends the process silently.
     """
@@ -99,6 +116,31 @@ def exit_on_user_error(
     except BrokenPipeError:
         _discard(sys.stdout)
         sys.exit(1)
+    except Exception as error:
+        problem = file_system_error(error)
+        if problem is None:
+            raise
+        report(problem, silent())
+        sys.exit(2)
+
+
+def os_error_number(error: Exception) -> int | None:
+    """Return the number of an error of the operating system, also if safetensors raised it; None for other errors."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = OS_ERROR.search(str(error))
+    return int(found[1]) if found else None
+
+
+def file_system_error(error: Exception) -> UserError | None:
+    """Return the UserError for a full disk, a missing permission or an impossible path; None for any other error."""
+    number = os_error_number(error)
+    remedy = FILE_SYSTEM_REMEDIES.get(number or 0)
+    if remedy is None:
+        return None
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    where = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes | os.PathLike) else "cannot write: "
+    return UserError(f"{where}{os.strerror(number or 0)}; {remedy}")
 
 
 @contextlib.contextmanager

@@ -20,8 +20,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         sync_file(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
 
 
@@ -34,6 +36,16 @@ def try_lock(path: Path) -> IO[bytes] | None:
         file.close()
         return None
     return file
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file. Raises OSError if the file cannot be read."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextlib.contextmanager

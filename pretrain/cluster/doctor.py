@@ -38,7 +38,7 @@ def main() -> None:
         "--hostfile", help="DeepSpeed hostfile with a line `host slots=N` for each node; N is its number of ranks"
     )
     parser.add_argument("--num_gpus", type=int, help="ranks per node, as for deepspeed; on CPU, processes per node")
-    parser.add_argument("--master_port", type=int, help="port of the rendezvous, as for deepspeed (default 29500)")
+    parser.add_argument("--master_port", type=int, help="port of the rendezvous, as for deepspeed; default: 29500")
     parser.add_argument("--json", action="store_true", help="print findings and measurements as one JSON object")
     parser.add_argument(
         "--write-env",

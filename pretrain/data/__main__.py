@@ -23,15 +23,19 @@ def main() -> None:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     inspect = _add_command(commands, "inspect", run_inspect)
-    inspect.add_argument("records", nargs="?", type=int, default=3, metavar="N", help="number of records to show (3)")
-    inspect.add_argument("--split", default="train", help="train, validation or test (train)")
-    inspect.add_argument("--record", type=int, default=0, metavar="I", help="number of the first record (0)")
-    inspect.add_argument("--layout", choices=("joint", "independent"), default="joint")
     inspect.add_argument(
-        "--predictor-tokens", type=int, default=1, metavar="K", help="predictor tokens per context (1)"
+        "records", nargs="?", type=int, default=3, metavar="N", help="number of records to show; default: 3"
+    )
+    inspect.add_argument("--split", default="train", help="train, validation or test; default: train")
+    inspect.add_argument("--record", type=int, default=0, metavar="I", help="number of the first record; default: 0")
+    inspect.add_argument(
+        "--layout", choices=("joint", "independent"), default="joint", help="layout of the row; default: joint"
     )
     inspect.add_argument(
-        "--row-length", type=int, metavar="L", help="positions of the row (data.sequence_length of the corpus)"
+        "--predictor-tokens", type=int, default=1, metavar="K", help="predictor tokens per context; default: 1"
+    )
+    inspect.add_argument(
+        "--row-length", type=int, metavar="L", help="positions of the row; default: data.sequence_length of the corpus"
     )
     _add_command(commands, "stats", run_stats)
     arguments = parser.parse_args()

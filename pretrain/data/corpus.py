@@ -239,3 +239,13 @@ def _is_equivalent(key: str, prepared: Any, now: Any) -> bool:
         return now is None or (isinstance(prepared, str) and os.path.abspath(prepared) == os.path.abspath(now))
     default = PREPARED_DEFAULTS.get(key)
     return bool((default if prepared is None else prepared) == (default if now is None else now))
+
+
+def count_in_corpus(corpus: Corpus, texts: Sequence[str]) -> list[int]:
+    """Return for each text the number of views of records in a split of a corpus that have the same tokens."""
+    text_hashes, inverse = np.unique(corpus.text_hashes(texts), return_inverse=True)
+    counts = np.zeros(len(text_hashes), np.int64)
+    for hashes in corpus.all_hashes():
+        found = hashes[np.isin(hashes, text_hashes)]
+        counts += np.bincount(np.searchsorted(text_hashes, found), minlength=len(counts))
+    return [int(count) for count in counts[inverse]]

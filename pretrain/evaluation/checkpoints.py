@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.utils.console import UserError
+from data_prep.utils.console import UserError, file_system_error
 from data_prep.utils.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.imports import import_deepspeed
-from pretrain.run_folder import PINS, step_name
+from pretrain.run_folder import EVALUATION_LOCK, PINS, step_name
 from pretrain.silence import silence_libraries
 from pretrain.tasks.options import TaskConfig
 
@@ -31,7 +31,7 @@ def evaluation_lock(run_dir: Path) -> Iterator[None]:
     is mounted with the option flock.
     """
     (run_dir / "evaluation").mkdir(exist_ok=True)
-    path = run_dir / "evaluation" / ".lock"
+    path = run_dir / EVALUATION_LOCK
     lock = try_lock(path)
     if lock is None:
         logger.info(
@@ -93,7 +93,8 @@ def evaluate_step(
         try:
             evaluate_task(config, run_dir, task, step, overrides)
         except Exception as error:
-            failures.append(error)
-            if not isinstance(error, UserError):
+            known = error if isinstance(error, UserError) else file_system_error(error)
+            failures.append(known or error)
+            if known is None:
                 traceback.print_exception(error)
     return failures

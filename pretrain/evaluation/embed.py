@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data_prep.config import HubSource, JsonSource
 from data_prep.task_rows import read_rows
 from data_prep.utils.console import UserError
 from data_prep.utils.files import atomic_path, read_json
+from data_prep.utils.progress import Progress
 from pretrain.models.export import EMBEDDINGS, load_language_model, load_objective
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.view_templates import (
@@ -223,18 +223,19 @@ def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
     """Return the last hidden state of each row of token ids, (N, D) fp32; NaN for a row that is too long."""
     embeddings = np.full((len(rows), model.hidden_size), np.nan, np.float32)
     limit = model.max_positions
-    for indices in tqdm(
-        list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None
-    ):
-        longest = max(len(rows[index]) for index in indices)
-        # Attention is causal, so no token sees the padding after it.
-        ids = torch.tensor([rows[index] + [0] * (longest - len(rows[index])) for index in indices])
-        last = torch.tensor([len(rows[index]) - 1 for index in indices])
-        with torch.inference_mode():
-            hidden = model.transformer(
-                inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
-            ).last_hidden_state
-        embeddings[indices] = hidden[torch.arange(len(indices)), last].float().cpu().numpy()
+    batches = list(_batches([len(row) for row in rows], limit))
+    with Progress("embedding", sum(map(len, batches)), "texts") as progress:
+        for indices in batches:
+            longest = max(len(rows[index]) for index in indices)
+            # Attention is causal, so no token sees the padding after it.
+            ids = torch.tensor([rows[index] + [0] * (longest - len(rows[index])) for index in indices])
+            last = torch.tensor([len(rows[index]) - 1 for index in indices])
+            with torch.inference_mode():
+                hidden = model.transformer(
+                    inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
+                ).last_hidden_state
+            embeddings[indices] = hidden[torch.arange(len(indices)), last].float().cpu().numpy()
+            progress.update(len(indices))
     return embeddings
 
 

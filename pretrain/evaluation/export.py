@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.utils.console import UserError
+from data_prep.utils.console import UserError, os_error_number
 from data_prep.utils.files import copy_folder, locked, read_json
 from pretrain.config import load_config
 from pretrain.evaluation.model_card import render_figures, render_metadata
@@ -76,6 +76,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, folder)
+    except Exception as error:
+        number = os_error_number(error)
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error  # an error of safetensors has no path
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json
+from data_prep.utils.progress import Progress
 from pretrain.evaluation.inference import encode_prompts, left_pad, load_causal_lm
-from pretrain.evaluation.workers import shard_rows
+from pretrain.evaluation.workers import row_progress, shard_rows
 from pretrain.tasks.scoring import Answer
 
 BATCH = 128
@@ -54,26 +55,55 @@ class AnswerWriter:
         limit = self.model.config.max_position_embeddings
         answers = [Answer("", False, False)] * len(rows)
         batches = list(_batches([len(row) for row in rows], limit, max_new_tokens))
-        for room, indices in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
-            ids, mask = left_pad([rows[index] for index in indices], self.tokenizer.pad_id)
-            longest = ids.shape[1]
-            with torch.inference_mode():
-                output = self.model.generate(  # type: ignore[operator]  # every causal language model has it
-                    input_ids=ids.to(self.model.device),
-                    attention_mask=mask.to(self.model.device),
-                    max_new_tokens=room,
-                    suppress_tokens=self._suppressed,
-                    eos_token_id=self.tokenizer.eos_id,
-                    pad_token_id=self.tokenizer.pad_id,
-                    **{"do_sample": False} | options,
-                )
-            for index, written in zip(indices, output[:, longest:].tolist(), strict=True):
-                stopped = self.tokenizer.eos_id in written
-                answers[index] = Answer(
-                    self.tokenizer.decode(written[: written.index(self.tokenizer.eos_id)] if stopped else written),
-                    stopped,
-                )
+        with row_progress("generating", len(rows)) as progress:
+            progress.update(len(rows) - sum(len(indices) for _, indices in batches))  # the contexts that do not fit
+            for room, indices in batches:
+                for index, written in zip(
+                    indices, self._continue([rows[index] for index in indices], room, progress, options), strict=True
+                ):
+                    stopped = self.tokenizer.eos_id in written
+                    answers[index] = Answer(
+                        self.tokenizer.decode(written[: written.index(self.tokenizer.eos_id)] if stopped else written),
+                        stopped,
+                    )
+                progress.update(len(indices))
         return answers
+
+    def _continue(
+        self, rows: list[list[int]], room: int, progress: Progress, options: dict[str, Any]
+    ) -> list[list[int]]:
+        """Return the tokens that the model writes after each row, at most `room`, with padding."""
+        ids, mask = left_pad(rows, self.tokenizer.pad_id)
+        longest = ids.shape[1]
+        with torch.inference_mode():
+            output = self.model.generate(  # type: ignore[operator]  # every causal language model has it
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=room,
+                suppress_tokens=self._suppressed,
+                eos_token_id=self.tokenizer.eos_id,
+                pad_token_id=self.tokenizer.pad_id,
+                stopping_criteria=StoppingCriteriaList([_TokenProgress(progress, longest, room)]),
+                **{"do_sample": False} | options,
+            )
+        tokens: list[list[int]] = output[:, longest:].tolist()
+        return tokens
+
+
+class _TokenProgress(StoppingCriteria):
+    """A criterion of transformers' `generate` that never stops a row. It shows the progress within a batch.
+
+    The tokens written so far count as the same fraction of the batch's rows.
+    """
+
+    def __init__(self, progress: Progress, prompt: int, room: int):
+        self._progress, self._prompt, self._room = progress, prompt, room
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Show the progress after a token, and return that no row has to stop, (B,)."""
+        batch, length = input_ids.shape
+        self._progress.update(0, begun=batch * (length - self._prompt) / self._room)
+        return torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
 
 
 def _suppressed_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:

@@ -57,10 +57,18 @@ def _parser() -> argparse.ArgumentParser:
         help="override of a dotted key of the run's configuration, or of task.KEY for the task given by --task",
     )
     parser.add_argument(
-        "--task", action="append", default=[], metavar="NAME", help="evaluate only this task; may be repeated"
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="evaluate only this task; may be repeated; default: all tasks of the run",
     )
     parser.add_argument(
-        "--checkpoint", "--step", default="latest", metavar="STEP|latest", help="checkpoint to evaluate (latest)"
+        "--checkpoint",
+        "--step",
+        default="latest",
+        metavar="STEP|latest",
+        help="checkpoint to evaluate; default: latest",
     )
     parser.add_argument(
         "--embed",
@@ -107,6 +115,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     if _other_options(arguments) or arguments.overrides or arguments.checkpoint != "latest":
         raise UserError("--embed allows only an export and a file; remove all other options and overrides")
     _check_export(arguments.run_dir)
+    silence_libraries()
     from pretrain.evaluation.embed import embed_file
 
     embed_file(arguments.run_dir, arguments.embed)

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from pretrain.evaluation.inference import encode_prompts, left_pad, load_causal_lm
-from pretrain.evaluation.workers import shard_rows
+from pretrain.evaluation.workers import row_progress, shard_rows
 
 TOKENS = 16_384
 """Maximum number of tokens of a batch, padding included."""
@@ -33,25 +32,28 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
     ]
     results = [float("-inf")] * len(rows)
     batches = list(_batches(rows, model.config.max_position_embeddings, model.config.vocab_size))
-    for indices in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
-        ids, mask = left_pad([rows[index][0] + rows[index][1] for index in indices], tokenizer.pad_id)
-        lengths = torch.tensor([len(rows[index][1]) for index in indices])
-        longest_option = int(lengths.max())
-        with torch.inference_mode():
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                position_ids=positions.to(model.device),
-                use_cache=False,
-                logits_to_keep=longest_option + 1,
-            ).logits[:, :-1]
-            losses = F.cross_entropy(
-                logits.transpose(1, 2), ids[:, -longest_option:].to(model.device), reduction="none"
-            ).cpu()
-        inside = torch.arange(longest_option) >= longest_option - lengths[:, None]
-        for index, loss in zip(indices, (losses * inside).sum(dim=1).tolist(), strict=True):
-            results[index] = -loss
+    with row_progress("scoring", len(rows), "options") as progress:
+        progress.update(len(rows) - sum(map(len, batches)))  # the options that do not fit
+        for indices in batches:
+            ids, mask = left_pad([rows[index][0] + rows[index][1] for index in indices], tokenizer.pad_id)
+            lengths = torch.tensor([len(rows[index][1]) for index in indices])
+            longest_option = int(lengths.max())
+            with torch.inference_mode():
+                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+                logits = model(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    position_ids=positions.to(model.device),
+                    use_cache=False,
+                    logits_to_keep=longest_option + 1,
+                ).logits[:, :-1]
+                losses = F.cross_entropy(
+                    logits.transpose(1, 2), ids[:, -longest_option:].to(model.device), reduction="none"
+                ).cpu()
+            inside = torch.arange(longest_option) >= longest_option - lengths[:, None]
+            for index, loss in zip(indices, (losses * inside).sum(dim=1).tolist(), strict=True):
+                results[index] = -loss
+            progress.update(len(indices))
     values = iter(results)
     return [[next(values) for _ in options] for _, options in questions]
 

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from data_prep.utils.progress import saved_progress
 from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.results import append_result, is_evaluated, read_results, result_key
 from pretrain.evaluation.task_run import CheckpointTask
-from pretrain.run_folder import read_rewinds
+from pretrain.run_folder import EVALUATION_PROGRESS, read_rewinds
 from pretrain.tasks.directions import direction
 from pretrain.tasks.options import AnswerTask, TaskConfig
 from pretrain.tasks.scoring import TaskResult
@@ -43,7 +44,8 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
     started = time.perf_counter()
     rewinds = len(read_rewinds(run_dir))
     evaluate = find_evaluation(task.name)
-    result = evaluate(CheckpointTask(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
+    with saved_progress(run_dir / EVALUATION_PROGRESS, f"evaluating {task.title} at step {step}"):
+        result = evaluate(CheckpointTask(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
     declared = {
         name: declared_direction
         for name in result.metrics

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from data_prep.config import HubSource, JsonSource, task_source
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.task_rows import Row, read_rows, write_views
@@ -16,7 +14,7 @@ from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.files import write_text
 from pretrain.config import RunConfig
-from pretrain.data.corpus import Corpus, was_trained_on
+from pretrain.data.corpus import Corpus, count_in_corpus, was_trained_on
 from pretrain.evaluation.finetune import finetune
 from pretrain.evaluation.generate import generate_answers
 from pretrain.evaluation.likelihood import log_likelihoods
@@ -141,13 +139,3 @@ class CheckpointTask:
         return [
             normalize(row.target) not in train_targets and not count for row, count in zip(rows, counts, strict=True)
         ]
-
-
-def count_in_corpus(corpus: Corpus, texts: Sequence[str]) -> list[int]:
-    """Return for each text the number of views of records in a split of a corpus that have the same tokens."""
-    text_hashes, inverse = np.unique(corpus.text_hashes(texts), return_inverse=True)
-    counts = np.zeros(len(text_hashes), np.int64)
-    for hashes in corpus.all_hashes():
-        found = hashes[np.isin(hashes, text_hashes)]
-        counts += np.bincount(np.searchsorted(text_hashes, found), minlength=len(counts))
-    return [int(count) for count in counts[inverse]]

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_prep.utils.console import UserError, exit_on_user_error
+from data_prep.utils.console import UserError, exit_on_user_error, show_only_errors
+from data_prep.utils.progress import Progress
 from pretrain.local_gpu import select_gpu
+from pretrain.silence import silence_libraries
 from pretrain.training.distributed import leave_group, normalize_launcher_env
 
 Entry = TypeVar("Entry")
@@ -35,6 +37,8 @@ def run_with_workers(evaluate: Callable[[], None]) -> None:
         if dist.get_rank() == 0:
             exit_on_user_error(evaluate)
         else:
+            show_only_errors()
+            silence_libraries()
             while (work := _broadcast(None)) is not None:
                 function, folder, rows, options = work
                 function(folder, rows, **options)
@@ -83,6 +87,12 @@ def shard_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry
         return entries
 
     return shared
+
+
+def row_progress(title: str, count: int, unit: str = "rows") -> Progress:
+    """Return the progress of this rank in a function that `shard_rows` decorates; only rank 0 shows it."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return Progress(title, count, unit if ranks == 1 else f"{unit} of the first of {ranks} processes")
 
 
 def _broadcast(value: Any) -> Any:

@@ -32,11 +32,15 @@ def main() -> None:
     parser.add_argument(
         "--file", metavar="FILE", help="read the prompts from the rows of a file: JSON lines, CSV, Parquet ..."
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens; default: 256"
+    )
     parser.add_argument("--sample", action="store_true", help="draw each token instead of taking the most likely one")
-    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of --sample (1.0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="probability mass that --sample draws from (1.0)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of --sample (0)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of --sample; default: 1.0")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="probability mass that --sample draws from; default: 1.0"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of --sample; default: 0")
     parser.add_argument("--json", action="store_true", help="print a JSON object per answer instead of its text")
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _generate(arguments), messages="stderr")  # the answers are the standard output

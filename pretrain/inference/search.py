@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("queries", nargs="*", metavar="QUERY", help="text of the view that the model predicts from")
     parser.add_argument("--index", required=True, metavar="FILE", help="rows to search: JSON lines, CSV, Parquet ...")
     parser.add_argument("--file", metavar="FILE", help="read the queries from the rows of a file")
-    parser.add_argument("--query-view", metavar="VIEW", help="view of the queries; by default the first one")
-    parser.add_argument("--view", metavar="VIEW", help="view to search; by default the one that is predicted")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of texts for each query (5)")
+    parser.add_argument("--query-view", metavar="VIEW", help="view of the queries; default: the first one")
+    parser.add_argument("--view", metavar="VIEW", help="view to search; default: the one that is predicted")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of texts for each query; default: 5")
     parser.add_argument("--json", action="store_true", help="print a JSON object per query")
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _search(arguments), messages="stderr")  # the texts are the standard output

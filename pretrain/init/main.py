@@ -1,6 +1,7 @@
 """The init command: look at data, and write a first configuration with the reason for each value."""
 
 import argparse
+import json
 import logging
 import shlex
 import sys
@@ -37,9 +38,16 @@ def main() -> None:
         metavar="FILE|FOLDER|HUB_NAME",
         help="JSON, CSV, Parquet, Arrow, text or Python files, or a hub data set",
     )
-    parser.add_argument("-o", "--output", type=Path, default=DEFAULT_OUTPUT, metavar="CONFIG", help=str(DEFAULT_OUTPUT))
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="CONFIG",
+        help=f"configuration file to write; default: {DEFAULT_OUTPUT}",
+    )
     parser.add_argument("--config", metavar="NAME", help="configuration of a hub data set that has several")
-    parser.add_argument("--force", action="store_true", help="replace the output file")
+    parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
     arguments = parser.parse_args()
     exit_on_user_error(lambda: write_config(arguments.data, arguments.output, arguments.config, arguments.force))
 
@@ -57,21 +65,32 @@ def write_config(data: str, output: Path, config: str | None, force: bool) -> No
     logger.info(f"read {data} in {time.monotonic() - started:.0f} s")
     _print_inspection(inspection)
     choices = _choose(inspection, output)
+    if choices.held_out and held_out_path(output).exists() and not force:
+        raise UserError(f"{held_out_path(output)} exists: choose another file with -o, or replace both with --force")
     choices = _write_checked(choices)
     _print_choices(choices)
 
 
 def _choose(inspection: "Inspection", output: Path) -> "Choices":
     """Return all choices for the data on this machine."""
+    from data_prep.inspection.held_out import hold_out
     from pretrain.init.budget import choose_budget  # imported late, because torch takes seconds to import
     from pretrain.init.task import choose_task
     from pretrain.init.write import Choices
     from pretrain.planning.speed import this_machine
 
     machine = this_machine()
-    task = choose_task(inspection, MOST_TEST_ROWS[machine.device])
+    held_out = hold_out(inspection)
+    test = None if held_out is None else str(held_out_path(output))
+    task = choose_task(inspection, MOST_TEST_ROWS[machine.device], test)
     budget = choose_budget(inspection, machine)
-    return Choices(output, inspection, budget, task, machine, next_commands(output, machine.processes, not task.off))
+    commands = next_commands(output, machine.processes, not task.off)
+    return Choices(output, inspection, budget, task, machine, commands, held_out)
+
+
+def held_out_path(output: Path) -> Path:
+    """Return the file of the test rows that are made from training rows."""
+    return output.with_name(f"{output.stem}-test.jsonl")
 
 
 def next_commands(output: Path, processes: int, evaluates: bool) -> tuple[str, str, str]:
@@ -95,12 +114,16 @@ def _write_checked(choices: "Choices") -> "Choices":
     """
     from dataclasses import replace
 
-    from data_prep.utils.files import atomic_path
+    from data_prep.utils.files import atomic_path, write_text
     from pretrain.config import load_config
     from pretrain.init.write import render
     from pretrain.training.dry_run import checked_plan
 
     choices.path.parent.mkdir(parents=True, exist_ok=True)
+    test = held_out_path(choices.path)
+    if choices.held_out:
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in choices.held_out.rows]
+        write_text(test, "".join(lines))
     with atomic_path(choices.path) as temporary:
         while True:
             temporary.write_text(render(choices), encoding="utf-8")
@@ -108,11 +131,13 @@ def _write_checked(choices: "Choices") -> "Choices":
                 checked_plan(load_config(temporary), choices.machine.processes)
                 return choices
             except UserError as error:
+                if choices.held_out:
+                    test.unlink()
                 if choices.task.off or "evaluation.tasks" not in str(error):
                     raise
                 task = replace(choices.task, off=f"the task does not accept its rows: {error}")
                 commands = next_commands(choices.path, choices.machine.processes, evaluates=False)
-                choices = replace(choices, task=task, commands=commands)
+                choices = replace(choices, task=task, commands=commands, held_out=None)
 
 
 def _print_inspection(inspection: "Inspection") -> None:
@@ -164,7 +189,8 @@ def _print_choices(choices: "Choices") -> None:
     for question in [*data_questions(choices), *malformed, *choices.task.questions]:
         print(f"{CHECK}{question}")
     machine = choices.machine.described
-    print(f"\nwrote {choices.path}, which passes --dry-run")
+    files = f"{choices.path} and {held_out_path(choices.path)}" if choices.held_out else str(choices.path)
+    print(f"\nwrote {files}; the configuration passes --dry-run")
     seconds = time_text(choices.budget.seconds)
     print(f"training takes {seconds} on {machine} if it is idle (estimated from measured steps). Next:")
     for command in choices.commands:

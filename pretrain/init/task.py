@@ -36,16 +36,17 @@ class TaskChoice:
     """Reason why the tasks are only a comment; empty if they are evaluated."""
 
 
-def choose_task(inspection: Inspection, rows: int | None) -> TaskChoice:
+def choose_task(inspection: Inspection, rows: int | None, held_out: str | None) -> TaskChoice:
     """Return the tasks that fit the target. Without test rows they are only a comment.
 
-    `rows` is the largest number of test rows that are evaluated; None: all.
+    `rows` is the largest number of test rows that are evaluated; None: all. `held_out` is the file of the training rows
+    that are the test rows, if there is no test split.
     """
     if inspection.is_text:
         choice = TaskChoice([{"name": "loss"}], "plain documents have no answers to score, so it is the loss on them")
     else:
         choice = _by_target(inspection)
-    test = test_rows(inspection)
+    test = held_out or test_rows(inspection)
     if test is None:
         choice.off = "the data have no test split: "
         if inspection.found.kind not in TEXT_COLUMNS:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.inspection.held_out import HeldOut
 from data_prep.inspection.look import Inspection
 from pretrain.init.budget import (
     FITTING,
@@ -38,6 +39,8 @@ class Choices:
     machine: Machine
     commands: tuple[str, ...]
     """Commands that use the configuration, in order."""
+    held_out: HeldOut | None = None
+    """Training rows that are the test rows, if there is no test split."""
 
     @property
     def name(self) -> str:
@@ -87,7 +90,7 @@ def reasons(choices: Choices) -> list[tuple[str, str, str]]:
     mapping = inspection.choice.mapping
     views = mapping if isinstance(mapping, str) else ", ".join(f"{view}: {column}" for view, column in mapping.items())
     tasks = ", ".join(str(task["name"]) for task in choices.task.tasks)
-    return [
+    rows = [
         ("views", views.replace("\n", "\\n"), inspection.choice.reason),
         ("vocabulary", f"{inspection.vocabulary:,}", vocabulary_reason(inspection)),
         ("row length", f"{budget.row_length:,}", row_reason(choices)),
@@ -97,6 +100,10 @@ def reasons(choices: Choices) -> list[tuple[str, str, str]]:
         ("learning rate", f"{budget.learning_rate:g}", rate_reason(budget)),
         ("task", tasks + (" (a comment)" if choices.task.off else ""), choices.task.off or choices.task.reason),
     ]
+    if choices.held_out:
+        reason = "training rows, because there is no test split; the preparation drops them from training"
+        rows.append(("test rows", f"{len(choices.held_out.rows):,}", reason))
+    return rows
 
 
 def data_questions(choices: Choices) -> list[str]:
@@ -105,6 +112,11 @@ def data_questions(choices: Choices) -> list[str]:
     found = [*inspection.choice.questions, *inspection.found.notes]
     if choices.budget.dropped > 1 - FITTING:
         found.append(f"{choices.budget.dropped:.1%} of the records are too long for a row and are dropped")
+    if choices.held_out and choices.held_out.similar:
+        found.append(
+            f"{choices.held_out.similar:,} training records share a long passage with a test row and are dropped from "
+            "training too; decontaminate: false keeps them, and the test rows"
+        )
     if inspection.total < 1000:
         found.append(f"{inspection.total:,} records are enough to try the commands, but not to learn a task")
     return found
@@ -115,6 +127,14 @@ def malformed_text(inspection: Inspection) -> str:
     count = len(inspection.malformed)
     rows = f"{count:,} rows are" if count > 1 else "1 row is"
     return f"{rows} not valid and dropped, such as {inspection.malformed[0][:200]}"
+
+
+def held_out_text(held_out: HeldOut) -> str:
+    """Return how the test rows were made."""
+    return (
+        f"The data have no test split: {len(held_out.rows):,} training rows, drawn by a hash of the context, are the "
+        "test rows. The preparation drops them from the training data."
+    )
 
 
 def vocabulary_reason(inspection: Inspection) -> str:
@@ -205,6 +225,8 @@ def _data(choices: Choices) -> list[str]:
         lines += _line(
             "  ", "decontaminate: true", f"{counts} records have a context that is also in the training data"
         )
+    if choices.held_out:
+        lines += _line("  ", "decontaminate: true", "drops the test rows of the task from the training data")
     if "validation" not in inspection.found.splits:
         lines += _line(
             "  ",
@@ -315,4 +337,5 @@ def _rest(choices: Choices) -> list[str]:
         section = ["evaluation:", "  tasks:", *entries]
         return [*lines, *_comment("", CHECK + task.off), *(f"# {line}" for line in section)]
     checks = [line for question in task.questions for line in _comment("  ", CHECK + question)]
-    return [*lines, "evaluation:", *checks, *_line("  ", "tasks:", task.reason), *entries]
+    made = [] if choices.held_out is None else _comment("  ", held_out_text(choices.held_out))
+    return [*lines, "evaluation:", *checks, *made, *_line("  ", "tasks:", task.reason), *entries]

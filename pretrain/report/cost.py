@@ -4,9 +4,10 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus, was_trained_on
-from pretrain.planning.plan import make_plan
+from pretrain.imports import import_deepspeed
 from pretrain.report.runs import Run
 from pretrain.run_folder import MODEL_DIR
+from pretrain.silence import silence_libraries
 
 
 def flops_per_token(run: Run) -> float:
@@ -16,7 +17,12 @@ def flops_per_token(run: Run) -> float:
     from the lengths of the records in the run's corpus. Raises UserError if the corpus is missing or has changed.
     """
     config = load_config(run.folder / "config.yaml")
-    plan = make_plan(config, open_corpus(run, config, "train"))
+    corpus = open_corpus(run, config, "train")
+    silence_libraries()
+    import_deepspeed()
+    from pretrain.planning.plan import make_plan
+
+    plan = make_plan(config, corpus)
     return plan.flops / plan.step.tokens
 
 

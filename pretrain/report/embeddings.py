@@ -4,18 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
-from pretrain.data.batch import micro_batches
 from pretrain.data.loader import Rows, draw_random_bits, plan_rows
-from pretrain.models.export import load_language_model, load_objective
-from pretrain.models.language_model import special_ids
-from pretrain.objectives.pool import select_pair_embeddings
 from pretrain.report.cost import open_corpus
 from pretrain.report.runs import Run
 from pretrain.run_folder import list_steps, step_name
+from pretrain.silence import silence_libraries
 
 PAIRS = 150
 """Maximum number of pairs in a picture."""
@@ -68,7 +64,6 @@ def _read(path: Path) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     return names, first[finite], second[finite]
 
 
-@torch.no_grad()
 def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     """Compute the predictions and targets, (n, D) each, of records spread over the validation split."""
     config = load_config(run.folder / "config.yaml")
@@ -78,6 +73,14 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     if len(config.data.views) < 2:
         raise UserError("the records have only one view")
     corpus = open_corpus(run, config, "validation")
+    silence_libraries()
+    import torch  # imported late, like everything that imports it: a report without exports does not need it
+
+    from pretrain.data.batch import micro_batches
+    from pretrain.models.export import load_language_model, load_objective
+    from pretrain.models.language_model import special_ids
+    from pretrain.objectives.pool import select_pair_embeddings
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     export = run.folder / "export" / step_name(steps[-1])
     model, _ = load_language_model(export, config.model.attention, device)
@@ -102,9 +105,10 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
         rows, corpus, layout, specials, config.data.sequence_length, micro_batch_rows=ROWS, rank=0, ranks=1
     ):
         batch = batch.to(device)
-        context, target = select_pair_embeddings(model(batch), batch)
-        for collected, selected in zip((predictions, targets), (objective.predict(context), target), strict=True):
-            collected.append(selected[batch.pair_valid].cpu().numpy())
+        with torch.no_grad():
+            context, target = select_pair_embeddings(model(batch), batch)
+            for collected, selected in zip((predictions, targets), (objective.predict(context), target), strict=True):
+                collected.append(selected[batch.pair_valid].cpu().numpy())
     return ("prediction", "target"), np.concatenate(predictions), np.concatenate(targets)
 
 

@@ -84,8 +84,10 @@ def serve(paths: list[Path], render: Render, port: int) -> None:
     with server:
         logger.info(
             f"http://{HOST}:{server.server_port}/ shows the report and refreshes it every {REFRESH_SECONDS} s until "
-            "Ctrl-C"
+            "Ctrl-C; reading the runs"
         )
+        # before the first request, because reading the runs takes seconds
+        threading.Thread(target=page.current, daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:

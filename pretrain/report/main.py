@@ -6,10 +6,8 @@ from pathlib import Path
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import write_text
-from pretrain.imports import import_deepspeed
-from pretrain.report.arms import STUDY, read_comparison
+from pretrain.report.arms import read_comparison
 from pretrain.report.live import HOST, PORT, REFRESH_SECONDS, serve
-from pretrain.silence import silence_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +33,8 @@ def main() -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="folder for report.html and REPORT.md; default: the study folder, or the parent folder of the first run",
+        help="folder for report.html and REPORT.md; "
+        "default: the run directory or study folder; for several runs, the parent folder of the first one",
     )
     parser.add_argument(
         "--live",
@@ -43,7 +42,7 @@ def main() -> None:
         type=int,
         const=PORT,
         metavar="PORT",
-        help=f"serve the page at http://{HOST}:PORT ({PORT}) instead; it refreshes itself while the runs train",
+        help=f"serve the page at http://{HOST}:PORT instead; it refreshes itself while the runs train; default: {PORT}",
     )
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _report(arguments), messages="stderr")  # the table is the standard output
@@ -54,13 +53,11 @@ def _report(arguments: argparse.Namespace) -> None:
         _serve(arguments)
         return
     comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
-    silence_libraries()
-    import_deepspeed()
     from pretrain.report.page import html, markdown
     from pretrain.report.summary import summarize
 
     first = arguments.paths[0].resolve()
-    folder = arguments.output or (first if (first / STUDY).is_file() else first.parent)
+    folder = (arguments.output or (first if len(arguments.paths) == 1 else first.parent)).resolve()
     logger.info("counting FLOPs")
     summaries = summarize(comparison)
     table, page = markdown(summaries), html(summaries)
@@ -73,7 +70,7 @@ def _report(arguments: argparse.Namespace) -> None:
             f"cannot write the report to {folder}: {error.strerror}; choose a different folder with --output"
         ) from None
     print(table)
-    logger.info(f"report written to {folder / 'report.html'}")
+    logger.info(f"report written to {folder / 'report.html'} and {folder / 'REPORT.md'}")
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -81,12 +78,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     for path in arguments.paths:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; pass run directories, or one study folder")
-    silence_libraries()
-    import_deepspeed()
-    from pretrain.report.page import html
-    from pretrain.report.summary import summarize
 
     def render() -> str:
+        from pretrain.report.page import html  # imported late, because the address is shown first
+        from pretrain.report.summary import summarize
+
         comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
         return html(summarize(comparison), REFRESH_SECONDS)
 

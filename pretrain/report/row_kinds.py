@@ -33,8 +33,7 @@ from scipy.stats import t
 
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
-from pretrain.data.corpus import Corpus
-from pretrain.evaluation.task_run import count_in_corpus
+from pretrain.data.corpus import Corpus, count_in_corpus
 from pretrain.report.arms import Comparison
 from pretrain.report.cost import open_corpus
 from pretrain.report.examples import read_answers

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.utils.console import UserError
-from pretrain.objectives.monitors import has_collapsed
+from pretrain.objectives.collapse import has_collapsed
 from pretrain.report.arms import Arm, Comparison
 from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import Metric, Run

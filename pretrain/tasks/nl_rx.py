@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
+from data_prep.utils.progress import Progress
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.regex_equality import compare, is_nontrivial
@@ -115,9 +116,12 @@ def _verdicts(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool | 
     """Return for each pair of regexes whether both match the same lines; None if undecided."""
     verdicts: dict[tuple[str, str], bool | None] = {}
     undecided = 0
-    for pair in dict.fromkeys(pairs):
-        verdicts[pair] = compare(*pair).equal if undecided < MOST_UNDECIDED else None
-        undecided += verdicts[pair] is None
+    different = list(dict.fromkeys(pairs))
+    with Progress("comparing expressions", len(different), "pairs") as progress:
+        for pair in different:
+            verdicts[pair] = compare(*pair).equal if undecided < MOST_UNDECIDED else None
+            undecided += verdicts[pair] is None
+            progress.update(1)
     return verdicts
 
 

@@ -25,6 +25,7 @@ from typing import ClassVar, Literal, NamedTuple
 from data_prep.config import DataConfig
 from data_prep.utils.config_file import LocalPath
 from data_prep.utils.console import UserError
+from data_prep.utils.progress import Progress
 from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.rows import RowRate, stopped
@@ -93,15 +94,13 @@ def score(
     is_unseen: Sequence[bool] | None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Return the metrics, and the counts of unscorable rows, of targets that return no row, and of unseen targets."""
-    from tqdm import tqdm
-
     rows = list(zip(targets, answers, databases, strict=True))
-    with QueryRunner() as runner:
+    verdicts = []
+    with QueryRunner() as runner, Progress("running queries", len(rows)) as progress:
         judge_once = cache(partial(judge, runner))
-        verdicts = [
-            judge_once(database, target, answer.text if answer.stopped else None)
-            for target, answer, database in tqdm(rows, desc="running queries", unit="row", mininterval=1, disable=None)
-        ]
+        for target, answer, database in rows:
+            verdicts.append(judge_once(database, target, answer.text if answer.stopped else None))
+            progress.update(1)
     right = [verdict.right for verdict in verdicts]
     exact = [ROW_RATES["exact"](target, answer) for target, answer, _ in rows]
     return {

@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from pretrain.objectives.monitors import has_collapsed
+from pretrain.objectives.collapse import has_collapsed
 from pretrain.training.hooks import Hook, StepReport
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Executors under a real mpirun share results and errors, and no rank waits for a dead rank."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,10 +93,10 @@ def test_local_workers_complete_the_other_units_after_an_error(workers):
 
 
 def test_a_log_line_shows_progress_and_the_time_left(monkeypatch, messages):
-    monkeypatch.setattr("data_prep.progress.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(Progress, "LINE_SECONDS", 0)
     progress = Progress("tokenizing", 4_000_000)
     progress.started -= 10
     with progress:
-        progress.update(1_000_000, 500)
-        progress.update(3_000_000, 500)
-    assert messages == ["tokenizing: 25%, 50 records/s, 0.1 MB/s, 1 min left"]
+        progress.add(1_000_000, 500)
+        progress.add(3_000_000, 500)
+    assert len(messages) == 1 and re.fullmatch(r"tokenizing: 25%, \d+ records/s, 0.1 MB/s, 3\ds left", messages[0])

@@ -164,6 +164,26 @@ def test_system_prompts_are_used_if_they_differ(tmp_path):
     assert chosen(tmp_path, rows).mapping["context"] == "{messages.system}\n{messages.user}"
 
 
+def test_few_different_values_are_not_the_target_if_their_name_does_not_decide_it(tmp_path):
+    """As in WordNet, whose rows have a part of speech, words and a gloss."""
+    rows = [{"pos": "ab"[i % 2], "words": ["x"], "gloss": row["question"]} for i, row in enumerate(pairs(60))]
+    choice = inspect(str(write_lines(tmp_path / "one.jsonl", rows))).choice
+    assert choice.mapping == {"text": "gloss"} and choice.target.name == "gloss"
+    assert any(question.startswith("not used: pos (few different values") for question in choice.questions)
+    for row, other in zip(rows, pairs(60), strict=True):
+        row["example"] = f"as in {other['question']}"
+    choice = inspect(str(write_lines(tmp_path / "two.jsonl", rows))).choice
+    assert choice.mapping == {"gloss": "gloss", "example": "example"}
+
+
+@pytest.mark.parametrize(
+    ("text", "label"), [("gloss", "sentiment"), ("gloss", "gold_label"), ("review", "topic"), ("text", "pos")]
+)
+def test_few_different_values_are_the_target_by_their_name_or_of_a_text_to_classify(tmp_path, text, label):
+    rows = [{label: "ab"[i % 2], text: row["question"]} for i, row in enumerate(pairs(60))]
+    assert inspect(str(write_lines(tmp_path / "rows.jsonl", rows))).choice.target.name == label
+
+
 def test_a_label_is_the_target_and_equal_columns_are_joined(tmp_path):
     draw = random.Random(0)
     rows = [{"label": draw.randrange(2), "text_a": row["question"], "text_b": row["regex"]} for row in pairs(60)]

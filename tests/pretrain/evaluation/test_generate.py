@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 from data_prep.nlrx_grammar import generate
 from data_prep.sentencepiece_json import added_token
 from data_prep.tokenizer import Tokenizer, train
+from data_prep.utils import progress
 from data_prep.utils.console import UserError
+from pretrain.evaluation import generate as generate_module
 from pretrain.evaluation.generate import generate_answers
 from pretrain.models.language_model import build_model_config
 from tests.commands import TINY_SHAPE
@@ -34,6 +36,18 @@ def test_batched_answers_equal_single_answers_in_the_order_of_the_contexts(expor
     batched = generate_answers(export, CONTEXTS, 12)
     assert batched == [generate_answers(export, [context], 12)[0] for context in CONTEXTS]
     assert len({answer.text for answer in batched}) > 6
+
+
+def test_progress_is_logged_also_within_a_batch(export, monkeypatch, messages):
+    monkeypatch.setattr(progress, "RENEWAL_SECONDS", 0)
+    monkeypatch.setattr(progress.Progress, "LINE_SECONDS", 0)
+    monkeypatch.setattr(generate_module, "BATCH", 6)
+    quiet = generate_answers(export, CONTEXTS, 12)
+    lines = [line for line in messages if line.startswith("generating: ")]
+    assert {line.split(",")[0] for line in lines} >= {"generating: 0 of 12 rows", "generating: 6 of 12 rows"}
+    assert len(lines) > 10 and all(line.endswith((" left", " so far")) for line in lines)
+    monkeypatch.undo()
+    assert generate_answers(export, CONTEXTS, 12) == quiet
 
 
 def test_a_long_context_does_not_shorten_other_answers(export):

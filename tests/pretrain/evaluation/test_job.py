@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import Tokenizer
-from pretrain.run_folder import PINS
+from data_prep.utils.progress import saved_progress
+from pretrain.evaluation.checkpoints import evaluation_lock
+from pretrain.run_folder import EVALUATION_PROGRESS, PINS
 from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.processes import TIMEOUT
 
@@ -83,6 +85,17 @@ def by_hand(run_dir, background):
 
 def test_every_requested_checkpoint_is_evaluated_once(background):
     assert [(result["task"], result["step"]) for result in background] == [("loss", 10), ("loss", 20)]
+
+
+def test_the_status_shows_an_evaluation_while_it_is_running(run_dir, background):
+    command = ["python", "launcher/status.py", str(run_dir)]
+    path = run_dir / EVALUATION_PROGRESS
+    with evaluation_lock(run_dir), saved_progress(path, "evaluating loss at step 20"):
+        assert "run: evaluating loss at step 20\n" in run_command(command).stdout
+        left = path.read_text()
+    path.write_text(left)  # as after a kill
+    assert "evaluating" not in run_command(command).stdout
+    path.unlink()
 
 
 def test_evaluating_only_the_export_yields_the_losses_of_the_validation(run_dir, background):

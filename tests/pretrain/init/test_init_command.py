@@ -9,6 +9,7 @@ import yaml
 
 from data_prep.nlrx_grammar import generate
 from pretrain.config import load_config
+from pretrain.data.corpus import Corpus, count_in_corpus
 from pretrain.init.budget import MOST_EPOCHS, choose_batch, count_shape, model_shape, rounded
 from pretrain.planning.speed import Machine
 from pretrain.training.dry_run import checked_plan
@@ -112,6 +113,29 @@ def test_fifty_rows_are_prepared_by_the_printed_command(tmp_path):
     run_command(["python", "-m", "data_prep", str(tmp_path / "mine.yaml"), f"data.path={corpus}", "data.workers=1"])
     plan = run_command(["python", "launcher/run.py", str(tmp_path / "mine.yaml"), "--dry-run", f"data.path={corpus}"])
     assert "total FLOPs" in plan.stdout and "pairs" in plan.stdout
+
+
+def test_without_a_test_split_training_rows_are_held_out(tmp_path):
+    """The rows come from a CSV file whose columns are not named like the views."""
+    rows = ["prompt text,regex pattern", *(f'"{a}","{b}"' for a, b in pairs(400)), *(f'"{a}",x' for a, _ in pairs(40))]
+    (tmp_path / "rows.csv").write_text("\n".join(rows) + "\n")
+    printed, values = init(tmp_path / "rows.csv", tmp_path / "mine.yaml")
+    held_out = tmp_path / "mine-test.jsonl"
+    test = [json.loads(line)["prompt text"] for line in held_out.read_text().splitlines()]
+    assert [task["test"] for task in values["evaluation"]["tasks"]] == [str(held_out)] * len(
+        values["evaluation"]["tasks"]
+    )
+    assert 40 <= len(test) <= 44 and values["data"]["decontaminate"] and f"and {held_out}; the conf" in printed
+    assert "The data have no test split" in (tmp_path / "mine.yaml").read_text()
+    corpus = tmp_path / "corpus"
+    run_command(["python", "-m", "data_prep", str(tmp_path / "mine.yaml"), f"data.path={corpus}", "data.workers=1"])
+    train = Corpus(corpus, "train")
+    assert len(train) > 200 and not any(count_in_corpus(train, test))
+    again = run_command([*INIT, str(tmp_path / "rows.csv"), "-o", str(tmp_path / "mine.yaml"), "--force"])
+    assert again.returncode == 0 and len(held_out.read_text().splitlines()) == len(test)
+    (tmp_path / "mine.yaml").unlink()
+    done = run_command([*INIT, str(tmp_path / "rows.csv"), "-o", str(tmp_path / "mine.yaml")], check=False)
+    assert done.returncode == 2 and "mine-test.jsonl exists" in done.stderr and not (tmp_path / "mine.yaml").exists()
 
 
 def test_one_column_has_an_objective_without_pairs(tmp_path):

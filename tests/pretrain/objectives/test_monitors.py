@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pretrain.objectives import monitors as monitors_module
-from pretrain.objectives.monitors import effective_rank, embedding_monitors, has_collapsed
+from pretrain.objectives.collapse import has_collapsed
+from pretrain.objectives.monitors import effective_rank, embedding_monitors
 from pretrain.objectives.pool import Pool
 
 

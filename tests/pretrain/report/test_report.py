@@ -57,6 +57,17 @@ def test_the_command_writes_a_table_and_a_page(study, reported):
             )
 
 
+def test_a_report_is_written_into_the_run_or_next_to_several_runs(study, tmp_path):
+    for seed in SEEDS:
+        copy_run(study / "runs" / f"next_token-seed{seed}", tmp_path / f"seed{seed}", seed, 0.5)
+    runs = [str(tmp_path / f"seed{seed}") for seed in SEEDS]
+    for paths, folder in ((runs[:1], tmp_path / "seed1"), (runs, tmp_path)):
+        done = run_command([sys.executable, "launcher/report.py", *paths])
+        last = done.stderr.splitlines()[-1]
+        assert last == f"report written to {folder / 'report.html'} and {folder / 'REPORT.md'}"
+        assert (folder / "report.html").exists() and (folder / "REPORT.md").exists()
+
+
 def test_the_page_is_self_contained_and_complete(reported):
     text = (reported[1] / "report.html").read_text()
     page = assert_self_contained(text)
