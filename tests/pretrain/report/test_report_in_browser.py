@@ -62,11 +62,14 @@ def test_the_live_page_of_unfinished_runs_is_readable(study_with_values, tmp_pat
     try:
         server.wait_until(lambda: "shows the report" in server.log.read_text(), "the address")
         (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", server.log.read_text())
-        page = tmp_path / "live.html"
+        page, message = tmp_path / "live.html", tmp_path / "message.html"
         page.write_bytes(urllib.request.urlopen(url).read())
+        (study / "study.json").write_text("{")
+        message.write_bytes(urllib.request.urlopen(url).read())
         server.process.send_signal(signal.SIGINT)
         assert server.end() == 0
     finally:
         server.kill()
-    assert "No verdict yet" in page.read_text()
+    assert "No verdict yet" in page.read_text() and "study.json" in message.read_text()
+    assert_readable(message)
     assert assert_readable(page)["charts"] >= 3
