@@ -96,7 +96,7 @@ def _missing(all_arms: Summaries) -> list[str]:
     if all_arms.comparison.pending:
         sentences.append(
             "There is no p value, interval or verdict before all planned runs are trained and evaluated. If a run can "
-            "never finish, remove its seed from `seeds` in the study file and start the study again."
+            "never finish, remove its seed from the study file and start the study again."
         )
     return sentences
 

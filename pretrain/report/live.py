@@ -95,7 +95,15 @@ def serve(paths: list[Path], render: Render, port: int) -> None:
 
 
 def _message_page(text: str) -> str:
-    return (
-        f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_SECONDS}">'
-        f"<title>Report</title><p>{html.escape(text)}</p>"
-    )
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="{REFRESH_SECONDS}">
+<title>Report</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; margin: 28px 24px; overflow-wrap: anywhere; }}
+</style>
+<p>{html.escape(text)}</p>
+"""
