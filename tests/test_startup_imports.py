@@ -64,10 +64,10 @@ STARTUP_PACKAGES = {
     "-m data_prep --help": CONFIGURATION - {"numpy"},
     "-m data_prep configs/demo.yaml data.pathh=3": CONFIGURATION - {"numpy"},
     "-m data_prep verify --help": CONFIGURATION - {"numpy"},
-    "-m data_prep verify nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers"},
+    "-m data_prep verify nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers", "tqdm"},
     "-m pretrain.data --help": set(),
     "-m pretrain.data inspect nowhere": CONFIGURATION | PYARROW,
-    "-m pretrain.data stats nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers"},
+    "-m pretrain.data stats nowhere": CONFIGURATION | PYARROW | {"sentencepiece", "google", "tokenizers", "tqdm"},
 }
 """Third-party packages that each command may load at startup."""
 PREPARATION = CONFIGURATION | PYARROW | {"google", "sentencepiece", "tokenizers", "tqdm"}
