@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors, report
+from data_prep.utils.console import UserError, exit_on_user_error, file_system_error, ignore_output_errors, report
 from data_prep.utils.launch_env import is_silent_rank
 from pretrain.config import RunConfig, load_config
 from pretrain.imports import fast_imports, import_deepspeed, import_transformers
@@ -135,6 +135,9 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
         if world.size == 1:
             if lock.held:
                 write_status(config.run_dir, "failed", step, f"{type(error).__name__}: {error}")
+            if trainer and (problem := file_system_error(error)):  # may be over soon, so a restart may succeed
+                report(problem)
+                sys.exit(1)
             raise
         line = report_first_error(world, error, step, log.print_fatal)
         # a peer that can no longer reach rank 0 does not know the cause, which rank 0 may have written already

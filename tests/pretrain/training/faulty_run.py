@@ -13,12 +13,14 @@ bus:S         rank 0 gets SIGBUS in step S, as after a read past the end of a ma
 truncate:S    the shards are cut in half before the rows of step S are read
 hang:S        rank 0 hangs in step S
 fail:S        rank 0 raises an error in step S
+full:S        the disk of rank 0 is full in step S
 abort:S       a C library on rank 0 prints a message and aborts the process in step S
 
 Several faults are joined by +.
 """
 
 import ctypes
+import errno
 import itertools
 import os
 import signal
@@ -65,7 +67,7 @@ if "truncate" in faults:
 
     prefetch.Prefetch._make = truncate_then_make
 
-if {"hang", "fail", "abort", "bus"} & set(faults):
+if {"hang", "fail", "full", "abort", "bus"} & set(faults):
     original_count = loop.Trainer._count
 
     def count_then_fail(self, rows):
@@ -75,6 +77,8 @@ if {"hang", "fail", "abort", "bus"} & set(faults):
             threading.Event().wait()
         if self.world.is_main and self.progress.step == int(faults.get("fail", 0)):
             raise RuntimeError("made to fail")
+        if self.world.is_main and self.progress.step == int(faults.get("full", 0)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
         if self.world.is_main and self.progress.step == int(faults.get("abort", 0)):
             ctypes.CDLL(None).perror(b"a library aborts")
             ctypes.CDLL(None).abort()

@@ -368,6 +368,15 @@ def test_a_single_rank_that_hangs_is_ended(folder):
     assert status["status"] == "resumable" and "is not getting past step 3" in status["reason"]
 
 
+def test_a_full_disk_that_ends_a_single_rank_leaves_it_to_be_restarted(folder):
+    path = config(folder, "alone_full", train__steps=50)
+    done = run_command(["python", str(FAULTY_RUN), "full:3", str(path)], check=False)
+    # supervise starts the run again after exit code 1, and not after 2
+    assert done.returncode == 1 and "error: somewhere: No space left on device; " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "No space left" in read_status(folder / "runs" / "alone_full")["reason"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
 def test_a_full_disk_fails_the_save_but_not_the_run(folder, tmp_path):
     small = tmp_path / "small"
