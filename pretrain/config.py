@@ -294,7 +294,7 @@ def finetuning_config(
     for alternatives in (WARMUPS, DECAYS):
         if any(key in task.finetune for key in alternatives):
             train = {key: value for key, value in train.items() if key not in alternatives}
-    values = yaml.safe_load(dump_config(config))
+    values = config.model_dump(mode="json", exclude_none=True)
     values |= {
         "name": name,
         "output_dir": output_dir,

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import write_text
-from pretrain.imports import import_deepspeed
+from pretrain.imports import libraries
 from pretrain.report.arms import STUDY, read_comparison
 from pretrain.report.live import HOST, PORT, REFRESH_SECONDS, serve
-from pretrain.silence import silence_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +53,9 @@ def _report(arguments: argparse.Namespace) -> None:
         _serve(arguments)
         return
     comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
-    silence_libraries()
-    import_deepspeed()
-    from pretrain.report.page import html, markdown
-    from pretrain.report.summary import summarize
+    with libraries():
+        from pretrain.report.page import html, markdown
+        from pretrain.report.summary import summarize
 
     first = arguments.paths[0].resolve()
     folder = arguments.output or (first if (first / STUDY).is_file() else first.parent)
@@ -81,10 +79,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     for path in arguments.paths:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; pass run directories, or one study folder")
-    silence_libraries()
-    import_deepspeed()
-    from pretrain.report.page import html
-    from pretrain.report.summary import summarize
+    with libraries():
+        from pretrain.report.page import html
+        from pretrain.report.summary import summarize
 
     def render() -> str:
         comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
