@@ -23,7 +23,7 @@ def stand_in_for_compiler() -> None:
     import torch
 
     if COMPILER not in sys.modules:
-        sys.modules[COMPILER] = torch._dynamo = StandIn(COMPILER)  # type: ignore[assignment]
+        sys.modules[COMPILER] = torch._dynamo = StandIn(COMPILER)
         _import_independent(Path(torch.__file__).parent / "_dynamo")
 
 
@@ -35,16 +35,20 @@ def _import_independent(folder: Path) -> None:
     spec.loader.exec_module(module)
 
 
-class TraceRules:
-    """A stand-in for the module `trace_rules` of the compiler, which `torch.distributed` calls at its start."""
+class Part:
+    """A stand-in for a module of the compiler, with some of its attributes. The others come from the real module."""
 
-    @staticmethod
-    def clear_lru_cache() -> None:
-        """Do nothing, because nothing has been compiled."""
+    def __init__(self, name: str, **attributes: Any):
+        self._name = name
+        vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the real module."""
-        return getattr(_import_compiler().trace_rules, name)
+        return getattr(getattr(_import_compiler(), self._name), name)
+
+
+class CompiledModule:
+    """The type of compiled modules, of which there is none."""
 
 
 class StandIn(ModuleType):
@@ -61,7 +65,8 @@ class StandIn(ModuleType):
         return fn
 
     assume_constant_result = allow_in_graph
-    trace_rules = TraceRules()
+    trace_rules = Part("trace_rules", clear_lru_cache=lambda: None)  # for init_process_group
+    eval_frame = Part("eval_frame", OptimizedModule=CompiledModule)  # for save_pretrained
 
     @staticmethod
     def graph_break(msg: str = "") -> None:

@@ -16,13 +16,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 from pretrain.compiler_stand_in import stand_in_for_compiler
 from pretrain.user_cache import read_cached, write_cached
 
 LISTING_MODULE = "transformers.utils.import_utils"
 """Module with the function that lists the models of transformers."""
+LISTING = "transformers-models.json"
+"""File with this list in the user's cache."""
 
 
 @contextmanager
@@ -79,6 +80,8 @@ def _import_transformers() -> None:
     """
     if "transformers" in sys.modules:
         return
+    from unittest import mock  # imported late because it imports asyncio
+
     import torch.distributed
 
     with _cached_listings(), hidden("scipy", "sklearn"):
@@ -132,22 +135,27 @@ class _ListingFinder(MetaPathFinder):
         return spec
 
     def define_from_cache(self, module_path: Any, prefix: str | None = None) -> dict[frozenset[str], Any]:
-        """Return the names in each module by the packages that they need, from the cache if the folder has models."""
+        """Return the names in each module by the packages that they need, from the cache if the folder has all models.
+
+        The names of the modules begin with `prefix`.
+        """
         models = Path(module_path) if Path(module_path).is_dir() else Path(module_path).parent
         if models.name != "models":
             return self.define(module_path, prefix)
-        name = f"transformers-models-{prefix}.json" if prefix else "transformers-models.json"
         folders = sorted((str(one), one.stat().st_mtime_ns) for one in (models, *models.iterdir()))
         key = hashlib.sha256(repr(folders).encode()).hexdigest()
-        if (cached := read_cached(name, key)) is not None:
-            return {frozenset(needs): {one: set(names) for one, names in found.items()} for needs, found in cached}
-        listing = self.define(module_path, prefix)
-        write_cached(
-            name,
-            key,
-            [[sorted(needs), {one: sorted(names) for one, names in found.items()}] for needs, found in listing.items()],
-        )
-        return listing
+        listing = read_cached(LISTING, key)
+        if listing is None:
+            listing = [
+                (sorted(packages), {module: sorted(names) for module, names in found.items()})
+                for packages, found in self.define(models).items()
+            ]
+            write_cached(LISTING, key, listing)
+        before = f"{prefix}." if prefix else ""
+        return {
+            frozenset(packages): {before + module: set(names) for module, names in found.items()}
+            for packages, found in listing
+        }
 
 
 def import_deepspeed_muon() -> None:
@@ -155,6 +163,8 @@ def import_deepspeed_muon() -> None:
 
     An engine imports this optimizer only to compare it with its own one. This project has a different Muon.
     """
+    from unittest import mock
+
     import torch
 
     with mock.patch.object(torch, "compile", lambda function: function):

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from data_prep.utils.console import UserError
 from pretrain.models.attention import attention_mask, resolve_attention
 from pretrain.models.language_model import LanguageModel, one_line
-from pretrain.models.structure import decoder_layers, model_class, without_values
+from pretrain.models.structure import decoder_layers, model_class
 from pretrain.models.tiny_config import ROW, VOCABULARY, tiny_config
 from pretrain.user_cache import read_cached, write_cached
 
@@ -139,7 +139,7 @@ def _tiny_model(config: PretrainedConfig, kernel: str) -> LanguageModel:
     """Return a tiny model with the structure of `config` and large weights. Raises Rejected."""
     # not from_config: it would partition the models while an engine of ZeRO stage 3 exists
     try:
-        with without_values():
+        with torch.device("meta"):
             full = model_class(config)(config)
     except Exception as error:  # whatever the code of the class raises; also for a missing package
         raise NotBuilt(f"it cannot be built with these values ({_described(error)})") from None

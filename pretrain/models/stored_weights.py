@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from data_prep.utils.console import UserError
-from pretrain.models.structure import without_values
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -26,7 +26,7 @@ def check_stored_weights(folder: str | Path, config: PretrainedConfig) -> None:
     if not stored:
         return
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with without_values():
+    with torch.device("meta"):
         model = model_class(config)  # from_config would partition the model while an engine of ZeRO stage 3 exists
     prefix = f"{model.base_model_prefix}."
     if not any(name.startswith(prefix) for name in stored):  # saved without the head

@@ -1,39 +1,15 @@
 """The parts and sizes of a causal language model of transformers, whatever its family calls them."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-from unittest import mock
 
-import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 """Types of layers, for which there is a mask."""
-
-
-@contextmanager
-def without_values() -> Iterator[None]:
-    """Build modules on the meta device, where tensors have shapes but no values.
-
-    On this device, torch would import sympy to check a condition, also if it is true, and to draw from a normal
-    distribution, which does nothing.
-    """
-    check: Any = torch._check_with
-
-    def check_if_false(error: Any, condition: Any, message: Any) -> None:
-        if condition is not True:
-            check(error, condition, message)
-
-    with (
-        torch.device("meta"),
-        mock.patch.object(torch, "_check_with", check_if_false),
-        mock.patch.object(nn.init, "normal_", lambda tensor, *_, **__: tensor),
-    ):
-        yield
 
 
 def model_class(config: PretrainedConfig) -> Any:

@@ -10,7 +10,6 @@ from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, build_model_config, pretrained_config, random_causal_lm
 from pretrain.models.model_check import check_model
 from pretrain.models.stored_weights import check_stored_weights
-from pretrain.models.structure import without_values
 from pretrain.run_folder import MODEL_DIR, list_steps
 
 
@@ -57,9 +56,9 @@ def meta_model(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
         resolve_attention(
             config.model.attention, torch.device("cuda"), shape
         )  # rejects settings that no device supports
-        with without_values():
+        with torch.device("meta"):
             return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
-    with without_values():
+    with torch.device("meta"):
         model = LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     check_model_fits_corpus(config, model, tokenizer)
     return model

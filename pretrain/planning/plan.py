@@ -25,7 +25,6 @@ from pretrain.data.order import Order
 from pretrain.models.hidden_matrices import hidden_matrices
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.models.lora import adapter_sizes
-from pretrain.models.structure import without_values
 from pretrain.objectives.base import Objective, build_objective
 from pretrain.planning.budget import consumed_fraction
 from pretrain.planning.flops import Parameters, count_parameters, muon_flops
@@ -172,7 +171,7 @@ def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
     model = meta_model(config, tokenizer)
-    with without_values():
+    with torch.device("meta"):
         objective = build_objective(config.objective, model.shape)
     units = objective.units
     step = _planned_step(config, corpus, tokenizer, model, units) if corpus else _largest_step(config, units)

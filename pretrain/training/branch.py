@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_prep.layout import SpecialTokenIds
 from data_prep.utils.config_file import validate
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Packing
-from pretrain.models.structure import without_values
 from pretrain.objectives.base import ModelShape, build_objective
 from pretrain.planning.budget import consumed_fraction
 from pretrain.run_folder import PINS, list_steps, step_name
@@ -211,7 +212,7 @@ def verified_checkpoint(branch: Branch, config: RunConfig, world: World) -> chec
 
 def _added_weights(config: RunConfig) -> dict[str, Any]:
     """Return the shapes of the weights that the objective adds to a model, for any width and number of layers."""
-    with without_values():
+    with torch.device("meta"):
         objective = build_objective(config.objective, ModelShape(width=8, layers=10**6))
     shapes = {name: tuple(weight.shape) for name, weight in objective.named_parameters()}
     return shapes | ({"predictor tokens": config.predictor_tokens} if config.predictor_tokens else {})
