@@ -18,7 +18,7 @@ INDEPENDENT = f"{COMPILER}._trace_wrapped_higher_order_op"
 """Module of the compiler's package that FlexAttention and the masks of transformers import. It uses no other one."""
 
 
-def stand_in_for_compiler() -> None:
+def replace_compiler() -> None:
     """Make `import torch._dynamo` return a stand-in, unless the real module is imported already."""
     import torch
 
@@ -36,7 +36,7 @@ def _import_independent(folder: Path) -> None:
 
 
 class Part:
-    """A stand-in for a module of the compiler, with some of its attributes. The others come from the real module."""
+    """A stand-in for a module of the compiler, with some of its attributes. The real module has all of them."""
 
     def __init__(self, name: str, **attributes: Any):
         self._name = name

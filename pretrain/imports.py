@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pretrain.compiler_stand_in import stand_in_for_compiler
+from pretrain.compiler_stand_in import replace_compiler
 from pretrain.user_cache import read_cached, write_cached
 
 LISTING_MODULE = "transformers.utils.import_utils"
@@ -68,7 +68,7 @@ def _import_torch(compiles: bool) -> None:
     import torch
 
     if not compiles and not torch.cuda.is_available():
-        stand_in_for_compiler()
+        replace_compiler()
 
 
 def _import_transformers() -> None:
