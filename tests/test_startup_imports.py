@@ -73,10 +73,7 @@ STARTUP_PACKAGES = {
 PREPARATION = CONFIGURATION | PYARROW | {"google", "sentencepiece", "tokenizers", "tqdm"}
 """Third-party packages for preparing and verifying a corpus."""
 TORCH = {"dill", "functorch", "mpmath", "sympy", "torch", "torchgen", "triton"}
-"""torch, and the packages that it loads with torch._dynamo and torch.distributed.tensor.
-
-transformers loads both with any model.
-"""
+"""torch, and the packages that it loads to build modules on the meta device."""
 DEEPSPEED = {"deepspeed", "einops", "hjson", "msgpack", "packaging", "psutil", "tqdm"}
 TRANSFORMERS = {
     "PIL",
@@ -114,11 +111,15 @@ UNNEEDED = {
     "pandas",
     "scipy",
     "sklearn",
-    "torch._inductor.compile_fx",
-    "torch._inductor.lowering",
+    "torch._dynamo.convert_frame",
+    "torch._inductor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
 }
-"""Large modules that DeepSpeed and transformers would load for parts of them that this project does not use."""
+"""Large modules that DeepSpeed, transformers and torch's optimizers would load on CPU, where nothing is compiled."""
 RANK_UNITS = {
+    "compiler_stand_in",
     "config",
     "data",
     "deepspeed_options",
@@ -133,6 +134,7 @@ RANK_UNITS = {
     "sections",
     "tasks",
     "training",
+    "user_cache",
 }
 """Units of pretrain that a rank may load."""
 
@@ -189,6 +191,11 @@ def test_a_run_loads_no_unneeded_package(tmp_path):
     run = str(tmp_path / "runs" / "run")
     modules = modules_after(tmp_path, "launcher/evaluate.py", run, "--export", str(tmp_path / "export"))
     assert {"deepspeed", "transformers"} <= modules
+    # accelerate imports FSDP to save a model
+    assert {name for name in UNNEEDED if not name.startswith("torch.distributed.")}.isdisjoint(modules)
+    modules = modules_after(
+        tmp_path, "launcher/generate.py", str(tmp_path / "export"), "a word", "--max-new-tokens", "2"
+    )
     assert UNNEEDED.isdisjoint(modules)
 
 

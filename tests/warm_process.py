@@ -215,10 +215,9 @@ def _main() -> None:
     sys.path.pop(0)  # the folder of this file
     before = set(os.environ)
     imports = importlib.import_module("pretrain.imports")
-    imports.import_deepspeed()
-    imports.import_transformers()
-    for name in IMPORTS:
-        importlib.import_module(name)
+    with imports.libraries(compiles=True):
+        for name in IMPORTS:
+            importlib.import_module(name)
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
     threads = {
         (task / "comm").read_text().strip()

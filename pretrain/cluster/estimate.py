@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pretrain.config import RunConfig
-from pretrain.imports import import_deepspeed, import_transformers
+from pretrain.imports import libraries
 
 PROCESS_BYTES = {"cuda": 2**30, "cpu": 512 * 2**20}
 """Memory of a rank before it allocates any tensor, by accelerator.
@@ -37,11 +37,10 @@ def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
     Raises UserError if the run could not start with this configuration.
     """
     # Imported here, because torch and DeepSpeed take seconds to import.
-    import_deepspeed()
-    import_transformers()
-    from pretrain.planning.memory import ITEM_BYTES, MUON_SAVING, OPTIMIZER_BYTES
-    from pretrain.planning.rank_memory import model_states_per_rank, non_state_memory
-    from pretrain.training.dry_run import checked_plan
+    with libraries():
+        from pretrain.planning.memory import ITEM_BYTES, MUON_SAVING, OPTIMIZER_BYTES
+        from pretrain.planning.rank_memory import model_states_per_rank, non_state_memory
+        from pretrain.training.dry_run import checked_plan
 
     plan = checked_plan(config, ranks)
     states = model_states_per_rank(plan, int(plan.zero.stage), ranks)

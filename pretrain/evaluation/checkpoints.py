@@ -11,9 +11,8 @@ from data_prep.utils.console import UserError, file_system_error
 from data_prep.utils.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
-from pretrain.imports import import_deepspeed
+from pretrain.imports import libraries
 from pretrain.run_folder import EVALUATION_LOCK, PINS, step_name
-from pretrain.silence import silence_libraries
 from pretrain.tasks.options import TaskConfig
 
 logger = logging.getLogger(__name__)
@@ -84,9 +83,8 @@ def evaluate_step(
 
     The caller has pinned the checkpoint and holds the lock.
     """
-    silence_libraries()
-    import_deepspeed()
-    from pretrain.evaluation.task_evaluation import evaluate_task
+    with libraries():
+        from pretrain.evaluation.task_evaluation import evaluate_task
 
     failures: list[Exception] = []
     for task in tasks:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from data_prep.utils.console import exit_on_user_error
 from pretrain.config import load_config
-from pretrain.imports import import_deepspeed
-from pretrain.silence import silence_libraries
+from pretrain.imports import libraries
 
 
 def main() -> None:
@@ -18,9 +17,8 @@ def main() -> None:
     run_dir = Path(sys.argv[1])
     hub = load_config(run_dir / "config.yaml", sys.argv[2:]).hub
     assert hub is not None  # the overrides name the repository
-    silence_libraries()
-    import_deepspeed()
-    from pretrain.evaluation.hub import push_in_background  # loads torch, after the libraries have been silenced
+    with libraries():
+        from pretrain.evaluation.hub import push_in_background  # loads torch, after the libraries have been silenced
 
     push_in_background(run_dir, hub)
 

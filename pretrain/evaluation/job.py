@@ -17,9 +17,8 @@ from pretrain.evaluation.checkpoints import (
 )
 from pretrain.evaluation.summary import print_summary
 from pretrain.evaluation.watch import watch
-from pretrain.imports import import_deepspeed
+from pretrain.imports import libraries
 from pretrain.run_folder import list_steps
-from pretrain.silence import silence_libraries
 from pretrain.tasks.options import TaskConfig
 from pretrain.training.evaluation_requests import request_evaluation, requested_evaluations
 
@@ -105,8 +104,8 @@ def _run_on_all_ranks(evaluate: Callable[[], None]) -> None:
     if max(int(os.environ.get("WORLD_SIZE", 1)), launched_process_count()) == 1:
         evaluate()
         return
-    import_deepspeed()
-    from pretrain.evaluation.workers import run_with_workers
+    with libraries():
+        from pretrain.evaluation.workers import run_with_workers
 
     run_with_workers(evaluate)
 
@@ -115,8 +114,8 @@ def _embed(arguments: argparse.Namespace) -> None:
     if _other_options(arguments) or arguments.overrides or arguments.checkpoint != "latest":
         raise UserError("--embed allows only an export and a file; remove all other options and overrides")
     _check_export(arguments.run_dir)
-    silence_libraries()
-    from pretrain.evaluation.embed import embed_file
+    with libraries():
+        from pretrain.evaluation.embed import embed_file
 
     embed_file(arguments.run_dir, arguments.embed)
 
@@ -126,9 +125,8 @@ def _export(arguments: argparse.Namespace) -> None:
         raise UserError("--export allows only --step; remove all other options and overrides")
     _read_config(arguments)
     step = _find_step(arguments.run_dir, arguments.checkpoint, "checkpoints", "export")
-    silence_libraries()
-    import_deepspeed()
-    from pretrain.evaluation.export import export_to
+    with libraries():
+        from pretrain.evaluation.export import export_to
 
     export_to(arguments.run_dir, step, arguments.export)
 
@@ -139,8 +137,8 @@ def _sentence_transformers(arguments: argparse.Namespace) -> None:
             "--sentence-transformers allows only an export and a new folder; remove all other options and overrides"
         )
     _check_export(arguments.run_dir)
-    silence_libraries()
-    from pretrain.evaluation.sentence_folders import write_sentence_folders
+    with libraries():
+        from pretrain.evaluation.sentence_folders import write_sentence_folders
 
     write_sentence_folders(arguments.run_dir, arguments.sentence_transformers)
 
@@ -155,9 +153,8 @@ def _push(arguments: argparse.Namespace) -> None:
     if _other_options(arguments) or arguments.checkpoint != "latest":
         raise UserError("--push pushes the newest checkpoint; remove all other options")
     config = _read_config(arguments)
-    silence_libraries()
-    import_deepspeed()
-    from pretrain.evaluation.hub import push_now
+    with libraries():
+        from pretrain.evaluation.hub import push_now
 
     push_now(arguments.run_dir, config.hub)
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from data_prep.utils.console import UserError, exit_on_user_error, show_only_errors
 from data_prep.utils.progress import Progress
 from pretrain.local_gpu import select_gpu
-from pretrain.silence import silence_libraries
 from pretrain.training.distributed import leave_group, normalize_launcher_env
 
 Entry = TypeVar("Entry")
@@ -38,7 +37,6 @@ def run_with_workers(evaluate: Callable[[], None]) -> None:
             exit_on_user_error(evaluate)
         else:
             show_only_errors()
-            silence_libraries()
             while (work := _broadcast(None)) is not None:
                 function, folder, rows, options = work
                 function(folder, rows, **options)

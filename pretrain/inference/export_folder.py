@@ -4,9 +4,8 @@ import logging
 from pathlib import Path
 
 from data_prep.utils.console import UserError
-from pretrain.imports import import_deepspeed
+from pretrain.imports import libraries
 from pretrain.run_folder import list_steps, step_name
-from pretrain.silence import silence_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +33,8 @@ def find_export(path: Path) -> Path:
     folder = path / "export" / step_name(step)
     if not folder.exists():
         logger.info(f"exporting step {step:,} to {folder}")
-        silence_libraries()
-        import_deepspeed()
-        from pretrain.evaluation.export import export_checkpoint  # imported late because it loads torch
+        with libraries():
+            from pretrain.evaluation.export import export_checkpoint  # imported late because it loads torch
 
         return export_checkpoint(path, step)
     return folder

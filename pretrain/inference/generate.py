@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import read_json
+from pretrain.imports import libraries
 from pretrain.inference.export_folder import JEPA, find_export
-from pretrain.silence import silence_libraries
 from pretrain.tasks.options import parse_source
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     if not prompts and not interactive:
         raise UserError("there is no prompt: name one, or give a file with --file")
 
-    silence_libraries()
-    from transformers import set_seed
+    with libraries():
+        from transformers import set_seed
 
-    from pretrain.evaluation.generate import AnswerWriter
+        from pretrain.evaluation.generate import AnswerWriter
 
     writer = AnswerWriter(export)
     set_seed(arguments.seed)

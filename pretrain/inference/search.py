@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import atomic_path, read_json, sha256_file
+from pretrain.imports import libraries
 from pretrain.inference.export_folder import JEPA, find_export
 from pretrain.inference.generate import read_views
-from pretrain.silence import silence_libraries
 from pretrain.tasks.options import parse_source
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def _search(arguments: argparse.Namespace) -> None:
     query_view, view = _views(export, arguments.query_view, arguments.view)
     queries = _queries(arguments, export, query_view)
 
-    silence_libraries()
-    from pretrain.evaluation.embed import Embedder
+    with libraries():
+        from pretrain.evaluation.embed import Embedder
 
     embedder = Embedder(export)
     if not embedder.has_pairs:

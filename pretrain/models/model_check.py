@@ -7,16 +7,19 @@ large, so a leak is far above the rounding errors.
 """
 
 import functools
+import hashlib
 import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig
+from transformers import __version__ as VERSION
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +28,7 @@ from pretrain.models.attention import attention_mask, resolve_attention
 from pretrain.models.language_model import LanguageModel, one_line
 from pretrain.models.structure import decoder_layers, model_class
 from pretrain.models.tiny_config import ROW, VOCABULARY, tiny_config
+from pretrain.user_cache import read_cached, write_cached
 
 K = 2
 """Number of predictor tokens."""
@@ -34,6 +38,8 @@ RECORDS = (((9, 7), (3, 8)), ((4, 6), (8, 5)))
 """Lengths of the context and the target of each record, by row."""
 RECORDING = "check_of_packed_rows"
 """Name of an attention kernel that records its mask."""
+PASSED = "passed"
+"""Value in the user's cache for a model that passed the check."""
 EXPERTS = ("expert", "router", "moe", "mixtureof")
 """Parts of the names of module classes in a mixture of experts."""
 
@@ -71,13 +77,31 @@ def check_model(config: PretrainedConfig, attention: str, where: str) -> None:
 
     `attention` is the setting model.attention. FlexAttention has no backward pass on CPU, so the check uses SDPA or
     eager attention instead of it. The message starts with `where`. The check takes about a second, and does not change
-    the state of torch's random number generators.
+    the state of torch's random number generators. A model that passed is not checked again: the user's cache lists it.
     """
     kernel = attention if attention in ("sdpa", "eager") else "auto"
     config_class: Any = type(config)
-    problem = find_problem(config_class, json.dumps(config.to_dict(), sort_keys=True, default=str), kernel)
+    values = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = _cache_key(config_class, values, kernel)
+    name = f"model-check-{key}.json"
+    if read_cached(name, key) == PASSED:
+        return
+    problem = find_problem(config_class, values, kernel)
     if problem is not None:
         raise UserError(f"{where}: {config.model_type} is not supported, because {problem}; see docs/models.md")
+    write_cached(name, key, PASSED)
+
+
+def _cache_key(config_class: type[PretrainedConfig], values: str, kernel: str) -> str:
+    """Return a hash of everything that decides the check: the configuration, the libraries, and the code of the model.
+
+    The code is this package and the files next to the class of the configuration.
+    """
+    key = hashlib.sha256(repr((config_class.__name__, values, kernel, torch.__version__, VERSION)).encode())
+    folders = [Path(__file__).parent, Path(inspect.getfile(config_class)).parent]
+    for path in sorted({path for folder in folders for path in folder.glob("*.py")}):
+        key.update(path.read_bytes())
+    return key.hexdigest()
 
 
 @functools.cache

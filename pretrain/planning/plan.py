@@ -20,7 +20,7 @@ from data_prep.layout import Layout, make_layout
 from data_prep.tokenizer import Tokenizer, import_tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
-from pretrain.data.loader import Consumed, Loader, Packing, Unit, count_pairs, loss_denominators
+from pretrain.data.loader import Consumed, Loader, Packing, Rows, Unit, count_pairs, loss_denominators
 from pretrain.data.order import Order
 from pretrain.models.hidden_matrices import hidden_matrices
 from pretrain.models.language_model import LanguageModel, special_ids
@@ -281,24 +281,25 @@ def _sample_steps(
     The names of a Stream's counts in the layout `plain` have the prefix PLAIN, and the names of loss terms TERM.
     """
     layout = loader.layout
-    sums: Counter[str] = Counter()
+    steps: list[Rows] = []
     for window in windows:
         loader.load_state({"epoch": 0, "window": window, "row": 0})
         while (loader.epoch, loader.window) == (0, window):
             rows = loader.next_rows(rows_per_step)
-            if loader.exhausted and sums["steps"]:
+            if loader.exhausted and steps:
                 break  # the last step of a run is skipped, because it is not full
-            sums.update(
-                steps=1,
-                records=len(rows.records),
-                tokens=int(rows.lengths.sum()),
-                pairs=count_pairs(rows, layout),
-            )
-            sums.update(count_stream(layout, rows.lengths, rows.segment_lengths))
-            without_pairs = count_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired))
-            sums.update({PLAIN + name: count for name, count in without_pairs.items()})
-            sums.update({TERM + name: count for name, count in loss_denominators(rows, layout, units).items()})
-    return sums
+            steps.append(rows)
+    rows = Rows.join(steps, len(steps) * rows_per_step)  # counting all steps at once is faster
+    without_pairs = count_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired))
+    return Counter(
+        steps=len(steps),
+        records=len(rows.records),
+        tokens=int(rows.lengths.sum()),
+        pairs=count_pairs(rows, layout),
+        **count_stream(layout, rows.lengths, rows.segment_lengths),
+        **{PLAIN + name: count for name, count in without_pairs.items()},
+        **{TERM + name: count for name, count in loss_denominators(rows, layout, units).items()},
+    )
 
 
 def _step_at(level: float, lowest: float, highest: float, samples: list[Counter[str]]) -> dict[str, float]:

@@ -4,10 +4,9 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus, was_trained_on
-from pretrain.imports import import_deepspeed
+from pretrain.imports import libraries
 from pretrain.report.runs import Run
 from pretrain.run_folder import MODEL_DIR
-from pretrain.silence import silence_libraries
 
 
 def flops_per_token(run: Run) -> float:
@@ -18,9 +17,8 @@ def flops_per_token(run: Run) -> float:
     """
     config = load_config(run.folder / "config.yaml")
     corpus = open_corpus(run, config, "train")
-    silence_libraries()
-    import_deepspeed()
-    from pretrain.planning.plan import make_plan
+    with libraries():
+        from pretrain.planning.plan import make_plan
 
     plan = make_plan(config, corpus)
     return plan.flops / plan.step.tokens

@@ -8,10 +8,10 @@ import numpy as np
 from data_prep.utils.console import UserError
 from pretrain.config import load_config
 from pretrain.data.loader import Rows, draw_random_bits, plan_rows
+from pretrain.imports import libraries
 from pretrain.report.cost import open_corpus
 from pretrain.report.runs import Run
 from pretrain.run_folder import list_steps, step_name
-from pretrain.silence import silence_libraries
 
 PAIRS = 150
 """Maximum number of pairs in a picture."""
@@ -73,13 +73,13 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     if len(config.data.views) < 2:
         raise UserError("the records have only one view")
     corpus = open_corpus(run, config, "validation")
-    silence_libraries()
-    import torch  # imported late, like everything that imports it: a report without exports does not need it
+    with libraries():  # late, because a report without exports does not need them
+        import torch
 
-    from pretrain.data.batch import micro_batches
-    from pretrain.models.export import load_language_model, load_objective
-    from pretrain.models.language_model import special_ids
-    from pretrain.objectives.pool import select_pair_embeddings
+        from pretrain.data.batch import micro_batches
+        from pretrain.models.export import load_language_model, load_objective
+        from pretrain.models.language_model import special_ids
+        from pretrain.objectives.pool import select_pair_embeddings
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     export = run.folder / "export" / step_name(steps[-1])

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.utils.console import UserError, exit_on_user_error, ignore_output_errors
 from data_prep.utils.files import try_lock
-from pretrain.imports import import_deepspeed, import_transformers
+from pretrain.imports import libraries
 from pretrain.studies.config import Study, load_study
 
 
@@ -51,15 +51,14 @@ def _main(launcher_dir: Path, arguments: argparse.Namespace) -> None:
 
 
 def _show(study: Study) -> None:
-    import_deepspeed()
-    import_transformers()
-    from pretrain.studies.corpora import assign_corpora, is_prepared
-    from pretrain.studies.matching import Matching, load_base_config
-    from pretrain.studies.plan import print_plan
-    from pretrain.studies.power import use_decision
-    from pretrain.studies.record import StudyRecord
-    from pretrain.studies.speeds import read_ratios
-    from pretrain.studies.tuning import describe
+    with libraries():
+        from pretrain.studies.corpora import assign_corpora, is_prepared
+        from pretrain.studies.matching import Matching, load_base_config
+        from pretrain.studies.plan import print_plan
+        from pretrain.studies.power import use_decision
+        from pretrain.studies.record import StudyRecord
+        from pretrain.studies.speeds import read_ratios
+        from pretrain.studies.tuning import describe
 
     overrides, corpora = assign_corpora(study, load_base_config(study))
     missing = [corpus.data.path for corpus in corpora if not is_prepared(corpus)]
@@ -79,18 +78,17 @@ def _show(study: Study) -> None:
 
 
 def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
-    import_deepspeed()
-    import_transformers()
-    from pretrain.studies.calibration import calibrate
-    from pretrain.studies.corpora import assign_corpora, prepare_corpus
-    from pretrain.studies.matching import Matching, load_base_config
-    from pretrain.studies.plan import check_runs, make_runs, print_outcome, print_plan
-    from pretrain.studies.power import decide, use_decision
-    from pretrain.studies.processes import ProcessRunner
-    from pretrain.studies.record import Run, StudyRecord
-    from pretrain.studies.runner import EXIT_CODE_STOPPED, check_metric, is_done, run_locally, save_records
-    from pretrain.studies.slurm import submit_runs
-    from pretrain.studies.tuning import Tuning, with_best_values
+    with libraries():
+        from pretrain.studies.calibration import calibrate
+        from pretrain.studies.corpora import assign_corpora, prepare_corpus
+        from pretrain.studies.matching import Matching, load_base_config
+        from pretrain.studies.plan import check_runs, make_runs, print_outcome, print_plan
+        from pretrain.studies.power import decide, use_decision
+        from pretrain.studies.processes import ProcessRunner
+        from pretrain.studies.record import Run, StudyRecord
+        from pretrain.studies.runner import EXIT_CODE_STOPPED, check_metric, is_done, run_locally, save_records
+        from pretrain.studies.slurm import submit_runs
+        from pretrain.studies.tuning import Tuning, with_best_values
 
     overrides, corpora = assign_corpora(study, load_base_config(study))
     for corpus in corpora:

@@ -4,19 +4,17 @@ It imports slow packages late, so an error in the configuration is reported imme
 """
 
 import argparse
-import gc
 import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.utils.console import UserError, exit_on_user_error, file_system_error, ignore_output_errors, report
 from data_prep.utils.launch_env import is_silent_rank
 from pretrain.config import RunConfig, load_config
-from pretrain.imports import fast_imports, import_deepspeed, import_transformers
+from pretrain.imports import libraries
 from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import Stopped, StopRequest
@@ -58,10 +56,8 @@ def main() -> None:
 
 def plan(config: RunConfig) -> None:
     """Print the resource estimate of the run."""
-    with fast_imports():
-        _import_libraries()
+    with libraries():
         from pretrain.training.dry_run import dry_run
-    gc.freeze()  # later collections skip what has been imported
 
     dry_run(config)
 
@@ -87,8 +83,7 @@ def run_and_leave_group(config: RunConfig) -> None:
 def run(config: RunConfig) -> None:
     """Train according to the configuration; exit with EXIT_CODE_STOPPED if the run stops before its end."""
     stop = StopRequest()  # from here on a signal is stored until all ranks can act on it together
-    with fast_imports():
-        _import_libraries()
+    with libraries(compiles=config.train.compile):
         from pretrain.training.distributed import RendezvousError, init_world
 
     try:
@@ -105,10 +100,9 @@ def run(config: RunConfig) -> None:
 
 
 def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -> None:
-    with fast_imports():
+    with libraries(compiles=config.train.compile):
         from pretrain.training.first_error import report_first_error
         from pretrain.training.setup import RunLock, set_up
-    gc.freeze()  # later collections skip what has been imported
 
     trainer = None
     lock = RunLock(config.run_dir)
@@ -166,17 +160,3 @@ def _exit_with_error(world: "World", error: UserError) -> NoReturn:
         time.sleep(ABORT_GRACE_SECONDS if mpi else 0)
         os._exit(2)  # skips teardown, because gloo aborts a process that is torn down after its peers
     sys.exit(2)
-
-
-def _silence_libraries() -> None:
-    """Silence the messages that the libraries print at startup."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _import_libraries() -> None:
-    """Import the large packages without the parts that are not needed."""
-    _silence_libraries()
-    import_deepspeed()
-    import_transformers()

@@ -35,6 +35,34 @@ def test_other_families_pass(family):
     check_model(AutoConfig.for_model(family), "auto", "model.family")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Make the user's cache an empty folder and return it, because a model that passed is not checked again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "jepa-pretrain"
+
+
+def test_a_model_that_passed_is_not_checked_again_by_another_process(tokenizer, cache):
+    def check(width):
+        config = build_model_config("llama", read("llama_tiny") | {"hidden_size": width}, tokenizer, 64)
+        find_problem.cache_clear()  # as in another process
+        check_model(config, "auto", "x")
+        return find_problem.cache_info().misses
+
+    assert [check(32), check(32), check(64)] == [1, 0, 1]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_model_that_failed_is_checked_again(tokenizer, cache):
+    config = AutoConfig.for_model("mixtral")
+    for _ in range(2):
+        find_problem.cache_clear()
+        with pytest.raises(UserError, match="mixture of experts"):
+            check_model(config, "auto", "x")
+        assert find_problem.cache_info().misses == 1
+    assert not cache.exists()
+
+
 def test_a_check_of_the_same_model_is_made_once(tokenizer):
     config = build_model_config("llama", read("llama_tiny") | {"hidden_size": 96}, tokenizer, 64)
     check_model(config, "auto", "x")
