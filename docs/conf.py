@@ -1,5 +1,6 @@
 """Settings of the documentation site, which `make docs` builds."""
 
+import json
 import re
 import shutil
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 from astroid.astroid_manager import MANAGER
 from astroid.manager import AstroidManager
 from docutils import nodes
+from myst_parser.parsers.sphinx_ import MystParser
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
@@ -20,6 +22,7 @@ html_title = "Pretraining with LLM-JEPA"
 html_theme = "furo"
 html_extra_path = ["site"]
 html_copy_source = False
+html_show_copyright = False
 extensions = ["myst_parser", "autoapi.extension"]
 
 # The repository is the source folder, so links between its pages are the same on the site.
@@ -50,8 +53,37 @@ class OtherModules(set[str]):
 AstroidManager.brain["module_denylist"] = MANAGER.module_denylist = OtherModules()
 
 
+class NotebookParser(MystParser):
+    """A parser that reads a notebook as the Markdown of its cells, with the outputs that are stored in it."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: nodes.document) -> None:
+        """Parse the text of a notebook."""
+        super().parse("\n\n".join(map(cell_markdown, json.loads(inputstring)["cells"])), document)
+
+
+def cell_markdown(cell: dict[str, Any]) -> str:
+    """Return a cell of a notebook and its outputs, which are texts, Markdown and PNG images, as Markdown."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return source
+    parts = [f"```python\n{source}\n```"]
+    for output in cell["outputs"]:
+        data = output.get("data", {"text/plain": output.get("text", "")})
+        if "image/png" in data:
+            parts.append(f"![plots](data:image/png;base64,{''.join(data['image/png'].split())})")
+        elif "text/markdown" in data:  # its headings would be sections of the page
+            parts.append(re.sub(r"^#+ (.*)$", r"**\1**", "".join(data["text/markdown"]), flags=re.MULTILINE))
+        else:
+            parts.append(f"`````text\n{''.join(data['text/plain']).strip()}\n`````")
+    return "\n\n".join(parts)
+
+
 def setup(app: Sphinx) -> None:
-    """Register the functions below."""
+    """Register the parser of notebooks and the functions below."""
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(NotebookParser)
     app.connect("autodoc-process-docstring", rewrite_docstring)
     app.connect("doctree-read", resolve_links, priority=0)  # before Sphinx collects downloads
     app.connect("html-page-context", collapse_sidebar, priority=0)  # before the theme makes the sidebar

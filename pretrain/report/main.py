@@ -56,8 +56,8 @@ def _report(arguments: argparse.Namespace) -> None:
     from pretrain.report.page import html, markdown
     from pretrain.report.summary import summarize
 
-    first = arguments.paths[0].resolve()
-    folder = (arguments.output or (first if len(arguments.paths) == 1 else first.parent)).resolve()
+    first = arguments.paths[0]
+    folder = arguments.output or (first if len(arguments.paths) == 1 else first.resolve().parent)
     logger.info("counting FLOPs")
     summaries = summarize(comparison)
     table, page = markdown(summaries), html(summaries)
