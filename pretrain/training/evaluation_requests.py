@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOWEST_PRIORITY = "19"
+"""Niceness of background jobs. With 10, an evaluation on the cores of two ranks halved their speed: whenever one rank
+loses its core for a moment, the other one waits for it."""
 SUPERVISED_VARIABLE = "JEPA_SUPERVISED"
 """Environment variable by which launcher/supervise.py recognises the processes of a run, which it ends with the run."""
 LAUNCHER_VARIABLES = (
@@ -113,14 +116,14 @@ def start_evaluations(run_dir: Path, device: str) -> None:
 
 
 def start_detached(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
-    """Start Python with low priority as a process that survives this one; its output is added to log.txt in `folder`.
+    """Start Python with the lowest priority as a process that survives this one.
 
-    Raises OSError if the log cannot be written.
+    Its output is added to log.txt in `folder`. Raises OSError if the log cannot be written.
     """
     folder.mkdir(exist_ok=True)
     with open(folder / "log.txt", "a") as log:
         subprocess.run(
-            ["setsid", "--fork", "nice", sys.executable, *arguments],
+            ["setsid", "--fork", "nice", "-n", LOWEST_PRIORITY, sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
