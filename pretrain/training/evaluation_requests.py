@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOWEST_PRIORITY = "19"
-"""Niceness of background jobs. With 10, an evaluation on the cores of two ranks halved their speed: whenever one rank
-loses its core for a moment, the other one waits for it."""
+LOWEST_PRIORITY = '{ echo 19 > /proc/self/autogroup; } 2>/dev/null; exec nice -n 19 "$@"'
+"""Shell command that runs its arguments with the lowest priority.
+
+On Linux with autogroups, a niceness counts only among the processes of one session, and sessions have a niceness too.
+Without the second one, an evaluation on the cores of two ranks halved their speed: whenever one rank loses its core for
+a moment, the other one waits for it.
+"""
 SUPERVISED_VARIABLE = "JEPA_SUPERVISED"
 """Environment variable by which launcher/supervise.py recognises the processes of a run, which it ends with the run."""
 LAUNCHER_VARIABLES = (
@@ -123,7 +127,7 @@ def start_detached(arguments: list[str], folder: Path, environment: dict[str, st
     folder.mkdir(exist_ok=True)
     with open(folder / "log.txt", "a") as log:
         subprocess.run(
-            ["setsid", "--fork", "nice", "-n", LOWEST_PRIORITY, sys.executable, *arguments],
+            ["setsid", "--fork", "sh", "-c", LOWEST_PRIORITY, "sh", sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -1,5 +1,8 @@
 """Pending and finished evaluations: the key of a result, and the pins of checkpoints."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from data_prep.utils.console import UserError
@@ -9,8 +12,9 @@ from pretrain.evaluation.results import append_result, read_results, result_key
 from pretrain.evaluation.watch import CheckpointWatcher
 from pretrain.run_folder import PINS, step_name
 from pretrain.tasks.options import TaskConfig
-from pretrain.training.evaluation_requests import request_evaluation, requested_evaluations
+from pretrain.training.evaluation_requests import request_evaluation, requested_evaluations, start_detached
 from tests.commands import tiny_config, write_config
+from tests.processes import wait_for
 
 
 @pytest.fixture
@@ -86,3 +90,13 @@ def test_a_watcher_pins_the_steps_that_the_run_evaluates_and_the_last_step_of_a_
     assert watcher.pinned() == [20, 25]
     watcher.settled.add(20)
     assert watcher.pinned() == [25]
+
+
+def test_a_background_job_has_the_lowest_priority_in_its_session_and_among_sessions(tmp_path):
+    has_autogroups = Path("/proc/self/autogroup").exists()
+    group = 'open("/proc/self/autogroup").read()' if has_autogroups else '"no autogroups"'
+    start_detached(["-c", f"import os; print(os.nice(0), {group})"], tmp_path, dict(os.environ))
+    log = tmp_path / "log.txt"
+    wait_for(lambda: log.read_text().endswith("\n"))
+    priority, *words = log.read_text().split()
+    assert priority == "19" and words[-2:] == (["nice", "19"] if has_autogroups else ["no", "autogroups"])
