@@ -23,6 +23,8 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
             "model.lora needs the package peft, which is not installed; "
             "run pip install '.[lora]' in the project's folder"
         ) from None
+    import torch.distributed.tensor  # noqa: F401  # peft uses it without importing it
+
     transformer = model.transformer
     layer_names = sorted(
         {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}

@@ -81,7 +81,7 @@ FINETUNINGS = {
         "finetune.learning_rate: Input should be greater than 0",
     ),
     "two budgets": ({"finetune": {"epochs": 2, "steps": 5}}, "finetune: the budget must be exactly one of"),
-    "no budget": ({"finetune": {"epochs": None}}, "finetune: the budget must be exactly one of"),
+    "no budget": ({"finetune": {"epochs": None}}, "finetune: there is no budget: set one of"),
     "a key of a different schedule": (
         {"finetune": {"decay_fraction": 0.5}},
         "finetune: decay_fraction has an effect with schedule=warmup_stable_decay only",
