@@ -103,3 +103,4 @@ def test_the_file_describes_the_step_until_the_work_ends(immediate, tmp_path):
 def test_a_folder_that_cannot_be_written_ends_no_step(immediate, tmp_path):
     with saved_progress(tmp_path / "missing" / "progress", "evaluating"), Progress("scoring", 2) as step:
         step.update(1)
+    assert step.done == 1 and not (tmp_path / "missing").exists()
