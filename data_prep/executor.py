@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from data_prep.progress import Progress
+from data_prep.phase_progress import PhaseProgress
 from data_prep.utils.console import INTERRUPTED_EXIT_CODE, UserError
 
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ class Executor(Protocol):
     def run_on_all(self, action: Callable[[], Result]) -> Result:
         """Run `action` in every process. If any process fails, all of them raise its error."""
 
-    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
+    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: PhaseProgress) -> None:
         """Run all tasks, and finally raise the first UserError, if any."""
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class LocalExecutor:
 
     run_on_all = run_on_main
 
-    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
+    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: PhaseProgress) -> None:
         """Run all tasks in worker processes, and finally raise the first UserError, if any."""
         errors: dict[int, UserError] = {}
         try:
@@ -163,7 +163,7 @@ class MpiExecutor:
         self._share((None, next((error for error in errors if error), None)) if self.is_main else None)
         return result
 
-    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
+    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: PhaseProgress) -> None:
         """Run all tasks on all ranks, and finally raise the first UserError, if any."""
         errors: dict[int, Failure] = {}
         finished = 0

@@ -26,7 +26,7 @@ from data_prep.encode import encode_unit, kept_records, shard_report
 from data_prep.executor import Executor, LocalExecutor, Task
 from data_prep.holdout import find_frequent_targets, load_frequent_targets, split_function
 from data_prep.manifest import Manifest, build_manifest, check_not_empty, drop_summary, summary, summary_line
-from data_prep.progress import Progress
+from data_prep.phase_progress import PhaseProgress
 from data_prep.scan import fingerprint_file, scan_report, scan_unit, target_file
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.contamination import OVERLAP_LETTERS
@@ -239,7 +239,7 @@ class _Preparation:
         todo = [task for number, task in enumerate(tasks.values()) if number in missing]
         if todo:
             logger.info(f"{title} {len(todo):,} of {len(tasks):,} {what} in {self.executor.description}")
-        self.executor.run(function, todo, Progress(title, sum(task.size for task in todo)))
+        self.executor.run(function, todo, PhaseProgress(title, sum(task.size for task in todo)))
 
     def _decide_holdout(self) -> None:
         for source, count in enumerate(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_prep import executor as executor_module
 from data_prep.executor import MpiExecutor, Task
-from data_prep.progress import Progress
+from data_prep.phase_progress import PhaseProgress
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.launch_env import find_mpi
 
@@ -25,8 +25,8 @@ def write_to_full_disk(number: int) -> int:
     raise OSError(28, "No space left on device", "shard")
 
 
-def run(function, count: int) -> Progress:
-    progress = Progress("working", count)
+def run(function, count: int) -> PhaseProgress:
+    progress = PhaseProgress("working", count)
     executor.run(function, [Task((number,), 1) for number in range(count)], progress)
     return progress
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.executor import LocalExecutor, Task
-from data_prep.progress import Progress
+from data_prep.phase_progress import PhaseProgress
 from data_prep.utils.console import UserError
 from tests.data_prep.conftest import MPIRUN, needs_mpi
 from tests.processes import TIMEOUT
@@ -84,7 +84,7 @@ def fail_at_odd_numbers(number: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_local_workers_complete_the_other_units_after_an_error(workers):
-    progress = Progress("working", 7)
+    progress = PhaseProgress("working", 7)
     executor = LocalExecutor(workers)
     with pytest.raises(UserError, match=r"unit 1 is bad \(2 more units failed\)"):
         executor.run(fail_at_odd_numbers, [Task((number,), 1) for number in range(7)], progress)
@@ -93,8 +93,8 @@ def test_local_workers_complete_the_other_units_after_an_error(workers):
 
 
 def test_a_log_line_shows_progress_and_the_time_left(monkeypatch, messages):
-    monkeypatch.setattr(Progress, "LINE_SECONDS", 0)
-    progress = Progress("tokenizing", 4_000_000)
+    monkeypatch.setattr(PhaseProgress, "LINE_SECONDS", 0)
+    progress = PhaseProgress("tokenizing", 4_000_000)
     progress.started -= 10
     with progress:
         progress.add(1_000_000, 500)

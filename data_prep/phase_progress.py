@@ -1,9 +1,9 @@
 """Progress of a phase of the preparation, in bytes and records."""
 
-from data_prep.utils import progress
+from data_prep.utils.progress import Progress
 
 
-class Progress(progress.Progress):
+class PhaseProgress(Progress):
     """Progress of one phase: processed bytes and records of all processes."""
 
     LINE_SECONDS = 60.0
