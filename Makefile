@@ -13,6 +13,9 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --disable-pip-version-check
+# Python compiles the modules that are imported. Here, pip would compile all, which takes longer than their installation.
+demo test test-all check: export PIP_COMPILE := 0
+unexport PYTHONDONTWRITEBYTECODE
 TORCH := $(VENV)/.torch
 PROJECT := $(VENV)/.project
 PACKAGES := $(VENV)/.packages

@@ -91,7 +91,8 @@ def _import_transformers() -> None:
         import_utils.is_sklearn_available()
         with mock.patch.object(torch.distributed, "is_available", return_value=False):
             import_utils.is_torch_distributed_available()
-        import transformers.models  # noqa: F401
+        import transformers.models
+        import transformers.processing_utils  # noqa: F401  # makes the lists once more
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -73,7 +73,7 @@ STARTUP_PACKAGES = {
 PREPARATION = CONFIGURATION | PYARROW | {"google", "sentencepiece", "tokenizers", "tqdm"}
 """Third-party packages for preparing and verifying a corpus."""
 TORCH = {"dill", "functorch", "mpmath", "sympy", "torch", "torchgen", "triton"}
-"""torch, and the packages that it loads to build modules on the meta device."""
+"""torch, and the packages that it loads if parameters are initialised on the meta device."""
 DEEPSPEED = {"deepspeed", "einops", "hjson", "msgpack", "packaging", "psutil", "tqdm"}
 TRANSFORMERS = {
     "PIL",
@@ -103,7 +103,7 @@ PIL and jinja2 come with chat templates, colorama and tabulate with tables.
 """
 TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
 RANK = CONFIGURATION | PYARROW | {"sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
-PLAN = RANK - TENSORBOARD | {"google"}
+PLAN = RANK - TENSORBOARD - {"mpmath", "sympy"} | {"google"}
 """Third-party packages of a dry run."""
 UNNEEDED = {
     "mlflow",

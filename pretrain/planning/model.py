@@ -1,7 +1,12 @@
 """The model of a run: its Hugging Face configuration, and the model without values."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from accelerate import init_empty_weights
 from transformers import PretrainedConfig
+from transformers.initialization import no_init_weights
 
 from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
@@ -48,17 +53,27 @@ def check_model_fits_corpus(config: RunConfig, model: LanguageModel, tokenizer: 
         )
 
 
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Create parameters on the meta device and skip their initialisation.
+
+    Within `torch.device("meta")`, torch would import sympy, because it computes the shape of some results in Python.
+    """
+    with init_empty_weights(), no_init_weights():
+        yield
+
+
 def meta_model(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
-    """Return the model on the meta device. Raises UserError if it does not fit the corpus."""
+    """Return the model with its parameters on the meta device. Raises UserError if it does not fit the corpus."""
     attention = "eager"  # supported by every family; nothing is computed
     shape = resolve_hf_config(config, tokenizer, resuming=bool(list_steps(config.run_dir / "checkpoints")))
     if config.model.init_from is None:
         resolve_attention(
             config.model.attention, torch.device("cuda"), shape
         )  # rejects settings that no device supports
-        with torch.device("meta"):
+        with without_values():
             return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
-    with torch.device("meta"):
+    with without_values():
         model = LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     check_model_fits_corpus(config, model, tokenizer)
     return model

@@ -29,7 +29,7 @@ from pretrain.objectives.base import Objective, build_objective
 from pretrain.planning.budget import consumed_fraction
 from pretrain.planning.flops import Parameters, count_parameters, muon_flops
 from pretrain.planning.memory import layer_widths
-from pretrain.planning.model import meta_model
+from pretrain.planning.model import meta_model, without_values
 from pretrain.planning.settings import check_zero_options, engine_settings
 
 RANKS = (1, 8, 64)
@@ -171,7 +171,7 @@ def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
     model = meta_model(config, tokenizer)
-    with torch.device("meta"):
+    with without_values():
         objective = build_objective(config.objective, model.shape)
     units = objective.units
     step = _planned_step(config, corpus, tokenizer, model, units) if corpus else _largest_step(config, units)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pretrain.imports import libraries
 with libraries():
     import transformers
+import transformers.processing_utils
 from transformers.utils import import_utils as utils
 function = utils.create_import_structure_from_path
 misses = function.cache_info().misses
