@@ -62,7 +62,7 @@ def main() -> None:
             "--master_port",
             str(_free_port()),
             "--log_level",
-            "warning",
+            "error",
             "launcher/run.py",
             CONFIG,
             *overrides,

@@ -250,9 +250,9 @@ def _replace_alternatives(train: Any, overrides: Sequence[str]) -> None:
         set_keys = [key for key in alternatives if train.get(key) is not None]
         overridden = [key for key in set_keys if f"train.{key}" in named]
         for key in set_keys:
-            if len(overridden) == 1 and key not in overridden:
-                (new,) = overridden
-                logger.info(f"note: train.{new}={train[new]} replaces train.{key}={train[key]} of the configuration")
+            if overridden and key not in overridden:
+                new = ", ".join(f"train.{name}={train[name]}" for name in overridden)
+                logger.info(f"note: {new} replaces train.{key}={train[key]} of the configuration")
                 del train[key]
 
 
