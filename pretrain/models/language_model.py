@@ -286,8 +286,8 @@ class LanguageModel(nn.Module):
         return torch.where(predicting[..., None], predictor.to(embedded.dtype), embedded)
 
 
-def random_causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> nn.Module:
-    """Return a model with the family's own random initialisation, from torch's generator.
+def random_causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> Any:
+    """Return a PreTrainedModel with the family's own random initialisation, from torch's generator.
 
     It uses `from_config` rather than the constructor: under ZeRO-3 `from_config` gathers every parameter before
     initialising it, so the weights are the same on any number of ranks.

@@ -1,10 +1,11 @@
 """The model of a run: its Hugging Face configuration, and the model without values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 
@@ -53,27 +54,41 @@ def check_model_fits_corpus(config: RunConfig, model: LanguageModel, tokenizer: 
         )
 
 
+class EmptyOnMeta(TorchFunctionMode):
+    """A mode in which `torch.empty` creates tensors on the meta device unless it is passed another one."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Create parameters on the meta device and skip their initialisation.
+    """Create weights on the meta device and initialise nothing.
 
-    Within `torch.device("meta")`, torch would import sympy, because it computes the shape of some results in Python.
+    `torch.device("meta")` would apply to `torch.arange` too. On the meta device, torch computes its shape in Python and
+    imports sympy.
     """
-    with init_empty_weights(), no_init_weights():
+    with EmptyOnMeta(), no_init_weights():
         yield
 
 
 def meta_model(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
-    """Return the model with its parameters on the meta device. Raises UserError if it does not fit the corpus."""
+    """Return the model with its weights on the meta device. Raises UserError if it does not fit the corpus."""
     attention = "eager"  # supported by every family; nothing is computed
     shape = resolve_hf_config(config, tokenizer, resuming=bool(list_steps(config.run_dir / "checkpoints")))
     if config.model.init_from is None:
         resolve_attention(
             config.model.attention, torch.device("cuda"), shape
         )  # rejects settings that no device supports
-        with without_values():
-            return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     with without_values():
-        model = LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
-    check_model_fits_corpus(config, model, tokenizer)
+        causal_lm = random_causal_lm(shape, attention, torch.float32)
+        causal_lm.tie_weights()  # a part of the initialisation
+        model = LanguageModel(causal_lm, config.predictor_tokens, attention)
+    if config.model.init_from is not None:
+        check_model_fits_corpus(config, model, tokenizer)
     return model

@@ -43,7 +43,9 @@ def test_two_budgets_on_the_command_line_or_in_the_file_are_an_error(with_epochs
         (with_epochs, ["train.steps=50", "train.tokens=900"]),
         (write_config(tmp_path / "both", tiny_config(tmp_path, train__epochs=3)), []),
     ):
-        with pytest.raises(UserError, match=r"exactly one of steps, tokens, records and epochs, not steps and (tokens|epochs);"):
+        with pytest.raises(
+            UserError, match=r"exactly one of steps, tokens, records and epochs, not steps and (tokens|epochs);"
+        ):
             load_config(path, overrides)
     with pytest.raises(UserError, match="there is no budget: set one of steps, tokens, records and epochs"):
         load_config(with_epochs, ["train.epochs=null"])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile
 
 from pretrain.cluster.estimate import PROCESS_BYTES, estimate_resources
@@ -19,7 +20,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Consumed, Loader
 from pretrain.models import head
 from pretrain.models.attention import visibility_mask
-from pretrain.models.language_model import build_model_config, random_causal_lm, special_ids
+from pretrain.models.language_model import LanguageModel, build_model_config, random_causal_lm, special_ids
 from pretrain.models.lora import add_adapters
 from pretrain.objectives.base import ForwardPass, Objective, build_objective
 from pretrain.objectives.llm_jepa import LlmJepa
@@ -30,6 +31,7 @@ from pretrain.planning.plan import make_loader, make_plan
 from pretrain.sections import LoraConfig
 from pretrain.training.main import main
 from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.families import FAMILIES
 from tests.pretrain.evaluation.test_lora import WITHOUT_PEFT
 from tests.pretrain.training.test_launchers import INVALID_CONFIGS, write_invalid_config
 
@@ -325,6 +327,15 @@ def test_the_cost_of_pairs_is_averaged_over_the_epoch_not_over_its_first_window(
     assert (f"note: means of a step are over {planned} steps, spread evenly over the first epoch" in printed) == (
         window == 256
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_counts_the_parameters_of_every_family(folder, plan, family):
+    shape = yaml.safe_load((ROOT / "configs/models" / f"{family}_tiny.yaml").read_text())
+    config = build_model_config(family, shape, Corpus(folder / "corpus", "train").tokenizer, 128)
+    real = LanguageModel(random_causal_lm(config, "eager", torch.float32), 1, "eager")
+    rows = plan(model={"family": family, "shape": shape}, objective__predictor_tokens=1)
+    assert number(rows["total"][0]) == sum(parameter.numel() for parameter in real.parameters())
 
 
 @pytest.fixture(scope="module")
