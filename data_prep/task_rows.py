@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.config import HubSource, JsonSource
-from data_prep.sources import csv_rows, files, json_array
+from data_prep.sources import csv_rows, files, json_array, parquet
 from data_prep.sources.hub import as_user_error, open_rows
 from data_prep.sources.json_lines import SUFFIXES, parse
 from data_prep.sources.record import Piece, Record
@@ -171,7 +171,7 @@ def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Co
 
 
 def rows_of_file(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the unchanged rows of a JSON or CSV file, each with its location.
+    """Yield the unchanged rows of a JSON, CSV or Parquet file, each with its location.
 
     A row that cannot be read is a ValueError. If the rest of the file cannot be read, the last row is a
     CorruptFileError. Raises UserError if the file cannot be read at all.
@@ -180,6 +180,9 @@ def rows_of_file(path: str) -> Iterator[tuple[str, Any]]:
     piece = Piece(path, 0, size, size)
     if path.endswith(csv_rows.SUFFIXES):
         yield from ((f"{path}:{line}", row) for line, row in csv_rows.read_objects(piece))
+        return
+    if path.endswith(parquet.SUFFIXES):
+        yield from ((f"{path}:{number}", row) for number, row in parquet.read_objects(path))
         return
     try:
         with files.open_piece(piece) as file:

@@ -160,16 +160,17 @@ def _losses(metrics: list[dict[str, Any]], terms: list[str], prefix: str) -> str
 
 
 def _evaluations(run: Path) -> str:
-    """Return the first metric of the newest result, and the number of checkpoints that wait for an evaluation."""
+    """Return the first metric at the last evaluated step, and the number of checkpoints that wait for an evaluation."""
     parts = []
     results = run / "evaluation" / "results.jsonl"
     if results.exists():
         lines = [line for line in results.read_text(encoding="utf-8", errors="replace").split("\n") if line]
         try:
-            result = json.loads(lines[-1])
+            # an earlier checkpoint may have been evaluated again
+            result = max(map(json.loads, lines), key=lambda result: result["step"])
             name, value = next(iter(result["metrics"].items()))
             parts.append(f"{result['task']}/{name} {value:.3f} at {result['step']:,}")
-        except (ValueError, IndexError, KeyError, StopIteration, TypeError):
+        except (ValueError, KeyError, StopIteration, TypeError):
             parts.append("unreadable")
     pins = run / "checkpoints" / PINS
     if waiting := len([path for path in pins.iterdir() if "." not in path.name]) if pins.exists() else 0:

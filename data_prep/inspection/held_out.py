@@ -15,6 +15,9 @@ MOST_ROWS, FEWEST_ROWS = 500, 20
 """Largest and smallest number of test rows. With fewer rows, scores are too uncertain."""
 FRACTION, FRACTION_OF_FEW, FEW = 0.05, 0.1, 1000
 """Fraction of the rows that is held out, and the fraction if there are fewer than FEW."""
+SALT = b"test row:"
+"""Start of a hashed context. The preparation draws validation records by the hash of a text alone, which would otherwise
+choose the same rows."""
 BATCH = 4096
 """Number of records that are compared with the test contexts at a time."""
 
@@ -46,7 +49,7 @@ def hold_out(inspection: Inspection) -> HeldOut | None:
         views = [record.views for record in mapping.records(row, number)]
         complete = [texts for texts in views if texts is not None and all(texts)]
         if complete and len(complete) == len(views):
-            key = hashlib.sha256(complete[0][0].encode()).digest()
+            key = hashlib.sha256(SALT + complete[0][0].encode()).digest()
             groups[key].append(row)
             contexts[key] |= {text for texts in complete for text in (texts[:-1] or texts)}
     wanted = min(MOST_ROWS, round(len(rows) * (FRACTION if len(rows) >= FEW else FRACTION_OF_FEW)))

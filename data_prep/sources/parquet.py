@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,3 +97,13 @@ def opened(path: str) -> Iterator[pq.ParquetFile]:
 def _metadata(path: str, size: int, changed: int) -> pq.FileMetaData:
     """Return the footer of a file, cached because reading it is slow if there are thousands of row groups."""
     return pq.read_metadata(path)
+
+
+def read_objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a file with all their columns, each with its number from 1."""
+    number = 0
+    with opened(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row

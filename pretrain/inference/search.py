@@ -5,11 +5,12 @@ import json
 import logging
 import sys
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.utils.console import UserError, exit_on_user_error
-from data_prep.utils.files import atomic_path, read_json, sha256_file
+from data_prep.utils.files import atomic_path, read_json
 from pretrain.imports import libraries
 from pretrain.inference.export_folder import JEPA, find_export
 from pretrain.inference.generate import read_views
@@ -132,7 +133,7 @@ def _queries(arguments: argparse.Namespace, export: Path, view: int) -> list[str
 def open_index(export: Path, embedder: Any, file: str, view: int) -> Index:
     """Return the index of a view of the rows of a file; it is saved in the folder `index` of the export.
 
-    A saved index is used if the contents of the file are the same. Texts that do not fit into the positions of the
+    A saved index is used if the texts are the same. Texts that do not fit into the positions of the
     model are skipped with a note.
     """
     import numpy as np
@@ -141,9 +142,8 @@ def open_index(export: Path, embedder: Any, file: str, view: int) -> Index:
 
     texts = list(dict.fromkeys(read_views(file, export, "--index", view)))
     name = embedder.names[view]
-    data = Path(parse_source(file, "--index").path or "")
-    path = export / SEARCH_INDEX / f"{data.stem}-{name}.npz"
-    origin = {"view": name, "sha256": sha256_file(data) if data.is_file() else None, "texts": len(texts)}
+    path = export / SEARCH_INDEX / f"{Path(parse_source(file, '--index').path or '').stem}-{name}.npz"
+    origin = {"view": name, "sha256 of texts": sha256(json.dumps(texts).encode()).hexdigest()}
     saved = _read_index(path, origin)
     if saved is None:
         embeddings, fits = embedder.embed_view(view, texts)
@@ -163,11 +163,9 @@ def open_index(export: Path, embedder: Any, file: str, view: int) -> Index:
 
 
 def _read_index(path: Path, origin: dict[str, Any]) -> Index | None:
-    """Return a saved index; None if there is none, it is corrupt, or its contents come from other rows."""
+    """Return a saved index; None if there is none, it is corrupt, or it has a different origin."""
     import numpy as np
 
-    if origin["sha256"] is None:
-        return None
     try:
         with zipfile.ZipFile(path) as archive:
             if json.loads(archive.comment) != origin:

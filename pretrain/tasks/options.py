@@ -93,7 +93,7 @@ class RowTask(TaskConfig):
     """Options of a task with test rows."""
 
     test: LocalPath | TaskSource | None = None
-    """Rows to score: a file of JSON lines, or a source of type json or hub as in data.sources."""
+    """Rows to score: a JSON, CSV or Parquet file, or a source of type json or hub as in data.sources."""
 
     validation: LocalPath | TaskSource | None = None
     """Rows that decide the tuning of a study, like `test`; by default the validation split of the corpus."""

@@ -1,21 +1,29 @@
 """Generation, search and status on a real run: the commands as a user types them."""
 
+import itertools
 import json
 import os
+import pty
 import re
 import shlex
+import subprocess
+import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
+from pyarrow import parquet
 
-from data_prep.utils.console import UserError
+from data_prep.utils.console import UserError, duration
 from data_prep.utils.files import read_json_lines
 from pretrain.evaluation.embed import embed
 from pretrain.evaluation.generate import generate_answers
 from pretrain.inference.export_folder import find_export
+from pretrain.inference.generate import _TextPrinter
 from pretrain.inference.search import Index, unit
-from tests.commands import prepare_corpus, run_command, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, run_command, tiny_config, write_config
 
 GENERATE, SEARCH, STATUS = (["python", f"launcher/{name}.py"] for name in ("generate", "search", "status"))
 PROMPTS = ["lines with a vowel", "lines ending with the string dog", "a number before a letter"]
@@ -53,13 +61,46 @@ def test_prompts_are_answered_as_in_the_evaluation(run):
     assert [row["prompt"] for row in found] == PROMPTS and [row["answer"] for row in found] == expected
 
 
-def test_samples_depend_on_the_seed(run, pairs):
-    def sample(seed):
-        options = ["--file", str(pairs), "--sample", "--temperature", "2", "--seed", str(seed), "--max-new-tokens", "8"]
-        return run_command([*GENERATE, str(run), "--json", *options]).stdout.split("\n")[:-1]
+def test_samples_depend_on_the_seed_and_on_top_p(run, pairs):
+    def answers(*options, file=pairs):
+        words = ["--json", "--file", str(file), "--max-new-tokens", "8", *options]
+        return [json.loads(line) for line in run_command([*GENERATE, str(run), *words]).stdout.split("\n")[:-1]]
+
+    def sample(seed, top_p=1.0):
+        return answers("--sample", "--temperature", "2", "--seed", str(seed), "--top-p", str(top_p))
 
     first = sample(1)
     assert len(first) == 5 and first == sample(1) != sample(2)
+    parquet.write_table(pa.Table.from_pylist(read_json_lines(pairs)), pairs.with_suffix(".parquet"))
+    greedy = answers(file=pairs.with_suffix(".parquet"))
+    assert [answer["prompt"] for answer in greedy] == [row["text"] for row in read_json_lines(pairs)]
+    assert sample(1, top_p=1e-6) == greedy != first
+
+
+def test_an_answer_is_printed_while_it_is_generated(capsys):
+    """Characters of several tokens are printed when they are complete."""
+    printer = _TextPrinter(lambda ids: bytes(ids).decode(errors="replace"), eos_id=0)
+    printed = []
+    for tokens in ([7, 7], [97], [0xC3], [0xA9], [98], [0]):
+        printer.put(torch.tensor(tokens))
+        printed.append(capsys.readouterr().out)
+    assert printed == ["", "a", "", "é", "b", ""] and printer.printed == "aéb"
+
+
+def test_prompts_can_be_typed_in_a_terminal(run):
+    expected = [answer.text for answer in generate_answers(find_export(run), PROMPTS[:2], 12)]
+    terminal, stdin = pty.openpty()
+    os.write(terminal, "".join(f"{prompt}\n" for prompt in PROMPTS[:2]).encode() + b"\x04")
+    done = subprocess.run(
+        [sys.executable, "launcher/generate.py", str(run), "--max-new-tokens", "12"],
+        stdin=stdin,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    os.close(stdin), os.close(terminal)
+    assert done.stdout == "".join(f"> {answer}\n" for answer in expected) + "> "
 
 
 @pytest.mark.parametrize(
@@ -67,6 +108,7 @@ def test_samples_depend_on_the_seed(run, pairs):
     [
         (["nowhere", "x"], "nowhere is neither a run directory"),
         (["RUN", "x", "--top-p", "0.5"], "--top-p have an effect with --sample only"),
+        (["RUN", "x", "--temperature", "0.5"], "--temperature and --top-p have an effect with --sample only"),
         (["RUN", "x", "--sample", "--temperature", "0"], "--temperature is 0.0; it must be above 0"),
         (["RUN", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["RUN", "x", "--file", "FILE"], "give prompts or --file, not both"),
@@ -122,6 +164,17 @@ def test_the_columns_of_an_index_can_be_named(run, pairs, tmp_path):
         run_command([*SEARCH, str(run), "--index", index, "--json", *PROMPTS]).stdout for index in (source, str(pairs))
     )
     assert named == plain and json.loads(named.splitlines()[0])
+    other = run_command([*SEARCH, str(run), "--index", source.replace("code: regex", "code: nl"), "--json", "x"]).stdout
+    texts = {row["text"] for row in read_json_lines(pairs)}
+    assert {entry["text"] for entry in json.loads(other)["found"]} <= texts
+
+
+def test_the_queries_of_a_file_are_its_texts_of_the_query_view(run, pairs):
+    done = run_command([*SEARCH, str(run), "--index", str(pairs), "--file", str(pairs), "--json"])
+    rows = read_json_lines(pairs)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["query"] for result in results] == [row["text"] for row in rows]
+    assert {entry["text"] for result in results for entry in result["found"]} <= {row["code"] for row in rows}
 
 
 def test_a_view_can_be_searched_with_texts_of_the_same_view(run, pairs):
@@ -160,7 +213,7 @@ def test_the_state_of_runs_is_shown(run, tmp_path):
     cells = dict(zip(heads, line, strict=True))
     assert (cells["run"], cells["state"], cells["step"], cells["done"]) == ("run", "finished", "4", "100%")
     assert cells["checkpoint"] == "4" and cells["losses"].startswith("lm ") and "ago" in cells["changed"]
-    assert run_command([*STATUS, str(run)]).stdout.splitlines()[1:4][0] == out.splitlines()[1]
+    assert run_command([*STATUS, str(run)]).stdout.splitlines()[1].split() == out.splitlines()[1].split()
 
     for name, status, age in (("active", "running", 0), ("stuck", "running", 500), ("ended", "resumable", 500)):
         copy = tmp_path / "group" / name
@@ -169,6 +222,9 @@ def test_the_state_of_runs_is_shown(run, tmp_path):
         (copy / "status.json").write_text(json.dumps({"status": status, "step": 2, "reason": "disk" * (age > 0)}))
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
         (copy / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:20])  # the last line is being written
+        (copy / "evaluation").mkdir()
+        results = [{"task": "nl", "step": step, "metrics": {"exact": step / 8}} for step in (1, 3, 2)]
+        (copy / "evaluation" / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
         for file in copy.iterdir():
             os.utime(file, (time.time() - age,) * 2)
     out = run_command([*STATUS, str(tmp_path)]).stdout
@@ -178,7 +234,18 @@ def test_the_state_of_runs_is_shown(run, tmp_path):
         "ended": ["resumable", "2", "50%"],
         "stuck": ["silent", "2", "50%"],
     }
-    assert "stuck: disk" in out and "active:" not in out
+    assert "stuck: disk" in out and "active:" not in out and out.count("nl/exact 0.375 at 3") == 3
+    heads, active = (re.split(r"\s{2,}", out.splitlines()[line]) for line in (1, 3))
+    assert dict(zip(heads, active, strict=True))["left"] == duration(json.loads(lines[1])["seconds"])
+
+
+def test_the_table_of_runs_is_repeated(run):
+    command = [sys.executable, "launcher/status.py", str(run), "--watch", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        tables = itertools.islice((line for line in process.stdout if "finished" in line), 3)
+        assert len(list(tables)) == 3
+        process.terminate()
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["EMPTY"], ["EMPTY", "--watch", "0"]])
@@ -191,3 +258,10 @@ def test_a_run_without_checkpoint_has_no_export(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(UserError, match="has no checkpoint yet"):
         find_export(tmp_path)
+
+
+def test_a_run_stands_for_its_newest_export(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    for step in (9, 10, 2):
+        (tmp_path / "export" / f"step-{step:08}").mkdir(parents=True)
+    assert find_export(tmp_path).name == "step-00000010"

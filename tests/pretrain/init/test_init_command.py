@@ -138,6 +138,16 @@ def test_without_a_test_split_training_rows_are_held_out(tmp_path):
     assert done.returncode == 2 and "mine-test.jsonl exists" in done.stderr and not (tmp_path / "mine.yaml").exists()
 
 
+def test_test_rows_leave_the_validation_split_its_fraction(tmp_path):
+    """The preparation draws validation records of labels and of plain documents by the hash of the context, too."""
+    rows = [{"text": f"{text} in line {number}"} for number, (text, _) in enumerate(pairs(1000))]
+    _, values = init(write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "mine.yaml")
+    corpus = tmp_path / "corpus"
+    run_command(["python", "-m", "data_prep", str(tmp_path / "mine.yaml"), f"data.path={corpus}", "data.workers=1"])
+    expected = values["data"]["validation_fraction"] * len(rows)
+    assert len(Corpus(corpus, "validation")) == pytest.approx(expected, abs=4 * expected**0.5)
+
+
 def test_one_column_has_an_objective_without_pairs(tmp_path):
     data = write_lines(tmp_path / "rows.jsonl", [{"body": f"{a} the {b}"} for a, b in pairs(60)])
     _, values = init(data, tmp_path / "mine.yaml")
