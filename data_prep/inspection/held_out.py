@@ -16,8 +16,8 @@ MOST_ROWS, FEWEST_ROWS = 500, 20
 FRACTION, FRACTION_OF_FEW, FEW = 0.05, 0.1, 1000
 """Fraction of the rows that is held out, and the fraction if there are fewer than FEW."""
 SALT = b"test row:"
-"""Start of a hashed context. The preparation draws validation records by the hash of a text alone, which would otherwise
-choose the same rows."""
+"""Start of a hashed context. The preparation draws validation records by the hash of a text alone, which would choose
+the same rows."""
 BATCH = 4096
 """Number of records that are compared with the test contexts at a time."""
 

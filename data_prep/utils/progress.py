@@ -68,6 +68,8 @@ class Progress:
             return
         self.last_renewal = time.monotonic()
         text = self.describe(self.last_renewal - self.started, self.done + begun)
+        if begun:
+            text = f"{(self.done + begun) / self.total:.0%} of the work, {text}"
         if self.bar is not None:
             self.bar.n = self.done
             self.bar.set_postfix_str(text)

@@ -17,6 +17,10 @@ from pretrain.evaluation.workers import row_progress, shard_rows
 from pretrain.tasks.scoring import Answer
 
 BATCH = 128
+"""Largest number of rows of a batch."""
+BATCH_POSITIONS = 2**15
+"""Largest number of positions of a batch, with the room for new tokens. Larger caches of keys and values need much
+memory, and on a CPU most of the time: they are allocated anew for each token."""
 
 
 def generate_answers(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
@@ -130,6 +134,10 @@ def _batches(lengths: list[int], limit: int, max_new_tokens: int) -> Iterator[tu
     fitting = [index for index, length in enumerate(lengths) if length < limit]
     by_length = sorted(fitting, key=lengths.__getitem__)
     for room, group in itertools.groupby(by_length, key=lambda index: min(max_new_tokens, limit - lengths[index])):
-        indices = list(group)
-        for first in range(0, len(indices), BATCH):
-            yield room, indices[first : first + BATCH]
+        batch: list[int] = []
+        for index in group:
+            if len(batch) == BATCH or ((len(batch) + 1) * (lengths[index] + room) > BATCH_POSITIONS and batch):
+                yield room, batch
+                batch = []
+            batch.append(index)
+        yield room, batch

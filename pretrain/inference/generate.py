@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.config import task_source
 from data_prep.utils.console import UserError, exit_on_user_error
 from data_prep.utils.files import read_json
+from pretrain.config import load_config
 from pretrain.imports import libraries
 from pretrain.inference.export_folder import JEPA, find_export
 from pretrain.tasks.options import parse_source
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT = "> "
 """Text in front of the input line of an interactive session."""
+CUT_OFF = "cut off after {} tokens, or at the last position of the model"
 
 
 def main() -> None:
@@ -69,7 +72,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if len(prompts) == 1 and not arguments.json:
         _stream(writer, prompts[0], arguments.max_new_tokens, options)
         return
-    for prompt, answer in zip(prompts, writer.answer(prompts, arguments.max_new_tokens, **options), strict=True):
+    answers = list(writer.answer(prompts, arguments.max_new_tokens, **options))
+    for prompt, answer in zip(prompts, answers, strict=True):
         if not answer.fits:
             logger.warning(f"this prompt leaves no room for an answer in the positions of the model: {prompt[:80]!r}")
         if arguments.json:
@@ -77,6 +81,12 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(json.dumps(values, ensure_ascii=False))
         else:
             print(answer.text)
+    for count, what in (
+        (sum(answer.fits and not answer.text for answer in answers), "empty"),
+        (sum(answer.fits and not answer.stopped for answer in answers), CUT_OFF.format(arguments.max_new_tokens)),
+    ):
+        if count:
+            logger.info(f"note: {count:,} of {len(answers):,} answers are {what}")
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -100,16 +110,22 @@ def _prompts(arguments: argparse.Namespace, export: Path) -> list[str]:
     if arguments.prompts:
         return list(arguments.prompts)
     if arguments.file:
-        return read_views(arguments.file, export, "--file", view=0)
+        return read_views(arguments.file, arguments.model, export, "--file", view=0)
     return [line for line in sys.stdin.read().splitlines() if line.strip()]
 
 
-def read_views(file: str, export: Path, key: str, view: int) -> list[str]:
-    """Return the texts of one view of the rows of a file or source. Raises UserError for a row without the view."""
+def read_views(file: str, model: Path, export: Path, key: str, view: int) -> list[str]:
+    """Return the texts of one view of the rows of a file or source. Raises UserError for a row without the view.
+
+    `model` is the path that the user gave. For a run directory, a file may have the columns of its `data.sources`.
+    """
     from data_prep.task_rows import read_rows
 
     views = tuple(read_json(export / JEPA)["views"])
-    rows = read_rows(parse_source(file, key), views, key, allow_missing_views=True)
+    source = parse_source(file, key)
+    if not file.startswith("{") and (model / "config.yaml").is_file():
+        source = task_source(load_config(model / "config.yaml").data, file)
+    rows = read_rows(source, views, key, allow_missing_views=True)
     for number, row in enumerate(rows, 1):
         if not row.views[view]:
             raise UserError(f"{file}: row {number} has no text for the view {views[view]}; add a column of that name")
@@ -144,7 +160,9 @@ def _stream(writer: Any, prompt: str, max_new_tokens: int, options: dict[str, An
         return
     print(answer.text[len(printer.printed) :], flush=True)
     if not answer.stopped:
-        logger.info(f"note: the answer was cut off after {max_new_tokens} tokens, or at the last position of the model")
+        logger.info(f"note: the answer was {CUT_OFF.format(max_new_tokens)}")
+    elif not answer.text:
+        logger.info("note: the answer is empty")
 
 
 class _TextPrinter:

@@ -88,7 +88,7 @@ def _search(arguments: argparse.Namespace) -> None:
         logger.info(
             "note: the model was trained with targets in their context, so it may not find texts encoded separately"
         )
-    index = open_index(export, embedder, arguments.index, view)
+    index = open_index(arguments.model, export, embedder, arguments.index, view)
     predictions, fits = embedder.predict_from(query_view, queries)
     cosines, numbers = index.search(predictions, arguments.top)
     for query, found, scores, fit in zip(queries, numbers, cosines, fits, strict=True):
@@ -123,14 +123,14 @@ def _views(export: Path, query_view: str | None, view: str | None) -> tuple[int,
 
 def _queries(arguments: argparse.Namespace, export: Path, view: int) -> list[str]:
     if arguments.file:
-        return read_views(arguments.file, export, "--file", view)
+        return read_views(arguments.file, arguments.model, export, "--file", view)
     queries = list(arguments.queries) or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not queries:
         raise UserError("there is no query: name one, or give a file with --file")
     return queries
 
 
-def open_index(export: Path, embedder: Any, file: str, view: int) -> Index:
+def open_index(model: Path, export: Path, embedder: Any, file: str, view: int) -> Index:
     """Return the index of a view of the rows of a file; it is saved in the folder `index` of the export.
 
     A saved index is used if the texts are the same. Texts that do not fit into the positions of the
@@ -140,7 +140,7 @@ def open_index(export: Path, embedder: Any, file: str, view: int) -> Index:
 
     from pretrain.models.export import SEARCH_INDEX  # imported late because it loads torch
 
-    texts = list(dict.fromkeys(read_views(file, export, "--index", view)))
+    texts = list(dict.fromkeys(read_views(file, model, export, "--index", view)))
     name = embedder.names[view]
     path = export / SEARCH_INDEX / f"{Path(parse_source(file, '--index').path or '').stem}-{name}.npz"
     origin = {"view": name, "sha256 of texts": sha256(json.dumps(texts).encode()).hexdigest()}

@@ -47,17 +47,26 @@ class CollapseWarning(Hook):
         pairing = run.config.objective.pairing
         self.collapsed = pairing is not None and has_collapsed(monitors, pairing.in_context)
         if self.collapsed and not had_collapsed:
-            logger.warning(collapse_message(monitors, run.config.objective.has_negatives))
+            logger.warning(collapse_message(monitors, run.config.objective.has_negatives, run.fraction))
 
 
-def collapse_message(monitors: dict[str, float], has_negatives: bool) -> str:
-    """Return the text of the warning. It explains the problem, because the loss curve looks like success."""
+EARLY = 0.1
+"""Fraction of the budget before which a collapse is often temporary."""
+
+
+def collapse_message(monitors: dict[str, float], has_negatives: bool, fraction: float) -> str:
+    """Return the text of the warning after a fraction of the budget.
+
+    It explains the problem, because the loss curve looks like success.
+    """
     remedy = (
         "Use larger micro batches, which hold more negatives, or objective.regularizers"
         if has_negatives
         else "Distances without negatives tend to cause this. Use info_nce, which has negatives, or "
         "objective.regularizers"
     )
+    if fraction < EARLY:
+        remedy = f"After {fraction:.0%} of the budget, this may pass. If it does not: {remedy[0].lower()}{remedy[1:]}"
     return (
         f"the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, "
         f"unrelated views {monitors['shuffled_cosine']:.4f}; retrieval@1 is {monitors['retrieval_at_1']:.1%}. A low "

@@ -125,7 +125,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
         listed = ", ".join(f"{key} ({value_at(before, key)}, now {value_at(now, key)})" for key in changed[:5])
         raise UserError(
             f"{run_dir} contains a run with a different {listed}; this may not change on resume: choose another "
-            "`name` (with branch_from, it can start from a checkpoint of that run), or remove that folder"
+            f"`name` (with branch_from.run={run_dir}, it starts from the last checkpoint), or remove that folder"
         )
     environment: dict[str, Any] = read_environment(run_dir) or {"data": data}
     for part, word in (("tokenizer", "tokenizer files"), ("corpus", "shards")):

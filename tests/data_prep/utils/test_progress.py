@@ -69,7 +69,10 @@ def test_a_log_shows_lines_with_the_time_left(immediate, messages):
         step.update(0, begun=250)
         step.update(500)
         step.update(500)
-    assert messages == ["scoring: 0 of 1,000 rows, 3m00s left", "scoring: 500 of 1,000 rows, 1m00s left"]
+    assert messages == [
+        "scoring: 0 of 1,000 rows, 25% of the work, 3m00s left",
+        "scoring: 500 of 1,000 rows, 1m00s left",
+    ]
 
 
 def test_a_log_shows_no_line_before_some_seconds_have_passed(messages):

@@ -13,7 +13,7 @@ from data_prep.tokenizer import Tokenizer, train
 from data_prep.utils import progress
 from data_prep.utils.console import UserError
 from pretrain.evaluation import generate as generate_module
-from pretrain.evaluation.generate import generate_answers
+from pretrain.evaluation.generate import BATCH, BATCH_POSITIONS, _batches, generate_answers
 from pretrain.models.language_model import build_model_config
 from tests.commands import TINY_SHAPE
 
@@ -109,3 +109,13 @@ def test_an_endless_answer_is_cut_off_and_not_marked_as_stopped(export):
     assert not all(answer.stopped for answer in found)
     tokenizer = Tokenizer.load(export)
     assert all(len(tokenizer.encode_batch([answer.text])[0]) <= 96 for answer in found)
+
+
+def test_a_batch_has_no_more_rows_and_positions_than_allowed():
+    lengths = [*range(1, 3000, 7), 40_000, 90_000, *[5] * 300]
+    rows = []
+    for room, batch in _batches(lengths, 80_000, 500):
+        assert len(batch) <= BATCH and all(room == min(500, 80_000 - lengths[row]) for row in batch)
+        assert len(batch) == 1 or len(batch) * (max(lengths[row] for row in batch) + room) <= BATCH_POSITIONS
+        rows += batch
+    assert sorted(rows) == [row for row, length in enumerate(lengths) if length < 80_000]

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from pyarrow import parquet
 
 from data_prep.utils.console import UserError, duration
@@ -52,7 +54,8 @@ def test_prompts_are_answered_as_in_the_evaluation(run):
     export = find_export(run)
     expected = [answer.text for answer in generate_answers(export, PROMPTS, 12)]
     limit = ["--max-new-tokens", "12"]
-    assert run_command([*GENERATE, str(run), *PROMPTS, *limit]).stdout == "\n".join([*expected, ""])
+    batch = run_command([*GENERATE, str(run), *PROMPTS, *limit])
+    assert batch.stdout == "\n".join([*expected, ""]) and "note: 3 of 3 answers are cut off after 12" in batch.stderr
     streamed = run_command([*GENERATE, str(export), PROMPTS[0], *limit])
     assert streamed.stdout == expected[0] + "\n" and "note: the answer was cut off after 12 tokens" in streamed.stderr
     (run / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -160,10 +163,15 @@ def test_the_columns_of_an_index_can_be_named(run, pairs, tmp_path):
     lines = [json.dumps({"nl": row["text"], "regex": row["code"]}) for row in read_json_lines(pairs)]
     (tmp_path / "named.jsonl").write_text("\n".join(lines) + "\n")
     source = f"{{type: json, path: {tmp_path / 'named.jsonl'}, views: {{text: nl, code: regex}}}}"
+    shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["sources"][0] = {"type": "json", "path": "corpus.jsonl", "views": {"text": "nl", "code": "regex"}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    own = run_command([*SEARCH, str(tmp_path / "run"), "--index", str(tmp_path / "named.jsonl"), "--json", *PROMPTS])
     named, plain = (
         run_command([*SEARCH, str(run), "--index", index, "--json", *PROMPTS]).stdout for index in (source, str(pairs))
     )
-    assert named == plain and json.loads(named.splitlines()[0])
+    assert own.stdout == named == plain and json.loads(named.splitlines()[0])
     other = run_command([*SEARCH, str(run), "--index", source.replace("code: regex", "code: nl"), "--json", "x"]).stdout
     texts = {row["text"] for row in read_json_lines(pairs)}
     assert {entry["text"] for entry in json.loads(other)["found"]} <= texts

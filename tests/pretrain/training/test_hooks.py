@@ -137,6 +137,8 @@ def test_the_collapse_warning_is_not_repeated_after_a_resume_and_absent_while_th
     resumed.load_state(first.state())
     resumed.after_validation(run, values)
     assert len(messages) == 1 and messages[0].startswith("WARNING: the embeddings have collapsed")
+    CollapseWarning().after_validation(SimpleNamespace(config=run.config, fraction=0.05), values)
+    assert "After 5% of the budget, this may pass" in messages[1] and "may pass" not in messages[0]
 
 
 def test_an_error_ends_the_hooks_and_the_next_launch_restores_their_state(folder):
