@@ -13,6 +13,7 @@ because fewer candidates would raise the chance level. If no target in the files
 targets are candidates.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ from pretrain.tasks.scoring import (
 
 if TYPE_CHECKING:
     from data_prep.task_rows import Row
+
+logger = logging.getLogger(__name__)
 
 METRICS: MetricDirections = higher("likelihood", "generation", "prefix", "stopped") | {"majority": "neither"}
 ROW_RATES: dict[str, RowRate] = {"generation": exact, "prefix": prefix, "stopped": stopped}
@@ -66,6 +69,11 @@ def evaluate_labels(run: TaskRun, known_labels: Sequence[str]) -> TaskResult:
         raise UserError(
             f"task.test and task.train: there are {len(labels)} candidate labels, but a classification task takes at "
             f"most {MOST_LABELS}; check which column is the target"
+        )
+    if unscored := {row.target for row in all_rows} - set(targets):
+        logger.warning(
+            f"the first {len(rows):,} test rows, which are scored, lack {len(unscored)} of the labels of the file, as "
+            "if it were sorted by label: remove `rows` of the task, or shuffle the file"
         )
     answers = run.generate_answers(rows)
     log_likelihoods = run.log_likelihoods([(row.context, labels) for row in rows])

@@ -155,9 +155,10 @@ def evaluate_task(task, export, folder, **settings):
 REVIEWS = [{"text": f"lines {number}", "label": label} for number, label in enumerate([1] * 20 + [0])]
 
 
-def test_candidate_labels_do_not_depend_on_the_limit_of_rows(export, tmp_path):
-    for test in (REVIEWS, REVIEWS[:20]):
+def test_candidate_labels_do_not_depend_on_the_limit_of_rows(export, tmp_path, messages):
+    for test, warnings in ((REVIEWS[:20], 0), (REVIEWS, 1)):
         few = evaluate_task(rotten_tomatoes, export, tmp_path, test=test, rows=20)
+        assert sum("lack 1 of the labels of the file" in message for message in messages) == warnings
         assert (few.rows, few.counts["labels"], few.metrics["majority"]) == (20, 2, 1)
     assert evaluate_task(rotten_tomatoes, export, tmp_path, test=REVIEWS).metrics["likelihood"] < 1, (
         "an untrained model does not know the labels"
