@@ -97,7 +97,9 @@ def test_records_that_are_too_long_for_a_row_do_not_count(looked_at, set_speed):
     assert replace(choose_budget(few_long, CPU), dropped=0.0) == without and without.records == 99_500
     half_long = sized(looked_at, 1200, [SHORT] * 50 + [LONG] * 50)
     assert "check: 600 records are enough to try" in render(
-        Choices(Path("mine.yaml"), half_long, choose_budget(half_long, CPU), choose_task(half_long, None, None), CPU, ())
+        Choices(
+            Path("mine.yaml"), half_long, choose_budget(half_long, CPU), choose_task(half_long, None, None), CPU, ()
+        )
     )
 
 
