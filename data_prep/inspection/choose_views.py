@@ -55,8 +55,8 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
     """Return the views of rows with these columns. Raises UserError if no column has text."""
     usable = [column for column in columns if column.kind == "text" and column.filled >= FILLED * column.rows]
     names = {column.name for column in usable}
-    roles = {column.name for column in usable if column.is_role}
-    conversations = [name for name in COLUMNS if {f"{name}.user", f"{name}.assistant"} <= roles]
+    turns = {column.name for column in usable if column.is_role}
+    conversations = [name for name in COLUMNS if {f"{name}.user", f"{name}.assistant"} <= turns]
     if conversations:
         return _conversation(conversations[0], columns)
     if {"db_id", "question", "query"} <= names:
