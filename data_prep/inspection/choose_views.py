@@ -30,6 +30,8 @@ FILLED = 0.5
 NEARLY_ALL = 0.99
 """Smallest fraction of rows with a value in a column that is joined with other ones, because a view of several
 columns is absent if one of them is."""
+CONTENTS = {"labels": "labels", "SQL": "SQL queries", "regex": "regexes", "code": "code", "numbers": "numbers"}
+"""Contents of a column that is usually the target, in words."""
 MOST_JOINED = 3
 """Maximum number of columns in a context."""
 
@@ -53,7 +55,8 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
     """Return the views of rows with these columns. Raises UserError if no column has text."""
     usable = [column for column in columns if column.kind == "text" and column.filled >= FILLED * column.rows]
     names = {column.name for column in usable}
-    conversations = [name for name in COLUMNS if {f"{name}.user", f"{name}.assistant"} <= names]
+    turns = {column.name for column in usable if column.is_role}
+    conversations = [name for name in COLUMNS if {f"{name}.user", f"{name}.assistant"} <= turns]
     if conversations:
         return _conversation(conversations[0], columns)
     if {"db_id", "question", "query"} <= names:
@@ -77,13 +80,29 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
         )
     if not texts:
         labels = ", ".join(column.name for column in candidates) or "none"
+        names = [column.name + (f" ({column.unreadable})" if column.unreadable else "") for column in columns]
         raise UserError(
-            f"{where}: no column has text to train on (columns: {', '.join(column.name for column in columns)}; with "
-            f"few different values: {labels}); add a column of texts"
+            f"{where}: no column has text to train on (columns: {', '.join(names)}; with few different values: "
+            f"{labels}); add a column of texts"
         )
     choice = _single(texts[0]) if len(candidates) == 1 else _pair(candidates, texts)
+    _check_names(choice, columns, where)
     choice.questions += _unused(choice, columns)
     return choice
+
+
+def _check_names(choice: ViewChoice, columns: Sequence[Column], where: str) -> None:
+    """Raise UserError if the name of a column that a view needs has another meaning in `views`."""
+    assert isinstance(choice.mapping, dict)
+    for column in columns:
+        conversation, dot, _ = column.name.partition(".")
+        meaning = "braces mark the columns of a template" if re.search("[{}]", column.name) else ""
+        if dot and conversation in COLUMNS and not column.is_role:
+            meaning = f"it names a role of a conversation in {conversation}"
+        if meaning and any(column.name in view for view in choice.mapping.values()):
+            raise UserError(
+                f"{where}: the column {column.name!r} cannot become a view, because {meaning}: rename the column"
+            )
 
 
 def _is_target_label(column: Column, texts: Sequence[Column]) -> bool:
@@ -153,11 +172,13 @@ def _single(column: Column) -> ViewChoice:
 
 
 def _pair(candidates: list[Column], texts: list[Column]) -> ViewChoice:
+    def by_name(column: Column) -> float:
+        return 2.0 * _name_in(column, TARGET_NAMES) - 2.0 * _name_in(column, CONTEXT_NAMES)
+
     def toward_target(column: Column) -> float:
         """Return how much the name and the content of a column speak for the target, negative for the context."""
-        named = 2.0 * _name_in(column, TARGET_NAMES) - 2.0 * _name_in(column, CONTEXT_NAMES)
         content = {"labels": 0.5, "SQL": 1.5, "regex": 1.5, "code": 1.0, "numbers": 0.5}.get(column.content, 0.0)
-        return named + content
+        return by_name(column) + content
 
     order = {column.name: number for number, column in enumerate(candidates)}
     target = max(candidates, key=lambda column: (toward_target(column), order[column.name]))
@@ -170,9 +191,15 @@ def _pair(candidates: list[Column], texts: list[Column]) -> ViewChoice:
     context = first.name if len(joined) == 1 else "\n".join(f"{{{column.name}}}" for column in joined)
     views = (context, target.name) if _are_view_names(context, target.name) else (CONTEXT, TARGET)
     choice = ViewChoice(dict(zip(views, (context, target.name), strict=True)), views, target, "")
-    if toward_target(target) - toward_target(first) >= 2:
-        by = "names" if _name_in(target, TARGET_NAMES) or _name_in(first, CONTEXT_NAMES) else "contents"
-        choice.reason = f"chosen by the {by} of the columns"
+    difference = toward_target(target) - toward_target(first)
+    if difference > 0 and by_name(target) > by_name(first):
+        choice.reason = "chosen by the names of the columns"
+    elif difference > 0 and target.content != "labels":
+        choice.reason = f"chosen by the contents of the columns: {target.name} has {CONTENTS[target.content]}"
+        choice.questions.append(
+            f"the names of the columns do not decide which one is the context; swap them if {target.name} predicts "
+            f"{first.name}"
+        )
     elif target.content == "labels":
         choice.reason = f"{target.name} has only {target.distinct} values, so it is a label of the text"
         choice.questions.append(f"is {target.name} what the model shall predict from {_quoted(joined)}?")
@@ -223,7 +250,7 @@ def _unused(choice: ViewChoice, columns: Sequence[Column]) -> list[str]:
         if column.kind == "texts":
             reasons["lists of texts, which must be joined to one text before a view can use them"].append(column)
         elif column.kind == "other":
-            reasons["not text"].append(column)
+            reasons[column.unreadable or "not text"].append(column)
         elif column.filled < FILLED * column.rows:
             reasons["mostly empty"].append(column)
         elif not _varies(column):

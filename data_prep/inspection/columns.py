@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_prep.inspection.languages import language_of
+from data_prep.sources.arrow_values import Unreadable
 from data_prep.sources.chat import COLUMNS, ROLES, is_conversation, role_reader
 from data_prep.sources.text_values import NotTextError, to_text
 from data_prep.task_rows import Columns
@@ -31,6 +32,10 @@ WORD, FEWEST_WORDS = re.compile(r"(?<!\S)[a-z]{2,}(?!\S)"), 3
 """A word between blanks; a text with several of them is not a regex."""
 MOST_OF_REGEXES = 0.75
 """Fraction of the texts of a column of regexes that must have an operator; a regex may also be a plain string."""
+LONG_TEXT = 20
+"""Median length of texts that are longer than the name of a column, in characters."""
+FEWEST_WORDS_OF_VALUE = 4
+"""Number of words from which the name of a column of long texts looks like such a text."""
 Content = Literal["labels", "numbers", "SQL", "regex", "code", "text"]
 Kind = Literal["text", "texts", "other"]
 
@@ -57,6 +62,10 @@ class Column:
     """Length of the longest value, in characters; for lists, in texts."""
     examples: list[str] = field(default_factory=list)
     """Different values, at most MOST_LABELS, the most common first if they are labels."""
+    unreadable: str = ""
+    """Description of a value that cannot be read, if there is one."""
+    is_role: bool = False
+    """Whether the texts are the turns of one role."""
     several_turns: int = 0
     """Number of conversations with several turns of the role, which cannot be a view."""
 
@@ -71,7 +80,7 @@ class Column:
         if self.kind == "texts":
             return f"lists of texts{f', {self.language}' if self.language else ''}"
         if self.kind == "other":
-            return "no text"
+            return self.unreadable or "no text"
         if self.content == "labels":
             return f"{self.distinct} label{'s' * (self.distinct > 1)}"
         return self.language or "text" if self.content == "text" else self.content
@@ -113,8 +122,32 @@ def _role_column(conversation: str, role: str, rows: Sequence[Columns]) -> Colum
             texts.append(None)
             several += "turns" in str(problem)
     column = _column(name, texts)
-    column.several_turns = several
+    column.is_role, column.several_turns = True, several
     return column
+
+
+def header_questions(columns: Sequence[Column]) -> list[str]:
+    """Return a question if the names of the columns look like values, because a CSV file may have no header line."""
+    found = {_resembles_value(column) for column in columns if column.kind == "text" and not column.is_role}
+    if True not in found or False in found:
+        return []
+    names = ", ".join(column.name if len(column.name) <= 40 else f"{column.name[:40]}..." for column in columns)
+    return [
+        f"the names of the columns look like values ({names}); if the file has no header line, add a first line with "
+        "names, such as question and answer"
+    ]
+
+
+def _resembles_value(column: Column) -> bool | None:
+    """Return whether the name of a column looks like its values; None if that cannot be decided."""
+    if column.content == "labels":
+        return column.name in column.examples
+    if column.content in FORMS:
+        has_form = FORMS[column.content](column.name)
+        return has_form or (None if column.content == "regex" else False)
+    if column.median < LONG_TEXT:
+        return None
+    return len(column.name.split()) >= FEWEST_WORDS_OF_VALUE and len(column.name) >= column.median / 4
 
 
 def _column(name: str, values: Sequence[Any]) -> Column:
@@ -129,10 +162,11 @@ def _column(name: str, values: Sequence[Any]) -> Column:
             column.median, column.longest = round(statistics.median(map(len, lists))), max(map(len, lists))
         return column
     texts = list(_texts(present, name))
+    unreadable = next((str(value) for value in present if isinstance(value, Unreadable)), "")
     if len(texts) < MOST * len(present):
-        return Column(name, "other", len(values), len(present))
+        return Column(name, "other", len(values), len(present), unreadable=unreadable)
     texts = [text for text in texts if text.strip()]
-    column = Column(name, "text", len(values), len(texts))
+    column = Column(name, "text", len(values), len(texts), unreadable=unreadable)
     if not texts:
         return column
     counts = Counter(texts)
@@ -148,6 +182,8 @@ def _column(name: str, values: Sequence[Any]) -> Column:
 
 def _texts(values: Iterable[Any], name: str) -> Iterator[str]:
     for value in values:
+        if isinstance(value, Unreadable):
+            continue
         try:
             text = to_text(value, name)
         except NotTextError:
@@ -161,13 +197,7 @@ def _content(texts: Sequence[str], counts: Counter[str]) -> Content:
     if len(counts) <= MOST_LABELS and len(texts) >= ROWS_PER_LABEL * len(counts) and is_short:
         return "labels"
     examined = _spread(texts)
-    forms: list[tuple[Content, Callable[[str], bool]]] = [
-        ("numbers", _is_number),
-        ("SQL", lambda text: SQL.match(text) is not None),
-        ("code", lambda text: CODE.search(text) is not None),
-        ("regex", lambda text: REGEX_OPERATOR.search(text) is not None and len(WORD.findall(text)) < FEWEST_WORDS),
-    ]
-    for content, has_form in forms:
+    for content, has_form in FORMS.items():
         if sum(map(has_form, examined)) >= (MOST_OF_REGEXES if content == "regex" else MOST) * len(examined):
             return content
     return "text"
@@ -184,3 +214,12 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+FORMS: dict[Content, Callable[[str], bool]] = {
+    "numbers": _is_number,
+    "SQL": lambda text: SQL.match(text) is not None,
+    "code": lambda text: CODE.search(text) is not None,
+    "regex": lambda text: REGEX_OPERATOR.search(text) is not None and len(WORD.findall(text)) < FEWEST_WORDS,
+}
+"""Functions that recognise the form of a text, in the order in which they are tried."""

@@ -1,5 +1,7 @@
 """The splits of a file, a folder or a data set on the hub, each as a source of the configuration."""
 
+import glob
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -90,6 +92,15 @@ def _split_of(name: str) -> Split | None:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
+def _split_in(folder: Path, file: Path) -> Split | None:
+    """Return the split of a file below a folder: of the outermost folder between them with a split, else of its name.
+
+    The layout of the hub has the same rule.
+    """
+    *folders, name = file.relative_to(folder).parts
+    return next((split for part in (*folders, name) if (split := _split_of(part))), None)
+
+
 def _file_split(path: Path) -> Found:
     kind = _kind_of(path.name)
     if kind is None:
@@ -115,7 +126,7 @@ def _folder_splits(folder: Path) -> Found:
             by_kind[kind].append(file)
     data_kinds = [kind for kind in by_kind if kind not in ("text", "python")] or list(by_kind)
     if len(data_kinds) > 1:
-        with_splits = [kind for kind in data_kinds if any(_split_of(file.stem) for file in by_kind[kind])]
+        with_splits = [kind for kind in data_kinds if any(_split_in(folder, file) for file in by_kind[kind])]
         data_kinds = with_splits if len(with_splits) == 1 else data_kinds
     if len(data_kinds) > 1:
         kinds = ", ".join(f"{len(by_kind[kind]):,} {kind}" for kind in data_kinds)
@@ -124,32 +135,86 @@ def _folder_splits(folder: Path) -> Found:
         endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes if suffix.count(".") == 1)
         raise UserError(f"{folder} has no data: there is no file that ends in {endings}")
     kind = data_kinds[0]
-    if kind in ("text", "python"):
-        return Found({"train": {"type": kind, "path": str(folder)}})
-    return _data_splits(folder, kind, by_kind[kind])
-
-
-def _data_splits(folder: Path, kind: str, paths: list[Path]) -> Found:
-    """Return the splits of the data files of one type in a folder."""
     by_split: dict[Split, list[Path]] = defaultdict(list)
     others = []
-    for path in paths:
-        split = _split_of(path.name)
-        by_split[split].append(path) if split else others.append(path)
+    for file in by_kind[kind]:
+        split = _split_in(folder, file)
+        by_split[split].append(file) if split else others.append(file)
+    if kind in ("text", "python"):
+        return _document_splits(folder, kind, by_split, others)
+    return _data_splits(folder, kind, by_split, others)
+
+
+def _names(paths: list[Path], folder: Path) -> str:
+    """Return the names of the first files."""
+    return ", ".join(str(path.relative_to(folder)) for path in paths[:3]) + ", ..." * (len(paths) > 3)
+
+
+def _document_splits(folder: Path, kind: str, by_split: dict[Split, list[Path]], others: list[Path]) -> Found:
+    """Return the splits of text or Python files: those in the names, if each file has one, else training data only.
+
+    Names such as `test_reader.py` and `training.md` are common in folders without splits. Test files are not used,
+    because a task reads rows.
+    """
+    kept_out = sorted(path for split, paths in by_split.items() if split != "train" for path in paths)
+    if not kept_out or others or "train" not in by_split:
+        found = Found({"train": {"type": kind, "path": str(folder)}})
+        if kept_out:
+            found.notes.append(
+                f"all files are training data, also {_names(kept_out, folder)}; if these are not, divide all files "
+                "into folders named train, validation and test"
+            )
+        return found
+    found = Found()
+    for split in ("train", "validation"):
+        if split in by_split:
+            found.splits[split] = {"type": kind, "path": _path_of(by_split[split], folder)}
+    if "test" in by_split:
+        found.notes.append(
+            f"not used, because a task reads JSON lines and not documents: {_names(by_split['test'], folder)}"
+        )
+    return found
+
+
+def _path_of(paths: list[Path], folder: Path) -> str:
+    """Return the file, folder or pattern that matches exactly these files. Raises UserError if there is none."""
+    names = set(map(str, paths))
+    if len(names) == 1:
+        return str(paths[0])
+    parent = os.path.commonpath(names)
+    if set(files.files_below(parent)) == names:
+        return parent
+    start = os.path.commonprefix(sorted(names))  # noqa: RUF071 a pattern may start with a part of a name
+    pattern = f"{glob.escape(start)}*{paths[0].suffix}"
+    if set(glob.glob(pattern)) == names:
+        return pattern
+    raise UserError(f"{folder}: move the files of each split into a folder: {_names(paths, folder)}")
+
+
+def _data_splits(folder: Path, kind: str, by_split: dict[Split, list[Path]], others: list[Path]) -> Found:
+    """Return the splits of the data files of one type in a folder."""
+    paths = sorted([*others, *(path for split_paths in by_split.values() for path in split_paths)])
     has_description = (folder / "README.md").is_file() and "configs:" in (folder / "README.md").read_text(
         "utf-8", "replace"
     )
     single_files = all(len(split_files) == 1 for split_files in by_split.values())
     if has_description or (by_split.keys() - {"train"} and (kind != "json" or not single_files)):
-        return _hub_splits(str(folder), None)  # tasks read rows of other types from a folder of type hub only
+        # tasks read rows of other types from a folder of type hub only
+        found = _hub_splits(str(folder), None)
+        if not has_description and (missing := by_split.keys() - found.splits.keys()):
+            names = _names(sorted(path for split in missing for path in by_split[split]), folder)
+            raise UserError(
+                f"{folder}: the rules of the hub do not find {names}: move the files of each split into a folder named "
+                "train, validation or test"
+            )
+        return found
     found = Found()
     if "train" in by_split and single_files:
         for split in ("train", "validation", "test"):
             if split in by_split:
                 found.splits[split] = {"type": kind, "path": str(by_split[split][0])}
         if others:
-            names = ", ".join(path.name for path in others[:3]) + ", ..." * (len(others) > 3)
-            found.notes.append(f"not used, because no split is in the name: {names}")
+            found.notes.append(f"not used, because no split is in the name: {_names(others, folder)}")
         return found
     found.splits["train"] = {"type": kind, "path": str(paths[0] if len(paths) == 1 else folder)}
     if by_split.keys() - {"train"} and len(paths) > 1:

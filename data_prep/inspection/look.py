@@ -1,5 +1,6 @@
 """Inspection of the data of a user: splits, columns, views, records and lengths in tokens."""
 
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ import numpy as np
 
 from data_prep.config import Split
 from data_prep.inspection.choose_views import TARGET, ViewChoice, choose_views
-from data_prep.inspection.columns import Column, describe_columns
+from data_prep.inspection.columns import Column, describe_columns, header_questions
 from data_prep.inspection.find import Found, Values, as_source, find_splits
 from data_prep.inspection.raw_rows import TEXT_COLUMNS, Sample, read_sample
-from data_prep.sources.views import make_mapping
+from data_prep.sources.files import TO_UTF_8
+from data_prep.sources.views import ViewMapping, make_mapping
 from data_prep.tokenizer import train
 from data_prep.utils.console import UserError
 
@@ -101,8 +103,9 @@ def inspect(where: str, config: str | None = None) -> Inspection:
     found = find_splits(where, config)
     samples = {split: _checked_sample(values, split) for split, values in found.splits.items()}
     if found.kind == "text" and len(samples["train"].rows) < FEW_DOCUMENTS:
-        found.splits["train"]["separator"] = ""
-        samples["train"] = _checked_sample(found.splits["train"], "train")
+        for split, values in found.splits.items():
+            values["separator"] = ""
+            samples[split] = _checked_sample(values, split)
     columns = describe_columns(samples["train"].rows)
     if found.kind == "text":
         choice = ViewChoice({"text": "text"}, ("text",), None, "plain documents, so there are no pairs")
@@ -115,6 +118,11 @@ def inspect(where: str, config: str | None = None) -> Inspection:
         )
     else:
         choice = choose_views(columns, where)
+        choice.questions += header_questions(columns)
+    if found.kind not in TEXT_COLUMNS:
+        for split, sample in samples.items():
+            sample.require(_mapping(found.splits[split], choice).columns)
+            _check_readable(sample, split)
     records, malformed, incomplete = _records(samples["train"], found.splits["train"], choice)
     rows = len(samples["train"].rows)
     if len(malformed) > MOST_UNUSABLE * rows:
@@ -135,14 +143,25 @@ def _checked_sample(values: Values, split: Split) -> Sample:
     sample = read_sample(as_source(values), "data.sources.0")
     if not sample.rows and not sample.problems:
         raise UserError(f"{values['path']} has no rows ({split}): give a file with rows")
+    _check_readable(sample, split)
+    return sample
+
+
+def _check_readable(sample: Sample, split: Split) -> None:
+    """Raise UserError if too many rows of a sample cannot be read."""
     limit = 0.0 if split == "test" else MOST_UNREADABLE  # an evaluation skips no rows
     if sample.unreadable > limit:
         problem = sample.problems[0]
         remedy = "fix these rows"
         if "UTF-8" in problem or "utf-8" in problem:
-            remedy = "convert the file with iconv -f ENCODING -t UTF-8 FILE > NEW; ENCODING is often LATIN1 or UTF-16"
+            remedy = TO_UTF_8
         raise UserError(f"{problem} ({sample.unreadable:.0%} of the rows of {split} cannot be read): {remedy}")
-    return sample
+
+
+def _mapping(values: Values, choice: ViewChoice) -> ViewMapping:
+    """Return the mapping of the rows of a split to records."""
+    source = as_source(values | {"views": choice.mapping})  # type: ignore[arg-type]
+    return make_mapping(source, choice.views, "data.sources.0", {})
 
 
 def _records(sample: Sample, values: Values, choice: ViewChoice) -> tuple[list[tuple[str, ...]], list[str], int]:
@@ -154,8 +173,7 @@ def _records(sample: Sample, values: Values, choice: ViewChoice) -> tuple[list[t
         texts = [tuple(row.values()) for row in sample.rows]
         complete = [record for record in texts if all(view.strip() for view in record)]
         return complete, [], len(texts) - len(complete)
-    source = as_source(values | {"views": choice.mapping})  # type: ignore[arg-type]
-    mapping = make_mapping(source, choice.views, "data.sources.0", {})
+    mapping = _mapping(values, choice)
     records, malformed, incomplete = [], [], 0
     for number, row in enumerate(sample.rows, start=1):
         for record in mapping.records(row, number):
@@ -181,20 +199,34 @@ def _measure(inspection: Inspection) -> None:
     texts = [view for number, record in enumerate(measured) if number % 5 for view in record]
     with tempfile.TemporaryDirectory() as folder:
         size = min(inspection.vocabulary, max(LARGEST_MEASURED, least))
+        largest = 0
         while True:
             try:
                 tokenizer = train(_shortened(texts), size, Path(folder))
                 break
             except UserError as error:
-                if "too large for the corpus" not in str(error) or size - SMALLEST_STEP < RESERVED_PIECES:
-                    raise
-                size -= SMALLEST_STEP
+                if maximum := re.search(r"too large for the corpus: the maximum is (\d+)", str(error)):
+                    largest = int(maximum[1])
+                    size = _smaller(size, largest)
+                elif size < largest:  # too small for the characters of the corpus
+                    size = largest
+                else:
+                    raise UserError(
+                        f"{inspection.where}: the texts are too few or too similar to train a tokenizer ({error}): "
+                        "add data"
+                    ) from None
                 inspection.vocabulary = size
         flat = [view[: TRAINING_CHARACTERS // 8] for record in measured for view in record]
         counts = tokenizer.encode_ragged(flat)[1].astype(np.int64)
         full = np.array([len(view) for record in measured for view in record])
         cut = np.array([max(1, len(view)) for view in flat])
         inspection.lengths = np.ceil(counts * (full / cut)).astype(np.int64).reshape(len(measured), -1)
+
+
+def _smaller(size: int, largest: int) -> int:
+    """Return a vocabulary that a tiny corpus can train: a step of SMALLEST_STEP below `size`, or the largest one."""
+    steps = -(-(size - largest) // SMALLEST_STEP)
+    return stepped if (stepped := size - steps * SMALLEST_STEP) > RESERVED_PIECES else min(largest, size - 1)
 
 
 def _shortened(texts: Sequence[str]) -> Iterable[str]:

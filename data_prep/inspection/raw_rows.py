@@ -1,7 +1,7 @@
 """The unchanged rows of a source, and a sample of them that fits into memory."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from data_prep.config import ArrowSource, FileSource, HubSource, ParquetSource, PythonSource, Source, TextSource
 from data_prep.sources import arrow, csv_rows, files, json_lines, open_source, parquet
-from data_prep.sources.arrow_values import Unreadable, rows
+from data_prep.sources.arrow_values import Unreadable, cells
 from data_prep.sources.hub import as_user_error, open_rows
 from data_prep.task_rows import Columns, rows_of_file
 from data_prep.utils.console import UserError
@@ -33,6 +33,8 @@ class Sample:
     rows: list[Columns] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """Locations and reasons of the rows that cannot be read."""
+    unclear: dict[int, str] = field(default_factory=dict)
+    """Location of each row, by its index in `rows`, in which a value of some column is Unreadable."""
     complete: bool = True
     """Whether the sample has all rows of the split."""
     total: int = 0
@@ -43,6 +45,18 @@ class Sample:
         """Fraction of the rows that cannot be read."""
         return len(self.problems) / max(1, len(self.problems) + len(self.rows))
 
+    def require(self, columns: Collection[str]) -> None:
+        """Move the rows in which one of these columns is Unreadable to the problems."""
+        dropped = set()
+        for index, location in self.unclear.items():
+            bad = [name for name in columns if isinstance(self.rows[index].get(name), Unreadable)]
+            if bad:
+                dropped.add(index)
+                self.problems.append(f"{location}: {bad[0]!r} holds {self.rows[index][bad[0]]}")
+        self.unclear = {}
+        self.rows = [row for index, row in enumerate(self.rows) if index not in dropped]
+        self.total -= len(dropped)
+
 
 def read_sample(source: Source, name: str) -> Sample:
     """Return the first rows of a source. Raises UserError if it cannot be read; `name` is its key for messages."""
@@ -52,6 +66,8 @@ def read_sample(source: Source, name: str) -> Sample:
         if isinstance(row, str):
             sample.problems.append(f"{location}: {row}")
         else:
+            if any(isinstance(value, Unreadable) for value in row.values()):
+                sample.unclear[len(sample.rows)] = location
             sample.rows.append(row)
             characters += sum(len(value) if isinstance(value, str) else 8 for value in row.values())
         if len(sample.rows) >= MOST_ROWS or characters >= MOST_CHARACTERS:
@@ -62,11 +78,14 @@ def read_sample(source: Source, name: str) -> Sample:
 
 
 def raw_rows(source: Source, name: str) -> Iterator[tuple[str, Columns | str]]:
-    """Yield the location of each row, and the unchanged row or the reason why it cannot be read."""
+    """Yield the location of each row, and the unchanged row or the reason why it cannot be read.
+
+    A value of a Parquet or Arrow file may be Unreadable, because the preparation reads only the columns of the views.
+    """
     for location, row in _values(source, name):
         if isinstance(row, dict):
             yield location, row
-        elif isinstance(row, ValueError | files.CorruptFileError | Unreadable):
+        elif isinstance(row, ValueError | files.CorruptFileError):
             yield location, str(row)
         else:
             yield location, f"a value of type {type(row).__name__}, not a JSON object"
@@ -106,7 +125,7 @@ def _documents(source: TextSource | PythonSource, name: str) -> Iterator[tuple[s
 def _batches(source: ParquetSource | ArrowSource, name: str) -> Iterator[tuple[str, Any]]:
     is_parquet = isinstance(source, ParquetSource)
     for path in files.find_files(source, name, parquet.SUFFIXES if is_parquet else arrow.SUFFIXES):
-        all_rows = (row for batch in (_parquet if is_parquet else _arrow)(path) for row in rows(batch))
+        all_rows = (row for batch in (_parquet if is_parquet else _arrow)(path) for row in cells(batch))
         yield from ((f"{path}:{number}", row) for number, row in enumerate(all_rows, start=1))
 
 

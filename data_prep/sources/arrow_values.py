@@ -38,6 +38,12 @@ def rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Unreadable]:
         yield unreadable[row] if row in unreadable else dict(zip(names, values, strict=True))
 
 
+def cells(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch by column name, with an Unreadable in place of each value that cannot be read."""
+    columns = [_values(column) for column in batch.columns]
+    yield from (dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True))
+
+
 def _values(column: pa.Array) -> list[Any]:
     """Return the values of a column as Python objects.
 

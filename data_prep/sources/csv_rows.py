@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO
 
 from data_prep.config import FileSource
@@ -14,6 +15,18 @@ SUFFIXES = tuple(kind + (compression or "") for kind in (".csv", ".tsv") for com
 TOO_LONG_LINE = "\udcff"
 """Placeholder for a line of more than 16 MiB: a lone surrogate, like the ones that replace bytes that are not UTF-8."""
 
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
+"""Usual delimiters, in words."""
+EXAMINED = 100
+"""Number of rows by which a wrong delimiter is recognised."""
+HEADER_BYTES = 1000
+"""Number of bytes at the beginning of a file by which UTF-16 is recognised."""
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+"""First bytes of a UTF-16 file."""
+CARRIAGE_RETURN = "new-line character seen in unquoted field"
+"""Beginning of the error for a carriage return that is followed by text."""
+LINE_ENDS = "a carriage return (CR) without a line feed"
+TO_LINE_FEEDS = "convert the file with tr '\\r' '\\n' < FILE > NEW"
 UNCLOSED = "a quote is not closed, so the rest of the file is one field"
 """Explanation of the error at the end of a file."""
 
@@ -76,8 +89,7 @@ def read_objects(
         if isinstance(row, files.CorruptFileError):
             yield line, row
         elif isinstance(row, csv.Error):
-            reason = f"{row}: {UNCLOSED}" if "unexpected end of data" in str(row) else str(row)
-            yield line, ValueError(f"not CSV ({reason})")
+            yield line, ValueError(f"not CSV ({_described(row)})")
         elif len(row) != len(names):
             yield line, ValueError(f"{len(row)} fields, but the header has {len(names)}")
         elif any(not field.isascii() and not _is_text(field) for field in row):
@@ -89,6 +101,7 @@ def read_objects(
 def header(piece: Piece, delimiter: str | None = None) -> list[str]:
     """Return the column names of a file. Raises UserError if the first line does not contain them."""
     line, row = next(_rows(piece, delimiter), (1, []))
+    _check_encoding(piece, line, row)
     if not isinstance(row, list) or not row or len(set(row)) < len(row):
         problem: object = "it is empty"
         if isinstance(row, Exception):
@@ -98,17 +111,69 @@ def header(piece: Piece, delimiter: str | None = None) -> list[str]:
         raise UserError(
             f"{piece.path}:{line}: the first line must name the columns ({problem}): give each column a different name"
         )
+    if len(row) == 1 and (other := _other_delimiter(piece, delimiter)) is not None:
+        used = _delimiter_of(piece, delimiter)
+        suffix = {("\t", ","): ".tsv", (",", "\t"): ".csv"}.get((other, used))
+        remedy = (
+            f"rename the file to end in {suffix}" if suffix else f"write the file with {DELIMITERS.get(used, used)}"
+        )
+        raise UserError(
+            f"{piece.path}:{line}: the columns are divided by {DELIMITERS[other]}, but the reader expects "
+            f"{DELIMITERS.get(used, repr(used))}: {remedy}, or convert it to JSON lines"
+        )
     return row
+
+
+def _check_encoding(piece: Piece, line: int, row: list[str] | csv.Error | files.CorruptFileError) -> None:
+    """Raise UserError if the encoding or the line ends of a file are not the expected ones, by its header."""
+    if isinstance(row, files.CorruptFileError):
+        return
+    problem, remedy = "", files.TO_UTF_8
+    if isinstance(row, csv.Error):
+        problem, remedy = (LINE_ENDS, TO_LINE_FEEDS) if CARRIAGE_RETURN in str(row) else ("", "")
+    elif not all(_is_text(name) and "\0" not in name for name in row):
+        problem = "the names of the columns are not UTF-8"
+    if not problem:
+        return
+    with files.open_piece(piece) as file:
+        start = files.block_reader(file, piece.path)()[:HEADER_BYTES]
+    if start[:2] in UTF_16 or b"\0" in start:
+        problem, remedy = "UTF-16, not UTF-8", files.TO_UTF_8.replace("ENCODING", "UTF-16").partition(";")[0]
+    raise UserError(f"{piece.path}:{line}: {problem}: {remedy}")
+
+
+def _other_delimiter(piece: Piece, delimiter: str | None) -> str | None:
+    """Return the delimiter that divides the header and most of the first rows into equally many columns, if any."""
+    used = _delimiter_of(piece, delimiter)
+    for other in DELIMITERS:
+        if other == used:
+            continue
+        first, *others = [row if isinstance(row, list) else [] for _, row in islice(_rows(piece, other), EXAMINED)]
+        if len(first) > 1 and 2 * sum(len(row) == len(first) for row in others) > len(others):
+            return other
+    return None
+
+
+def _described(error: csv.Error) -> str:
+    """Return the problem of a row that is not CSV."""
+    if "unexpected end of data" in str(error):
+        return f"{error}: {UNCLOSED}"
+    return LINE_ENDS if CARRIAGE_RETURN in str(error) else str(error)
+
+
+def _delimiter_of(piece: Piece, delimiter: str | None) -> str:
+    """Return the delimiter of a file: the given one, or the one of its suffix."""
+    uncompressed = piece.path.removesuffix(files.compression_suffix(piece.path) or "")
+    return delimiter or ("\t" if uncompressed.endswith(".tsv") else ",")
 
 
 def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] | csv.Error | files.CorruptFileError]]:
     """Yield the line on which each non-empty row starts, and the row or the error of reading it."""
-    uncompressed = piece.path.removesuffix(files.compression_suffix(piece.path) or "")
     csv.field_size_limit(files.MAX_LINE_BYTES)
     with files.open_piece(piece) as file:
         rows = csv.reader(
             _lines(file, piece.path),
-            delimiter=delimiter or ("\t" if uncompressed.endswith(".tsv") else ","),
+            delimiter=_delimiter_of(piece, delimiter),
             strict=True,
         )
         while True:

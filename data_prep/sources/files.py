@@ -34,6 +34,8 @@ OPENERS: dict[str | None, Callable[[str], Any]] = {
     ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(path), "zstd"),
 }
 """File openers by suffix. Python's gzip returns the data before a corrupt place; Arrow's reader loses the block."""
+TO_UTF_8 = "convert the file with iconv -f ENCODING -t UTF-8 FILE > NEW; ENCODING is often LATIN1 or UTF-16"
+"""Remedy for a file in another encoding."""
 WINDOW_TOO_LONG = "requires too much memory"
 """Part of zstd's error for a frame whose window exceeds 128 MiB, the default limit of its decoders."""
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.inspection.look import Inspection
+from data_prep.inspection.look import FEWEST_RECORDS, Inspection
 from data_prep.layout import Layout, Pairing, SpecialTokenIds, make_layout, positions_needed
-from data_prep.utils.console import duration
+from data_prep.utils.console import UserError, duration
 from pretrain.planning.flops import Parameters
 from pretrain.planning.plan import Stream, count_stream
 from pretrain.planning.speed import Machine, measure_flops
@@ -50,8 +50,10 @@ class Budget:
     parameters: int
     epochs: float
     """Number of epochs; below 1 if the time does not suffice for one."""
+    records: int
+    """Number of different records that fit into a row."""
     tokens: int
-    """Corpus tokens of the training."""
+    """Corpus tokens of the training, of the records that fit into a row."""
     rows: int
     """Rows of a global batch."""
     micro_rows: int
@@ -89,12 +91,15 @@ def choose_budget(inspection: Inspection, machine: Machine) -> Budget:
     """Return the model and the budget: the largest model that sees enough tokens within the limits.
 
     The limits are the number of epochs and the time. The smallest model is chosen if there is not enough data for any.
+    Raises UserError if hardly any record fits into a row.
     """
     length, dropped = choose_row_length(inspection, machine)
+    _check_fitting(inspection, length, dropped, machine)
     typical = SIZES[0] if machine.device == "cpu" else SIZES[5]
     speed = measure_flops(machine, model_shape(*typical), inspection.vocabulary, length)
-    epoch = epoch_stream(inspection, length)
-    fitting = [size for size in SIZES if _fits(size, inspection, epoch, speed * LONGEST[machine.device])]
+    epoch, epoch_tokens = epoch_stream(inspection, length), count_tokens(inspection, length)
+    most_flops = speed * LONGEST[machine.device]
+    fitting = [size for size in SIZES if _fits(size, inspection.vocabulary, epoch, epoch_tokens, most_flops)]
     size = fitting[-1] if fitting else SIZES[0]
     shape = model_shape(*size)
     if size != typical:
@@ -111,7 +116,8 @@ def choose_budget(inspection: Inspection, machine: Machine) -> Budget:
         shape=shape,
         parameters=count_shape(shape, inspection.vocabulary).total,
         epochs=epochs,
-        tokens=round(epochs * inspection.tokens),
+        records=round(inspection.total * (1 - dropped)),
+        tokens=round(epochs * epoch_tokens),
         rows=rows,
         micro_rows=micro_rows,
         steps=max(1, round(positions / (rows * length * FILLED))),
@@ -134,18 +140,42 @@ def choose_row_length(inspection: Inspection, machine: Machine) -> tuple[int, fl
     return length, float((needed > length).mean())
 
 
+def _check_fitting(inspection: Inspection, length: int, dropped: float, machine: Machine) -> None:
+    """Raise UserError if fewer records fit into a row than a model needs."""
+    records = len(inspection.records)
+    fitting = round(records * (1 - dropped))
+    if fitting >= FEWEST_RECORDS or not dropped:
+        return
+    shortest = int(positions_needed(inspection.lengths).min())
+    count = f"only {fitting:,} of {records:,} records fit" if fitting else f"none of {records:,} records fits"
+    gpu = f", or run this command with a GPU (up to {LONGEST_ROW['cuda']:,} tokens)" if machine.device == "cpu" else ""
+    raise UserError(
+        f"{inspection.where}: {count} into a row of {length:,} tokens, the longest that is chosen here; the shortest "
+        f"record needs {shortest:,}: divide the texts into shorter ones{gpu}"
+    )
+
+
+def _fitting_lengths(inspection: Inspection, length: int) -> np.ndarray:
+    """Return the measured lengths of the records that training uses, (N, views): all documents, which are cut."""
+    lengths = inspection.lengths
+    return lengths if inspection.is_text else lengths[positions_needed(lengths) <= length]
+
+
+def count_tokens(inspection: Inspection, length: int) -> float:
+    """Return the number of corpus tokens of an epoch."""
+    return float(_fitting_lengths(inspection, length).sum() / len(inspection.lengths) * inspection.total)
+
+
 def epoch_stream(inspection: Inspection, length: int) -> Stream:
     """Return the counts of an epoch in the layout of the written configuration."""
     views = len(inspection.choice.views)
     layout: Layout = make_layout(
         "joint", SpecialTokenIds(*range(5)), views=views, pairing=Pairing(1) if views > 1 else None
     )
-    lengths, scale = inspection.lengths, 1.0
+    lengths, scale = _fitting_lengths(inspection, length), 1.0
     if inspection.is_text:  # long documents are cut
         lengths = np.minimum(lengths, length - 2)
         scale = float(inspection.lengths.sum() / lengths.sum())
-    else:
-        lengths = lengths[positions_needed(lengths) <= length]
     segments = layout.segment_lengths(lengths, np.ones(len(lengths), bool))
     records = inspection.total * len(lengths) / len(inspection.lengths)
     per_record = scale * records / max(1, len(lengths))
@@ -158,12 +188,11 @@ def epoch_flops(shape: dict[str, Any], vocabulary: int, epoch: Stream) -> float:
     return float(sum(count_shape(shape, vocabulary).flops(epoch.positions, epoch.targets)) + attention)
 
 
-def _fits(size: tuple[int, int, int], inspection: Inspection, epoch: Stream, flops: float) -> bool:
+def _fits(size: tuple[int, int, int], vocabulary: int, epoch: Stream, epoch_tokens: float, flops: float) -> bool:
     """Return whether a model of this size can see enough tokens within the epochs and FLOPs."""
     shape = model_shape(*size)
-    epochs = min(float(MOST_EPOCHS), flops / epoch_flops(shape, inspection.vocabulary, epoch))
-    enough = TOKENS_PER_PARAMETER * count_shape(shape, inspection.vocabulary).total
-    return epochs * inspection.tokens >= enough
+    epochs = min(float(MOST_EPOCHS), flops / epoch_flops(shape, vocabulary, epoch))
+    return epochs * epoch_tokens >= TOKENS_PER_PARAMETER * count_shape(shape, vocabulary).total
 
 
 def choose_batch(flops: float, positions: float, length: int, machine: Machine) -> tuple[int, int]:

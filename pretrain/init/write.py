@@ -117,8 +117,8 @@ def data_questions(choices: Choices) -> list[str]:
             f"{choices.held_out.similar:,} training records share a long passage with a test row and are dropped from "
             "training too; decontaminate: false keeps them, and the test rows"
         )
-    if inspection.total < 1000:
-        found.append(f"{inspection.total:,} records are enough to try the commands, but not to learn a task")
+    if choices.budget.records < 1000:
+        found.append(f"{choices.budget.records:,} records are enough to try the commands, but not to learn a task")
     return found
 
 
@@ -230,8 +230,8 @@ def _data(choices: Choices) -> list[str]:
     if "validation" not in inspection.found.splits:
         lines += _line(
             "  ",
-            f"validation_fraction: {(fraction := validation_fraction(inspection.total))}",
-            f"no validation split; about {fraction * inspection.total:,.0f} records, of which the monitors use up to "
+            f"validation_fraction: {(fraction := validation_fraction(budget.records))}",
+            f"no validation split; about {fraction * budget.records:,.0f} records, of which the monitors use up to "
             f"{MONITORED_PAIRS:,}",
         )
     lines += _line("  ", f"tokenizer: {{vocab_size: {inspection.vocabulary}}}", vocabulary_reason(inspection))

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.inspection import raw_rows
 from data_prep.inspection.columns import describe_columns
 from data_prep.inspection.find import find_splits
 from data_prep.inspection.languages import language_of
@@ -99,6 +101,129 @@ def test_other_formats_with_splits_are_read_as_on_the_hub(tmp_path):
     found = inspect(str(tmp_path))
     assert found.found.splits["train"] == {"type": "hub", "path": str(tmp_path), "hub_split": "train"}
     assert len(found.records) == 40 and found.seen_contexts("test") == 3
+
+
+def test_the_names_of_folders_decide_the_splits_of_their_files(tmp_path):
+    for number, name in enumerate(("train/a", "train/b", "test/train_like")):
+        rows = [row | {"question": f"{number} {row['question']}"} for row in pairs(40)]
+        write_lines(tmp_path / "shards" / f"{name}.jsonl", rows)
+        if number:
+            write_lines(tmp_path / "single" / f"{name}.jsonl", rows)
+    for folder, count in (("shards", 80), ("single", 40)):
+        found = inspect(str(tmp_path / folder))
+        assert len(found.records) == count and not any(record[0].startswith("2 ") for record in found.records)
+        assert {record[0][:2] for record in found.records_of("test")} == {"2 "}
+    (tmp_path / "shards" / "test" / "train_like.jsonl").rename(tmp_path / "shards" / "test.jsonl")
+    with pytest.raises(UserError, match=r"do not find test\.jsonl: move the files of each split into a folder"):
+        find_splits(str(tmp_path / "shards"))
+
+
+def write_documents(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("\n\n".join(f"{name} {row['question']}" for row in pairs(30)))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [
+        (["train.txt"], ["dev.txt"], ["test.txt"]),
+        (["train/a.txt", "train/b.txt"], ["valid/a.txt"], ["test/a.txt", "test/b.txt"]),
+        (["train_1.txt", "train_12.txt"], ["val_1.txt", "val_2.txt"], ["test_1.txt"]),
+    ],
+)
+def test_text_files_of_other_splits_are_not_training_data(tmp_path, train, validation, test):
+    write_documents(tmp_path, *train, *validation, *test)
+    found = inspect(str(tmp_path))
+    assert {record[0].split()[0] for record in found.records} == set(train)
+    assert {record[0].split()[0] for record in found.records_of("validation")} == set(validation)
+    assert len(found.records) == 30 * len(train)
+    assert "test" not in found.found.splits and test[0] in found.found.notes[0]
+
+
+def test_text_files_are_training_data_with_a_note_if_a_name_has_no_split(tmp_path):
+    write_documents(tmp_path, "train.txt", "test.txt", "book.txt")
+    found = find_splits(str(tmp_path))
+    assert found.splits == {"train": {"type": "text", "path": str(tmp_path)}}
+    assert "all files are training data, also test.txt" in found.notes[0]
+
+
+def test_text_files_of_a_split_must_be_named_by_a_pattern(tmp_path):
+    write_documents(tmp_path, "a/train.txt", "b/train.txt", "b/test.txt")
+    with pytest.raises(UserError, match=r"move the files of each split into a folder: a/train\.txt, b/train\.txt"):
+        find_splits(str(tmp_path))
+
+
+def test_without_a_name_for_training_all_files_are_training_data_with_a_note(tmp_path):
+    write_lines(tmp_path / "a_test.jsonl", pairs(30))
+    write_lines(tmp_path / "b.jsonl", pairs(30))
+    found = inspect(str(tmp_path))
+    assert len(found.records) == 60 and found.found.notes == [
+        "all files are training data, because none has train in its name"
+    ]
+
+
+def test_the_rows_of_a_partly_read_file_are_estimated_from_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw_rows, "MOST_ROWS", 100)
+    rows = [
+        {"question": f"{row['question']} {number}", "regex": row["regex"]} for number, row in enumerate(pairs(1000))
+    ]
+    sample = inspect(str(write_lines(tmp_path / "rows.jsonl", rows))).samples["train"]
+    assert len(sample.rows) == 100 and not sample.complete and sample.total == pytest.approx(1000, rel=0.2)
+
+
+def test_only_the_columns_of_the_views_must_be_readable(tmp_path):
+    """As in the preparation, which reads no other column of a Parquet or Arrow file."""
+    rows = [row | {"image": b"\xff\xd8"} for row in pairs(60)]
+    for found in (
+        inspect(str(write_parquet(tmp_path / "rows.parquet", rows))),
+        inspect(str(write_arrow(tmp_path / "rows.arrow", rows))),
+    ):
+        assert len(found.records) == 60 and not found.malformed and found.choice.mapping == NAMED
+        assert "not used: image (bytes that are not UTF-8 text)" in found.choice.questions
+    few = [{"question": row["question"].encode(), "regex": row["regex"]} for row in pairs(60)]
+    few[7]["question"] = b"caf\xe9"
+    found = inspect(str(write_parquet(tmp_path / "few.parquet", few)))
+    [problem] = found.malformed
+    assert "few.parquet:8: 'question' holds bytes that are not UTF-8" in problem and len(found.records) == 59
+    assert found.samples["train"].total == 59
+    for row in few[:5]:
+        row["question"] = b"caf\xe9"
+    with pytest.raises(UserError, match=r"10% of the rows of train cannot be read.*iconv"):
+        inspect(str(write_parquet(tmp_path / "more.parquet", few)))
+
+
+@pytest.mark.parametrize("name", ["q{1}", "messages.user"])
+def test_a_column_whose_name_has_another_meaning_is_an_error(tmp_path, name):
+    path = write_csv(tmp_path / "rows.csv", [{name: row["question"], "answer": row["regex"]} for row in pairs(60)])
+    with pytest.raises(UserError, match=f"the column '{re.escape(name)}' cannot become a view.*: rename the column"):
+        inspect(str(path))
+
+
+def test_a_csv_file_without_a_header_line_is_a_question(tmp_path):
+    question = "the names of the columns look like values"
+    path = write_csv(tmp_path / "rows.csv", [row for row in pairs(300) if "{" not in row["regex"]])
+    assert not any(question in one for one in inspect(str(path)).choice.questions)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert any(question in one for one in inspect(str(path)).choice.questions)
+    survey = [
+        {"What do you think about it?": f"I think that {row['question']}", "How much, from 1 to 5?": number % 5}
+        for number, row in enumerate(pairs(60))
+    ]
+    choice = inspect(str(write_csv(tmp_path / "survey.csv", survey))).choice
+    assert not any(question in one for one in choice.questions)
+
+
+def test_the_reason_for_the_views_is_the_true_one(tmp_path):
+    by_content = chosen(tmp_path, [{"Antwort": row["regex"], "Frage": row["question"]} for row in pairs(60)])
+    assert by_content.mapping == {"Frage": "Frage", "Antwort": "Antwort"}
+    assert by_content.reason == "chosen by the contents of the columns: Antwort has regexes"
+    assert any("swap them if Antwort predicts Frage" in question for question in by_content.questions)
+    by_name = chosen(tmp_path, [{"response": row["question"], "pattern": row["regex"]} for row in pairs(60)])
+    assert by_name.mapping == {"pattern": "pattern", "response": "response"}
+    assert by_name.reason == "chosen by the names of the columns" and not by_name.questions
+    by_order = chosen(tmp_path, [{"a": row["question"], "b": f"the {row['question']}"} for row in pairs(60)])
+    assert by_order.reason == "chosen by the order of the columns"
 
 
 def test_folders_of_save_to_disk_are_read(tmp_path):
@@ -234,6 +359,8 @@ def test_one_column_and_plain_files_are_documents(tmp_path):
 def test_few_rows_have_a_vocabulary_that_can_be_trained(tmp_path):
     found = inspect(str(write_lines(tmp_path / "rows.jsonl", pairs(50))))
     assert 261 < found.vocabulary <= 512 and found.tokens > 0
+    sums = [{"question": f"what is {i % 50} plus {i % 41}", "answer": str(i % 50 + i % 41)} for i in range(2000)]
+    assert 261 < inspect(str(write_lines(tmp_path / "sums.jsonl", sums))).vocabulary < 320
 
 
 def test_a_few_rows_that_are_not_utf_8_are_counted(tmp_path):
@@ -250,6 +377,9 @@ def test_a_few_rows_that_are_not_utf_8_are_counted(tmp_path):
         ("latin.csv", b"text,code\n" + b"caf\xe9,a\n" * 30, "latin.csv:2: not UTF-8"),
         ("latin.txt", b"caf\xe9\n\n" * 30, "latin.txt:1: not UTF-8"),
         ("empty.jsonl", b"", "has no rows"),
+        ("semicolons.csv", b"text;code\n" + b"a dog;a\n" * 30, "divided by a semicolon"),
+        ("tabs.csv", b"text\tcode\n" + b"a dog, or two\ta\n" * 30, r"divided by a tab.*\.tsv"),
+        ("header.csv", "größe,code\n".encode("latin-1") + b"a dog,a\n" * 30, "not UTF-8.*iconv"),
         ("empty.csv", b"", "the first line must name the columns"),
         ("numbers.csv", b"a,b\n" + b"".join(b"%d,%d\n" % (i, 7 * i) for i in range(60)), "no column has text"),
         ("few.jsonl", b"".join(b'{"text": "a dog %d", "code": "dog %d"}\n' % (i, i) for i in range(9)), "has 9 usable"),

@@ -73,7 +73,7 @@ def test_columns_are_mapped_to_views_as_in_json_lines(tmp_path):
         (b"a,b,c", "3 fields, but the header has 2"),
         (b"caf\xe9,b", "not UTF-8"),
         (b'"a"b,c', "not CSV (',' expected after '\"')"),
-        (b"a\rb,c", "not CSV (new-line character seen in unquoted field"),
+        (b"a\rb,c", "not CSV (a carriage return (CR) without a line feed)"),
     ],
 )
 def test_a_malformed_row_does_not_affect_the_next_row(tmp_path, row, problem):
@@ -101,7 +101,14 @@ def test_an_unclosed_quote_is_reported_where_it_opens(tmp_path):
             r"a\.csv has no column 'text', only question, answer: "
             r"set the columns of the views in data\.sources\.0\.views",
         ),
-        (b"text;code\na;b\n", r"has no column 'text', only text;code"),
+        (b"text;code\na;b\n", r"a\.csv:1: the columns are divided by a semicolon, but .* a comma: write the file with"),
+        (b"text|code\na, b|c\nd|e\n", r"divided by a vertical bar"),
+        (b"text\tcode\na\tb\n", r"divided by a tab, but .* a comma: rename the file to end in \.tsv"),
+        ("größe,code\na,b\n".encode("latin-1"), r"a\.csv:1: the names of the columns are not UTF-8: .* iconv"),
+        ("text,code\r\na,b\r\n".encode("utf-16"), r"a\.csv:1: UTF-16, not UTF-8: .* iconv -f UTF-16 -t UTF-8"),
+        ("text,code\na,b\n".encode("utf-16-le"), r"a\.csv:1: UTF-16, not UTF-8"),
+        (b"text,code\ra,b\rc,d\r", r"a\.csv:1: a carriage return \(CR\) without a line feed: .* tr"),
+        (b'"text","code"\r"a","b"\r', r"a\.csv:1: a carriage return"),
         (b'"text,code\n', r"unexpected end of data"),
     ],
 )
