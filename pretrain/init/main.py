@@ -20,11 +20,12 @@ logger = logging.getLogger(__name__)
 DEFAULT_OUTPUT = Path("configs/mine.yaml")
 MOST_TEST_ROWS = {"cpu": 500, "cuda": None}
 """Largest number of test rows that are evaluated, because generation on a CPU takes minutes."""
+LATER = ("evaluate", "status", "generate", "search")
 COMMANDS = {
-    True: ("python -m data_prep", "launcher/run.py", "python launcher/evaluate.py", "python launcher/status.py"),
-    False: ("jepa-prepare", "--module pretrain.training", "jepa-evaluate", "jepa-status"),
+    True: ("python -m data_prep", "launcher/run.py", *(f"python launcher/{name}.py" for name in LATER)),
+    False: ("jepa-prepare", "--module pretrain.training", *(f"jepa-{name}" for name in LATER)),
 }
-"""Commands for preparation, training, evaluation and status, by whether they run in a checkout."""
+"""Commands for preparation and training, and those of LATER, by whether they run in a checkout."""
 
 
 def main() -> None:
@@ -97,7 +98,7 @@ def next_commands(output: Path, processes: int, evaluates: bool) -> tuple[str, s
     """Return the commands that prepare the corpus, train, and evaluate the run, or show its state."""
     from pretrain.init.write import run_name
 
-    prepare, train, evaluate, status = COMMANDS[Path(sys.argv[0]).name == "init.py"]
+    prepare, train, evaluate, status, *_ = COMMANDS[Path(sys.argv[0]).name == "init.py"]
     config = shlex.quote(str(output))
     last = evaluate if evaluates else status
     return (
@@ -105,6 +106,19 @@ def next_commands(output: Path, processes: int, evaluates: bool) -> tuple[str, s
         f"deepspeed --num_gpus {processes} {train} {config}",
         f"{last} {shlex.quote(f'runs/{run_name(output)}')}",
     )
+
+
+def use_commands(choices: "Choices") -> list[str]:
+    """Return the commands that use a model of pairs. Plain documents have none, labels need no search."""
+    *_, generate, search = COMMANDS[Path(sys.argv[0]).name == "init.py"]
+    run = shlex.quote(f"runs/{choices.name}")
+    context, *others = choices.inspection.choice.views
+    if not others:
+        return []
+    test = choices.task.tasks[0]["test"]
+    index = shlex.quote(test) if isinstance(test, str) and not choices.task.off else "FILE"
+    answer, find = f"{generate} {run} {context.upper()}", f"{search} {run} --index {index} {context.upper()}"
+    return [answer] if choices.task.is_labels else [answer, find]
 
 
 def _write_checked(choices: "Choices") -> "Choices":
@@ -195,3 +209,5 @@ def _print_choices(choices: "Choices") -> None:
     print(f"training takes {seconds} on {machine} if it is idle (estimated from measured steps). Next:")
     for command in choices.commands:
         print(f"  {command}")
+    if commands := use_commands(choices):
+        print("Then use the model:", *commands, sep="\n  ")

@@ -35,6 +35,11 @@ class TaskChoice:
     off: str = ""
     """Reason why the tasks are only a comment; empty if they are evaluated."""
 
+    @property
+    def is_labels(self) -> bool:
+        """Whether the targets are labels. All test rows are scored then: a file is often sorted by label."""
+        return self.tasks[0]["name"] in ("yelp", "rotten_tomatoes")
+
 
 def choose_task(inspection: Inspection, rows: int | None, held_out: str | None) -> TaskChoice:
     """Return the tasks that fit the target. Without test rows they are only a comment.
@@ -46,6 +51,11 @@ def choose_task(inspection: Inspection, rows: int | None, held_out: str | None) 
         choice = TaskChoice([{"name": "loss"}], "plain documents have no answers to score, so it is the loss on them")
     else:
         choice = _by_target(inspection)
+    if choice.is_labels:
+        choice.questions.append(
+            "with few different targets, the second loss can only tell the labels apart, and there is nothing to "
+            "search: compare with objective.name=next_token"
+        )
     test = held_out or test_rows(inspection)
     if test is None:
         choice.off = "the data have no test split: "
@@ -55,7 +65,7 @@ def choose_task(inspection: Inspection, rows: int | None, held_out: str | None) 
     count = len(inspection.samples["test"].rows) if "test" in inspection.samples else 0
     for task in choice.tasks:
         task["test"] = PLACEHOLDER if test is None else test
-        if rows is not None and count > rows:
+        if rows is not None and count > rows and not choice.is_labels:
             task["rows"] = rows
     return choice
 

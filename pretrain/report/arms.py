@@ -224,6 +224,16 @@ def _comparison(
     if baseline is None and len(arms) > 1:
         next_token_arms = [arm.name for arm in arms if arm.first and arm.first.objective == "next_token"]
         if len(next_token_arms) != 1:
+            corpora = {
+                str(arm.first.environment.get("data", {}).get("corpus")): str(arm.first.config["data"]["path"])
+                for arm in arms
+                if arm.first
+            }
+            if len(corpora) > 1:
+                raise UserError(
+                    f"the runs were trained on different corpora ({', '.join(corpora.values())}), so none is the "
+                    "baseline: report each run on its own, or choose the baseline with --baseline"
+                )
             raise UserError(
                 f"the baseline is not clear: {len(next_token_arms)} arms have objective.name=next_token; "
                 f"choose one with --baseline: {'; '.join(by_name)}"

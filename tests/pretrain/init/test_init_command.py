@@ -126,6 +126,8 @@ def test_without_a_test_split_training_rows_are_held_out(tmp_path):
         values["evaluation"]["tasks"]
     )
     assert 40 <= len(test) <= 44 and values["data"]["decontaminate"] and f"and {held_out}; the conf" in printed
+    assert f"python launcher/generate.py runs/mine {values['data']['views'][0].upper()}\n" in printed
+    assert f"python launcher/search.py runs/mine --index {held_out} " in printed
     assert "The data have no test split" in (tmp_path / "mine.yaml").read_text()
     corpus = tmp_path / "corpus"
     run_command(["python", "-m", "data_prep", str(tmp_path / "mine.yaml"), f"data.path={corpus}", "data.workers=1"])
@@ -136,6 +138,17 @@ def test_without_a_test_split_training_rows_are_held_out(tmp_path):
     (tmp_path / "mine.yaml").unlink()
     done = run_command([*INIT, str(tmp_path / "rows.csv"), "-o", str(tmp_path / "mine.yaml")], check=False)
     assert done.returncode == 2 and "mine-test.jsonl exists" in done.stderr and not (tmp_path / "mine.yaml").exists()
+
+
+def test_all_test_rows_of_labels_are_scored(tmp_path):
+    """A file that is sorted by label would otherwise be scored on one label."""
+    for split, count in (("train", 60), ("test", 600)):
+        rows = [{"review": f"{text} {number}", "label": "Good"} for number, (text, _) in enumerate(pairs(count))]
+        write_lines(tmp_path / "data" / f"{split}.jsonl", [row | {"label": "Bad"} for row in rows[::2]] + rows[1::2])
+    printed, values = init(tmp_path / "data", tmp_path / "mine.yaml")
+    (task,) = values["evaluation"]["tasks"]
+    assert task["name"] == "rotten_tomatoes" and "rows" not in task
+    assert "compare with objective.name=next_token" in printed and "launcher/search.py" not in printed
 
 
 def test_test_rows_leave_the_validation_split_its_fraction(tmp_path):

@@ -3,8 +3,10 @@
 import itertools
 import re
 
+import pytest
 import yaml
 
+from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json, write_json
 from pretrain.report.arms import read_comparison
 from pretrain.report.page import columns, markdown
@@ -33,6 +35,24 @@ def test_run_directories_are_grouped_into_arms_by_their_differences(study, tmp_p
     config = tmp_path / "llm_jepa3" / "config.yaml"
     config.write_text(config.read_text().replace("weight: 0.5", "weight: 0.25"))
     assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa weight=0.5", "llm_jepa weight=0.25"}
+
+
+def test_runs_of_different_corpora_have_no_baseline(study, tmp_path):
+    for number in (1, 2):
+        folder = tmp_path / f"run{number}"
+        copy_run(study / "runs" / "llm_jepa-seed1", folder, 1, 0.5)
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values["data"]["path"] = f"corpus{number}"
+        values["objective"]["weight"] = number
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    paths = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="the baseline is not clear"):
+        read_comparison(paths, None, None)
+    environment = read_json(folder / "environment.json")
+    environment["data"]["corpus"] = "another"
+    write_json(folder / "environment.json", environment)
+    with pytest.raises(UserError, match=r"different corpora \(corpus1, corpus2\), so none is the baseline"):
+        read_comparison(paths, None, None)
 
 
 def test_seeds_that_differ_only_in_the_path_of_the_corpus_are_one_arm(study, tmp_path):
