@@ -35,7 +35,7 @@ MOST_OF_REGEXES = 0.75
 LONG_TEXT = 20
 """Median length of texts that are longer than the name of a column, in characters."""
 FEWEST_WORDS_OF_VALUE = 4
-"""Number of words from which the name of a column of long texts looks like such a text."""
+"""Number of words from which the name of a column of long texts looks like one of them."""
 Content = Literal["labels", "numbers", "SQL", "regex", "code", "text"]
 Kind = Literal["text", "texts", "other"]
 

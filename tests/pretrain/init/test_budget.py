@@ -78,7 +78,7 @@ def test_the_learning_rate_falls_with_the_width(looked_at, set_speed):
 
 
 def test_the_budget_fits_into_the_longest_time(looked_at, set_speed):
-    """A fraction of an epoch is a number of tokens; more are whole epochs, whose time is at most the longest one."""
+    """Less than an epoch is a number of tokens; otherwise the epochs are rounded down."""
     set_speed(1e9)
     part = choose_budget(sized(looked_at, 10**7, [SHORT]), CPU)
     assert part.epochs < 1 and part.is_limited_by_time and part.seconds == pytest.approx(LONGEST["cpu"])
@@ -104,7 +104,7 @@ def test_records_that_are_too_long_for_a_row_do_not_count(looked_at, set_speed):
 
 
 @pytest.mark.parametrize(("fitting", "expected"), [(0, "none of 400 records fits"), (4, "only 16 of 400 records fit")])
-def test_an_error_says_that_hardly_any_record_fits_into_a_row(looked_at, fitting, expected):
+def test_hardly_any_record_that_fits_into_a_row_is_an_error(looked_at, fitting, expected):
     lengths = [LONG] * (100 - fitting) + [SHORT] * fitting
     with pytest.raises(UserError, match=f"{expected} into a row of 2,048 tokens.*divide the texts") as raised:
         choose_budget(sized(looked_at, 400, lengths), CPU)
