@@ -25,7 +25,7 @@ COMMANDS = {
     True: ("python -m data_prep", "launcher/run.py", *(f"python launcher/{name}.py" for name in LATER)),
     False: ("jepa-prepare", "--module pretrain.training", *(f"jepa-{name}" for name in LATER)),
 }
-"""Commands for preparation and training, and those of LATER, by whether they run in a checkout."""
+"""Commands for preparation and training, then the commands of LATER, by whether they run in a checkout."""
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def next_commands(output: Path, processes: int, evaluates: bool) -> tuple[str, s
 
 
 def use_commands(choices: "Choices") -> list[str]:
-    """Return the commands that use a model of pairs. Plain documents have none, labels need no search."""
+    """Return the commands that use a model of pairs. A model of labels is not searched with."""
     *_, generate, search = COMMANDS[Path(sys.argv[0]).name == "init.py"]
     run = shlex.quote(f"runs/{choices.name}")
     context, *others = choices.inspection.choice.views

@@ -53,8 +53,8 @@ def choose_task(inspection: Inspection, rows: int | None, held_out: str | None) 
         choice = _by_target(inspection)
     if choice.is_labels:
         choice.questions.append(
-            "with few different targets, the second loss can only tell the labels apart, and there is nothing to "
-            "search: compare with objective.name=next_token"
+            "with few different targets, the second loss only distinguishes labels, and a search is not useful: "
+            "compare with objective.name=next_token"
         )
     test = held_out or test_rows(inspection)
     if test is None:

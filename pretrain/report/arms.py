@@ -232,7 +232,7 @@ def _comparison(
             if len(corpora) > 1:
                 raise UserError(
                     f"the runs were trained on different corpora ({', '.join(corpora.values())}), so none is the "
-                    "baseline: report each run on its own, or choose the baseline with --baseline"
+                    "baseline: report each run separately, or choose the baseline with --baseline"
                 )
             raise UserError(
                 f"the baseline is not clear: {len(next_token_arms)} arms have objective.name=next_token; "

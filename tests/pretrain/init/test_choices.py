@@ -1,4 +1,4 @@
-"""What a first configuration states about repeated records, test rows and tasks, without starting a command."""
+"""Statements of a first configuration about repeated records, test rows and tasks, without starting a command."""
 
 import json
 from pathlib import Path
