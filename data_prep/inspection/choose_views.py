@@ -80,9 +80,9 @@ def choose_views(columns: Sequence[Column], where: str) -> ViewChoice:
         )
     if not texts:
         labels = ", ".join(column.name for column in candidates) or "none"
-        described = [column.name + (f" ({column.unreadable})" if column.unreadable else "") for column in columns]
+        found = [column.name + (f" ({column.unreadable})" if column.unreadable else "") for column in columns]
         raise UserError(
-            f"{where}: no column has text to train on (columns: {', '.join(described)}; with few different values: "
+            f"{where}: no column has text to train on (columns: {', '.join(found)}; with few different values: "
             f"{labels}); add a column of texts"
         )
     choice = _single(texts[0]) if len(candidates) == 1 else _pair(candidates, texts)

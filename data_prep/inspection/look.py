@@ -207,8 +207,8 @@ def _measure(inspection: Inspection) -> None:
             except UserError as error:
                 if maximum := re.search(r"too large for the corpus: the maximum is (\d+)", str(error)):
                     largest = int(maximum[1])
-                    size = _smaller(size, largest)
-                elif size < largest:  # too small for the characters of the corpus
+                    size -= -(-(size - largest) // SMALLEST_STEP) * SMALLEST_STEP
+                elif size < largest:  # the step was too large, because bytes and characters need pieces too
                     size = largest
                 else:
                     raise UserError(
@@ -221,12 +221,6 @@ def _measure(inspection: Inspection) -> None:
         full = np.array([len(view) for record in measured for view in record])
         cut = np.array([max(1, len(view)) for view in flat])
         inspection.lengths = np.ceil(counts * (full / cut)).astype(np.int64).reshape(len(measured), -1)
-
-
-def _smaller(size: int, largest: int) -> int:
-    """Return a vocabulary that a tiny corpus can train: a step of SMALLEST_STEP below `size`, or the largest one."""
-    steps = -(-(size - largest) // SMALLEST_STEP)
-    return stepped if (stepped := size - steps * SMALLEST_STEP) > RESERVED_PIECES else min(largest, size - 1)
 
 
 def _shortened(texts: Sequence[str]) -> Iterable[str]:

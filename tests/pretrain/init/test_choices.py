@@ -1,4 +1,4 @@
-"""Statements of a first configuration about repeated records, test rows and tasks, without starting a command."""
+"""The choices of a first configuration for repeated records, test rows and tasks, in the process of the test."""
 
 import json
 from pathlib import Path
