@@ -28,6 +28,8 @@ RELEVANT_NAMES = (
 """Variables that affect how ranks compute, connect or find files; a name that ends in `_` is a prefix."""
 PER_RANK_NAMES = ("CUDA_VISIBLE_DEVICES",)
 """Variables that the launcher sets for each rank."""
+OWN_NAMES = ("TRANSFORMERS_VERBOSITY",)
+"""Variables that the commands set for themselves."""
 SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 """Words in the names of variables whose values must not be shown or sent."""
 
@@ -55,6 +57,7 @@ def relevant_env(environment: Mapping[str, str]) -> dict[str, str]:
 
     def is_relevant(name: str) -> bool:
         matches = any(name == entry or (entry.endswith("_") and name.startswith(entry)) for entry in RELEVANT_NAMES)
-        return matches and name not in PER_RANK_NAMES and not any(word in name.upper() for word in SECRET_WORDS)
+        left_out = name in PER_RANK_NAMES + OWN_NAMES or any(word in name.upper() for word in SECRET_WORDS)
+        return matches and not left_out
 
     return {name: value for name, value in sorted(environment.items()) if is_relevant(name)}

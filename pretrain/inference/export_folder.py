@@ -1,6 +1,7 @@
 """The export that a command uses: the given folder, or the newest one of a run."""
 
 import logging
+import os
 from pathlib import Path
 
 from data_prep.utils.console import UserError
@@ -8,6 +9,9 @@ from pretrain.imports import libraries
 from pretrain.run_folder import list_steps, step_name
 
 logger = logging.getLogger(__name__)
+
+# DeepSpeed would write a warning into the standard output, which contains the results. Its accelerator is not used.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 JEPA = "jepa.json"
 """File that makes a folder an export."""
