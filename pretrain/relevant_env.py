@@ -57,7 +57,7 @@ def relevant_env(environment: Mapping[str, str]) -> dict[str, str]:
 
     def is_relevant(name: str) -> bool:
         matches = any(name == entry or (entry.endswith("_") and name.startswith(entry)) for entry in RELEVANT_NAMES)
-        left_out = name in PER_RANK_NAMES + OWN_NAMES or any(word in name.upper() for word in SECRET_WORDS)
-        return matches and not left_out
+        excluded = name in PER_RANK_NAMES + OWN_NAMES or any(word in name.upper() for word in SECRET_WORDS)
+        return matches and not excluded
 
     return {name: value for name, value in sorted(environment.items()) if is_relevant(name)}
