@@ -114,9 +114,7 @@ def header(piece: Piece, delimiter: str | None = None) -> list[str]:
     if len(row) == 1 and (other := _other_delimiter(piece, delimiter)) is not None:
         used = _delimiter_of(piece, delimiter)
         suffix = {("\t", ","): ".tsv", (",", "\t"): ".csv"}.get((other, used))
-        remedy = (
-            f"rename the file to end in {suffix}" if suffix else f"write the file with {DELIMITERS.get(used, used)}"
-        )
+        remedy = f"rename the file to end in {suffix}" if suffix else f"write {DELIMITERS.get(used, used)} between them"
         raise UserError(
             f"{piece.path}:{line}: the columns are divided by {DELIMITERS[other]}, but the reader expects "
             f"{DELIMITERS.get(used, repr(used))}: {remedy}, or convert it to JSON lines"

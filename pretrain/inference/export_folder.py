@@ -10,9 +10,6 @@ from pretrain.run_folder import list_steps, step_name
 
 logger = logging.getLogger(__name__)
 
-# DeepSpeed would write a warning into the standard output, which contains the results. Its accelerator is not used.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 JEPA = "jepa.json"
 """File that makes a folder an export."""
 
@@ -23,6 +20,8 @@ def find_export(path: Path) -> Path:
     A checkpoint that has not been exported yet is exported into the run directory. Raises UserError if `path` is
     neither, or if the run has no checkpoint.
     """
+    # DeepSpeed would write a warning into the standard output, which contains the results. Its accelerator is not used.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if (path / JEPA).is_file():
         return path
     if not (path / "config.yaml").is_file():

@@ -101,7 +101,10 @@ def test_an_unclosed_quote_is_reported_where_it_opens(tmp_path):
             r"a\.csv has no column 'text', only question, answer: "
             r"set the columns of the views in data\.sources\.0\.views",
         ),
-        (b"text;code\na;b\n", r"a\.csv:1: the columns are divided by a semicolon, but .* a comma: write the file with"),
+        (
+            b"text;code\na;b\n",
+            r"a\.csv:1: the columns are divided by a semicolon, but .* a comma: write a comma between them",
+        ),
         (b"text|code\na, b|c\nd|e\n", r"divided by a vertical bar"),
         (b"text\tcode\na\tb\n", r"divided by a tab, but .* a comma: rename the file to end in \.tsv"),
         ("größe,code\na,b\n".encode("latin-1"), r"a\.csv:1: the names of the columns are not UTF-8: .* iconv"),

@@ -221,10 +221,12 @@ def write_tasks_of_every_kind(folder):
     tasks[0]["test"] = {"type": "hub", "path": str(folder / "gsm8k"), "hub_split": "test"}
     tasks[2] |= {"train": tasks[2]["test"], "finetune": {"steps": 2}}
     pairs = write_pairs(folder / "pairs.jsonl", "validation", 40)
+    reviews = {"type": "json", "path": tasks[2]["test"], "views": {"text": "text", "code": "label"}}
     return [
         *tasks,
         {"name": "retrieval", "test": str(pairs)},
         {"name": "geometry", "label": "shape", "test": str(pairs), "rows": 30},
+        {"name": "probe", "column": "label", "test": reviews, "train": reviews},
     ]
 
 

@@ -36,6 +36,8 @@ from tests.commands import prepare_corpus, tiny_config, write_config
         ({"name": "nl_rx", "harness": ["a"]}, "unknown key 'task.harness'"),
         ({"name": "nl_rx", "label": "a/b"}, "task.label"),
         ({"name": "nl_rx", "label": "x" * 101}, "at most 100 characters"),
+        ({"name": "probe", "test": "x", "column": "a"}, "task.train: Field required"),
+        ({"name": "probe", "test": "x", "train": "y"}, "task.column: Field required"),
         ({"name": "geometry", "test": "x", "rows": 1}, "task.rows: the task compares"),
         (
             {"name": "nl_rx", "finetune": {"epoch": 1}},
@@ -72,6 +74,10 @@ def test_tasks_of_the_same_name_need_labels_and_tasks_check_the_views():
         task.check_views(("text", "code"))
         with pytest.raises(ValueError, match=f"the task {name} "):
             task.check_views(("text",))
+    probe = {"name": "probe", "test": "x", "train": "y", "column": "a"}
+    parse_task(probe, "task").check_views(("text",))
+    with pytest.raises(ValueError, match=r"the task probe reads the view 'code', but data\.views is \['text'\]"):
+        parse_task(probe | {"view": "code"}, "task").check_views(("text",))
     parse_task({"name": "retrieval", "test": "x"}, "task").check_views(("a", "b", "c"))
 
 
@@ -193,6 +199,14 @@ REQUIREMENTS = {
         {"name": "lm_eval", "test": None, "harness": ["arc_easy"]},
         "name: the task lm_eval needs the package lm_eval",
     ),
+    "sklearn": (
+        {"name": "probe", "train": "FOLDER/rows.jsonl", "column": "code"},
+        "name: the task probe needs the package sklearn",
+    ),
+    "column": (
+        {"name": "probe", "train": "FOLDER/rows.jsonl", "column": "label"},
+        "test: row 1 has no label in the column 'label' (column of probe); the row has text, code",
+    ),
     "peft": (
         {"name": "nl_rx", "finetune": {}, "train": "FOLDER/rows.jsonl", "finetune_lora": {"rank": 2, "alpha": 4}},
         "finetune_lora needs the package peft",
@@ -219,7 +233,7 @@ def test_a_task_with_a_missing_requirement_is_refused_at_startup(
     task, expected = json.loads(json.dumps(REQUIREMENTS[requirement]).replace("FOLDER", str(folder)))
     task = {key: value for key, value in ({"test": str(folder / "rows.jsonl")} | task).items() if value is not None}
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": [task]}))
-    if requirement in ("lm_eval", "peft"):
+    if requirement in ("lm_eval", "peft", "sklearn"):
         monkeypatch.setitem(sys.modules, requirement, None)
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), *start])
     assert refusal(capsys).startswith(f"error: evaluation.tasks.0.{expected}")
