@@ -141,6 +141,9 @@ class StudyConfig(Section):
     """Arm name -> dotted keys of a run configuration and their values. {} is the unchanged base configuration."""
     launch: str = ""
     """Command in front of `launcher/run.py`, such as `deepspeed --num_gpus 8`. The default is python: one process."""
+    parallel_runs: int = Field(default=1, ge=1)
+    """Number of runs that train at the same time on this machine, each as one process. With GPUs, each run has one of
+    them; without, each has an equal part of the cores."""
     slurm: SlurmConfig | None = None
     """Slurm options; if set, the runs are submitted as jobs instead of running on this machine."""
 
@@ -189,6 +192,12 @@ class StudyConfig(Section):
         if self.launch and self.slurm:
             raise ValueError(
                 "launch and slurm exclude each other because srun starts the ranks under Slurm; remove one"
+            )
+        other = "launch" if self.launch else "slurm" if self.slurm else None
+        if self.parallel_runs > 1 and other:
+            raise ValueError(
+                f"parallel_runs starts each run as one process on this machine, so {other} cannot be set too; remove "
+                "one of them"
             )
         for arm, changes in self.arms.items():
             budget_keys = ("train", *(f"train.{budget}" for budget in BUDGETS))

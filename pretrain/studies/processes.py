@@ -1,4 +1,4 @@
-"""Processes that a study starts on this machine, one at a time. A signal to the study reaches the running one."""
+"""Processes that a study starts on this machine. A signal to the study reaches all of them."""
 
 import contextlib
 import os
@@ -6,75 +6,76 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from pretrain.training.evaluation_requests import die_with_parent
 
 
 class ProcessRunner:
-    """Runner that executes one command at a time and forwards SIGINT and SIGTERM to it."""
+    """Runner that executes commands, each in the thread of its caller, and forwards SIGINT and SIGTERM to them."""
 
     def __init__(self, lock: IO[bytes]):
         self._lock = lock
-        self._running: subprocess.Popen[bytes] | None = None
-        self._group = False
+        self._running: dict[subprocess.Popen[bytes], bool] = {}
+        """Whether signals go to the process group of each running command instead of only to its first process."""
         self.stopped: signal.Signals | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+            signal.signal(number, lambda number, frame: self.stop(signal.Signals(number)))
 
-    def train(self, launcher_dir: Path, launch: str, config: Path, log: Path) -> int:
+    def train(
+        self, launcher_dir: Path, launch: str, config: Path, log: Path, environment: Mapping[str, str] | None = None
+    ) -> int:
         """Train a run under launcher/supervise.py and return the exit code.
 
-        The supervisor forwards signals to all ranks and makes sure that no rank stays alive.
+        `environment` is added to the environment of this process. The supervisor forwards signals to all ranks and
+        makes sure that no rank stays alive.
         """
         words = shlex.split(launch) or [sys.executable]
+        supervisor = [sys.executable, str(launcher_dir / "supervise.py"), "--"]
+        return self._run([*supervisor, *words, str(launcher_dir / "run.py"), str(config)], log, environment)
+
+    def evaluate(
+        self, launcher_dir: Path, run_dir: Path, log: Path, environment: Mapping[str, str] | None = None
+    ) -> int:
+        """Evaluate the last checkpoint of a run and return the exit code; for `environment`, see `train`."""
         return self._run(
-            [
-                sys.executable,
-                str(launcher_dir / "supervise.py"),
-                "--",
-                *words,
-                str(launcher_dir / "run.py"),
-                str(config),
-            ],
-            log,
+            [sys.executable, str(launcher_dir / "evaluate.py"), str(run_dir)], log, environment, group=True
         )
 
-    def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path) -> int:
-        """Evaluate the last checkpoint of a run and return the exit code."""
-        return self._run([sys.executable, str(launcher_dir / "evaluate.py"), str(run_dir)], log, group=True)
+    def stop(self, number: signal.Signals) -> None:
+        """Forward a signal to all running commands. A command that is started later receives it too."""
+        self.stopped = number
+        for process, group in list(self._running.items()):
+            self._forward(number, process, group)
 
-    def _run(self, command: list[str], log: Path, group: bool = False) -> int:
+    def _run(self, command: list[str], log: Path, environment: Mapping[str, str] | None, *, group: bool = False) -> int:
         """Run a command and return its exit code.
 
         With `group`, signals go to all processes of the command instead of only to the first.
 
-        If this process dies, the command gets SIGTERM. The command holds the study's lock until it has ended, so the
-        study cannot be launched a second time while the command runs.
+        If the thread that called this ends, the command gets SIGTERM. The command holds the study's lock until it has
+        ended, so the study cannot be launched a second time while the command runs.
         """
         with open(log, "a") as output:
-            self._group = group
-            self._running = subprocess.Popen(
+            process = subprocess.Popen(
                 die_with_parent(command, "TERM"),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
                 pass_fds=[self._lock.fileno()],
+                env=os.environ | environment if environment else None,
             )
-        if self.stopped:  # the signal arrived before self._running was set
-            self._forward(self.stopped)
-        code = self._running.wait()
-        self._running = None
+        self._running[process] = group
+        if self.stopped:  # the signal arrived before the process was listed
+            self._forward(self.stopped, process, group)
+        code = process.wait()
+        del self._running[process]
         return code
 
-    def _receive(self, number: int, frame: Any) -> None:
-        self.stopped = signal.Signals(number)
-        if self._running:
-            self._forward(self.stopped)
-
-    def _forward(self, number: signal.Signals) -> None:
-        assert self._running is not None
+    @staticmethod
+    def _forward(number: signal.Signals, process: subprocess.Popen[bytes], group: bool) -> None:
         with contextlib.suppress(ProcessLookupError):
-            (os.killpg if self._group else os.kill)(self._running.pid, number)
+            (os.killpg if group else os.kill)(process.pid, number)

@@ -1,11 +1,16 @@
-"""Runs of a study on this machine, one after another.
+"""Runs of a study on this machine, one after another or several at a time.
 
 Finished runs are skipped and interrupted runs resume. A failure is reported, and the next run starts.
 """
 
 import logging
+import os
+import queue
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from data_prep.utils.console import UserError, duration
@@ -102,6 +107,23 @@ def check_metric(study: Study, run: Run) -> None:
         )
 
 
+def run_environments(count: int) -> list[dict[str, str]]:
+    """Return the environment variables of each of `count` runs that train at the same time on this machine.
+
+    They assign a GPU to each run, in turn, or without GPUs a number of threads. A single run keeps the environment.
+    """
+    if count == 1:
+        return [{}]
+    import torch  # imported late because it loads slowly
+
+    if gpus := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",")[:gpus] if visible else [str(gpu) for gpu in range(gpus)]
+        return [{"CUDA_VISIBLE_DEVICES": names[number % gpus]} for number in range(count)]
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * count
+
+
 def run_locally(
     study: Study, launcher_dir: Path, runs: list[Run], record: StudyRecord, processes: ProcessRunner
 ) -> int:
@@ -109,62 +131,104 @@ def run_locally(
 
     Raises UserError if a run lacks the study's metric.
     """
-    folder = study.folder
-    failed: list[str] = []
-    for number, run in enumerate(runs, 1):
-        if is_done(run):
-            check_metric(study, run)
-            continue
-        log = log_path(folder, run.name)
-        logger.info(f"[{number}/{len(runs)}] {run.name}{_time_left(runs, record)}; output in {log}")
-        started = time.monotonic()
-        problem = _train_and_evaluate(run, study, launcher_dir, log, processes)
-        seconds = time.monotonic() - started
-        record.wall_seconds[run.name] = round(record.wall_seconds.get(run.name, 0) + seconds, 1)
-        record.save()
-        if processes.stopped:
-            logger.info(f"stopped by {processes.stopped.name}; run the same command to resume")
-            return EXIT_CODE_STOPPED
-        if problem:
-            failed.append(run.name)
-            logger.warning(
-                f"[{number}/{len(runs)}] {run.name} FAILED: {problem}; see {log}. "
-                "The other runs continue; run the same command later to try it again"
-            )
-        else:
-            logger.info(f"[{number}/{len(runs)}] {run.name} done in {duration(seconds)}")
-            save_records([run])
-            check_metric(study, run)
-    if failed:
+    local_runs = _LocalRuns(study, launcher_dir, runs, record, processes)
+    local_runs.run_all()
+    if processes.stopped:
+        logger.info(f"stopped by {processes.stopped.name}; run the same command to resume")
+        return EXIT_CODE_STOPPED
+    if failed := local_runs.failed:
         logger.warning(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-def _train_and_evaluate(run: Run, study: Study, launcher_dir: Path, log: Path, processes: ProcessRunner) -> str | None:
+class _LocalRuns:
+    """The runs of a study on this machine, `parallel_runs` of them at a time."""
+
+    def __init__(
+        self, study: Study, launcher_dir: Path, runs: list[Run], record: StudyRecord, processes: ProcessRunner
+    ):
+        self._study, self._launcher_dir, self._runs = study, launcher_dir, runs
+        self._record, self._processes = record, processes
+        self._environments: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        for environment in run_environments(study.config.parallel_runs):
+            self._environments.put(environment)
+        self._bookkeeping = threading.Lock()
+        self.failed: list[str] = []
+        """Names of the runs that failed."""
+
+    def run_all(self) -> None:
+        """Attempt all runs, in order. Raises UserError if a run lacks the study's metric, after stopping its peers."""
+        with ThreadPoolExecutor(self._study.config.parallel_runs) as threads:
+            attempts = [threads.submit(self._attempt, number, run) for number, run in enumerate(self._runs, 1)]
+            for attempt in as_completed(attempts):
+                attempt.result()
+
+    def _attempt(self, number: int, run: Run) -> None:
+        """Run the run unless it is done or the study was stopped."""
+        environment = self._environments.get()
+        try:
+            if self._processes.stopped:
+                return
+            if not is_done(run):
+                self._train_and_record(number, run, environment)
+            if is_done(run):
+                check_metric(self._study, run)
+        except BaseException:
+            self._processes.stop(signal.SIGTERM)
+            raise
+        finally:
+            self._environments.put(environment)
+
+    def _train_and_record(self, number: int, run: Run, environment: Mapping[str, str]) -> None:
+        log, title = log_path(self._study.folder, run.name), f"[{number}/{len(self._runs)}] {run.name}"
+        logger.info(f"{title}{self._time_left()}; output in {log}")
+        started = time.monotonic()
+        problem = _train_and_evaluate(run, self._study, self._launcher_dir, log, self._processes, environment)
+        seconds = time.monotonic() - started
+        with self._bookkeeping:
+            wall_seconds = self._record.wall_seconds
+            wall_seconds[run.name] = round(wall_seconds.get(run.name, 0) + seconds, 1)
+            self._record.save()
+        if problem is None:
+            logger.info(f"{title} done in {duration(seconds)}")
+            save_records([run])
+        elif not self._processes.stopped:
+            self.failed.append(run.name)
+            logger.warning(
+                f"{title} FAILED: {problem}; see {log}. "
+                "The other runs continue; run the same command later to try it again"
+            )
+
+    def _time_left(self) -> str:
+        """Return a text with the estimated time left for all runs, based on the seconds per FLOP of finished runs.
+
+        Returns "" if no finished run was timed.
+        """
+        with self._bookkeeping:
+            seconds_per_flop = wall_seconds_per_flop(self._runs, self._record)
+        if seconds_per_flop is None:
+            return ""
+        flops_left = sum(run.flops for run in self._runs if not is_done(run))
+        seconds = flops_left * seconds_per_flop / self._study.config.parallel_runs
+        return f", about {duration(seconds)} left for all runs"
+
+
+def _train_and_evaluate(
+    run: Run, study: Study, launcher_dir: Path, log: Path, processes: ProcessRunner, environment: Mapping[str, str]
+) -> str | None:
     """Train and evaluate a run. Returns None if it is done, else the reason as message text."""
     if not is_trained(run):
-        code = processes.train(launcher_dir, study.config.launch, write_run_config(study.folder, run.config), log)
+        config = write_run_config(study.folder, run.config)
+        code = processes.train(launcher_dir, study.config.launch, config, log, environment)
         if not is_trained(run):
             status = read_status(run.run_dir)
             return f"training ended with exit code {code}" + (f" ({status['reason']})" if status.get("reason") else "")
     if not processes.stopped and not is_done(run):
         rewrite_run_config(run)
-        code = processes.evaluate(launcher_dir, run.run_dir, log)
+        code = processes.evaluate(launcher_dir, run.run_dir, log, environment)
         if not is_done(run):
             return f"the evaluation ended with exit code {code}"
     return None
-
-
-def _time_left(runs: list[Run], record: StudyRecord) -> str:
-    """Return a text with the estimated time left for all runs, based on the seconds per FLOP of finished runs.
-
-    Returns "" if no finished run was timed.
-    """
-    seconds_per_flop = wall_seconds_per_flop(runs, record)
-    if seconds_per_flop is None:
-        return ""
-    flops_left = sum(run.flops for run in runs if not is_done(run))
-    return f", about {duration(flops_left * seconds_per_flop)} left for all runs"
 
 
 def wall_seconds_per_flop(runs: list[Run], record: StudyRecord) -> float | None:

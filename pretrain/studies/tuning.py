@@ -246,8 +246,11 @@ class Tuning:
         compared = sum(map(statistics.fmean, flops_of_arm.values()))  # with one seed
         power, seeds = self.study.config.power, self.study.config.seeds
         effort = [missing, compared * len(seeds), compared * power.most if power else 0]
+        parallel = self.study.config.parallel_runs
         shown = [
-            f"{flops:.3g} FLOPs" if seconds_per_flop is None else f"{seconds_per_flop * flops / 3600:.1f} hours"
+            f"{flops:.3g} FLOPs"
+            if seconds_per_flop is None
+            else f"{seconds_per_flop * flops / parallel / 3600:.1f} hours"
             for flops in effort
         ]
         further = f" of the pilot, then at most {shown[2]} for the further seeds" if power else ""

@@ -1,9 +1,9 @@
 """Task probe: read a label from the embedding of a view with a linear classifier.
 
 The model does not change. A logistic regression is fitted to the embeddings of the train rows, whose dimensions are
-scaled to a variance of 1. Of the weights in PENALTIES, its penalty has the one with which a fit to four fifths of the
-train rows predicts most labels of the others; the fit is then repeated on all of them. (The penalty of the linear
-probes of Radford et al., arXiv 2103.00020, appendix A.3, is chosen in this way.)
+scaled to a variance of 1. The weight of its penalty is one of PENALTIES: the one with which a fit to four fifths of the
+train rows predicts most labels of the held-out fifth. The final fit uses all train rows. (Radford et al., arXiv
+2103.00020, appendix A.3, choose the penalty of their linear probes in this way.)
 
     accuracy   fraction of the test rows whose label is predicted
     majority   fraction of the test rows that have the most common label

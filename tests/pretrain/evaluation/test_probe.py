@@ -42,7 +42,7 @@ def slow_fit(embeddings, labels, penalty):
     return lambda rows: np.array(names)[(np.c_[(rows - mean) / deviation, np.ones(len(rows))] @ weights).argmax(axis=1)]
 
 
-def test_predictions_equal_those_of_a_plain_softmax_regression(monkeypatch):
+def test_a_plain_softmax_regression_predicts_the_same_labels(monkeypatch):
     monkeypatch.setattr(probe, "PENALTIES", [1.0, 30.0, 1000.0])
     train, test = labelled(60, 1), labelled(2000, 2)
     held_out = np.arange(60) % 5 == 0
@@ -62,7 +62,7 @@ def test_predictions_equal_those_of_a_plain_softmax_regression(monkeypatch):
 
 @pytest.fixture(scope="module")
 def evaluate(prepared, make_model, tmp_path_factory):
-    """Return a function that runs the task on rows, whose column `long` tells whether the text is long."""
+    """Return a function that runs the task on rows with the column `long`: whether the text is long."""
     folder = tmp_path_factory.mktemp("probe")
     jepa = {"run": "tiny", "step": 7, "objective": {"name": "next_token"}, "views": list(VIEWS)}
     export = write_model_export(folder, prepared, make_model(0), 0, jepa, "llama")
@@ -112,7 +112,7 @@ def test_rows_without_an_embedding_count_as_wrong(evaluate):
         evaluate(train, [too_long])
 
 
-def test_columns_that_are_no_labels_are_refused(evaluate):
+def test_columns_without_labels_are_refused(evaluate):
     rows = rows_of("train", 50)
     with pytest.raises(UserError, match="50 rows can be embedded, with 50 labels in the column 'text'; a probe needs"):
         evaluate(rows, rows, column="text")

@@ -2,7 +2,9 @@
 
 import json
 import math
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,17 +30,21 @@ class FakeStudies:
         self.rate_effect = 0.0
         self.best_rate = 1.0
         monkeypatch.setattr("pretrain.studies.processes.ProcessRunner", lambda lock: self)
-        self.stopped = None
+        self.stopped: signal.Signals | None = None
 
     def start(self, path: Path, *overrides: str) -> tuple[int, Path]:
         """Start a study; return its exit code and its folder."""
-        self.trained = []
+        self.trained, self.stopped = [], None
         study = load_study(path, list(overrides))
         study.folder.mkdir(parents=True, exist_ok=True)
         with try_lock(study.folder / ".lock") as lock:
             return _run(study, Path("launcher"), lock), study.folder
 
-    def train(self, launcher_dir: Path, launch: str, config_path: Path, log: Path) -> int:
+    def stop(self, number: signal.Signals) -> None:
+        """Start no further run."""
+        self.stopped = number
+
+    def train(self, launcher_dir: Path, launch: str, config_path: Path, log: Path, environment: Any = None) -> int:
         """Write a finished run directory."""
         config = load_config(config_path)
         self.trained.append(config.name)
@@ -56,7 +62,7 @@ class FakeStudies:
         write_status(run_dir, "finished", last_step)
         return 0
 
-    def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path) -> int:
+    def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path, environment: Any = None) -> int:
         """Write a result of each task."""
         config = load_config(run_dir / "config.yaml")
         value = (

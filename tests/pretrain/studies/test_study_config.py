@@ -93,6 +93,11 @@ def test_override_values_survive_the_command_line(value):
         ({"arms": {"plain/x": {}}}, "'plain/x' cannot be the name of an arm"),
         ({"base": "none.yaml"}, "none.yaml: No such file"),
         ({"launch": "deepspeed", "slurm": {}}, "launch and slurm exclude each other"),
+        (
+            {"parallel_runs": 2, "launch": "deepspeed"},
+            "parallel_runs starts each run as one process on this machine, so launch cannot be set too",
+        ),
+        ({"parallel_runs": 2, "slurm": {}}, "so slurm cannot be set too"),
         ({"launch": "deepspeed --num_gpus '8"}, "launch is not a valid command line: No closing quotation"),
     ],
 )

@@ -154,3 +154,11 @@ def test_a_pilot_on_slurm_is_decided_at_the_next_start(studies, write_study, tmp
     studies.start(write_study(name="jobs", seeds=[1, 2, 3]), output)  # the jobs run
     studies.start(write_study(name="jobs", seeds={"detect": 0.1}, slurm={}), output)
     assert {run.seed for run in submitted[-1]} >= {1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_no_run_starts_after_one_that_lacks_the_metric(studies, write_study, tmp_path, parallel):
+    path = write_study(name="metric", seeds=[1, 2, 3], parallel_runs=parallel, metric={"task": "loss", "name": "jepa"})
+    with pytest.raises(UserError, match=r"-seed1 has no loss/jepa at its last step; loss reports lm\. Set metric"):
+        studies.start(path, f"output_dir={tmp_path}")
+    assert 1 <= len(studies.trained) <= parallel

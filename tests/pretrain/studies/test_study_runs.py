@@ -13,7 +13,7 @@ from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import read_run
 from pretrain.run_folder import read_metrics, read_status
 from pretrain.studies.calibration import ROUNDS
-from pretrain.studies.runner import EXIT_CODE_STOPPED
+from pretrain.studies.runner import EXIT_CODE_STOPPED, run_environments
 from tests.commands import ROOT, BackgroundCommand, read_complete_lines, run_command
 from tests.pretrain.studies.conftest import STEPS
 from tests.pretrain.training.pause_points import release_file
@@ -28,8 +28,8 @@ def start():
     """Yield a function that starts a study in the background. Studies still running after the test are killed."""
     started = []
 
-    def run(path, log):
-        started.append(BackgroundCommand([*STUDY, str(path)], log))
+    def run(path, log, **environment):
+        started.append(BackgroundCommand([*STUDY, str(path)], log, **environment))
         return started[-1]
 
     yield run
@@ -43,26 +43,33 @@ def results(run_dir):
 
 
 @pytest.fixture
-def waiting(folder):
-    """Return a function that makes a `launch` command for a study.
+def hold(folder):
+    """Return a function that makes a PYTHONPATH.
 
-    The run of the given name waits in step WAIT until it is released or receives a signal.
+    The runs of the given names wait in step WAIT until they are released or receive a signal.
     """
 
-    def launch(name):
-        modules = folder / f"waiting-{name}"
-        modules.mkdir()
+    def python_path(*names):
+        modules = folder / f"waiting-{names[0]}"
+        modules.mkdir(exist_ok=True)
+        configs = tuple(f"/{name}.yaml" for name in names)
         (modules / "sitecustomize.py").write_text(f"""
 import sys
 from pathlib import Path
 
-if sys.orig_argv[-1].endswith("/{name}.yaml") and "launcher/run.py" in " ".join(sys.orig_argv):
+if sys.orig_argv[-1].endswith({configs!r}) and "launcher/run.py" in " ".join(sys.orig_argv):
     from tests.pretrain.training.pause_points import hold_steps
     hold_steps(Path(sys.orig_argv[-1]), [{WAIT}])
 """)
-        return f"env PYTHONPATH={modules}:{ROOT} {sys.executable}"
+        return f"{modules}:{ROOT}"
 
-    return launch
+    return python_path
+
+
+@pytest.fixture
+def waiting(hold):
+    """Return a function that makes a `launch` command for a study, one run of which waits; see `hold`."""
+    return lambda name: f"env PYTHONPATH={hold(name)} {sys.executable}"
 
 
 def has_logged_steps(run_dir):
@@ -132,6 +139,53 @@ def test_a_killed_study_resumes_without_repeating_work(start, write_study, waiti
     shutil.copy(study / "study.json", elsewhere)
     moved = run_command([*STUDY, str(path), f"output_dir={elsewhere.parent}"]).stdout
     assert " done in " not in moved and "jepa      1" in moved and not (elsewhere / "jepa-seed1").exists()
+
+
+def test_runs_at_the_same_time_all_save_when_the_study_stops(start, write_study, hold, folder):
+    path, study = write_study(name="parallel", parallel_runs=2, seeds=[1, 2]), folder / "studies" / "parallel"
+    run_dirs = [study / f"{arm}-seed1" for arm in ("plain", "jepa")]
+    names = [run_dir.name for run_dir in run_dirs]
+    first = start(path, folder / "parallel.log", PYTHONPATH=hold(*names))
+    for run_dir in run_dirs:  # each waits for its release, so both are running
+        first.wait_until(has_logged_steps(run_dir), f"steps of {run_dir.name}")
+    first.process.send_signal(signal.SIGTERM)
+    for name in names:
+        release_file(study / "configs" / f"{name}.yaml", WAIT).touch()
+    assert first.end() == EXIT_CODE_STOPPED
+    assert first.log.read_text().count("stopped by SIGTERM; run the same command to resume") == 1
+    assert not processes_of(study) and not list(study.glob("*-seed2"))
+    assert {read_status(run_dir)["status"] for run_dir in run_dirs} == {"resumable"}
+
+    done = run_command([*STUDY, str(path)]).stdout
+    assert done.count(" done in ") == 4 and done.index("[1/4]") < done.index("[3/4]")
+    assert all(len(results(study / f"{arm}-seed{seed}")) == 1 for arm in ("plain", "jepa") for seed in (1, 2))
+    assert json.loads((study / "study.json").read_text())["wall_seconds"].keys() == {
+        *names,
+        "plain-seed2",
+        "jepa-seed2",
+    }
+
+
+@pytest.mark.parametrize(
+    "count, gpus, visible, threads, expected",
+    [
+        (1, 4, None, None, [{}]),
+        (3, 2, None, None, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "010"]),
+        (2, 2, "5,7", None, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "57"]),
+        (2, 0, None, None, [{"OMP_NUM_THREADS": "3"}] * 2),
+        (100, 0, None, None, [{"OMP_NUM_THREADS": "1"}] * 100),
+        (2, 0, None, "1", [{"OMP_NUM_THREADS": "1"}] * 2),
+    ],
+)
+def test_runs_at_the_same_time_share_gpus_or_cores(monkeypatch, count, gpus, visible, threads, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(7)))
+    for name, value in {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": threads}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert run_environments(count) == expected
 
 
 @pytest.mark.slow

@@ -377,9 +377,9 @@ def test_the_plan_is_recorded_before_the_first_trial_and_later_changes_name_the_
     studies, plans = FakeStudies(monkeypatch), []
     train = studies.train
 
-    def record_plans(launcher_dir, launch, config_path, log):
+    def record_plans(*arguments):
         plans.append(json.loads((studies.folder / "study.json").read_text())["tune"]["plans"])
-        return train(launcher_dir, launch, config_path, log)
+        return train(*arguments)
 
     monkeypatch.setattr(studies, "train", record_plans)
     path = write_study(tune=TUNE | {"extensions": 0}, name="planned")
