@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from data_prep.make_tokenizer import train
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import FORMAT, MANIFEST, write_shard
-from data_prep.tokenizer import Tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from data_prep.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent

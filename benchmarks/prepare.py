@@ -25,9 +25,9 @@ from pathlib import Path
 import sentencepiece
 
 from data_prep.config import DataConfig, PythonSource
+from data_prep.make_tokenizer import train
 from data_prep.pipeline import prepare
 from data_prep.sources import open_source
-from data_prep.tokenizer import train
 from data_prep.utils.config_file import validate
 
 VIEWS = ("docstring", "code")

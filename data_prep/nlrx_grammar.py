@@ -16,7 +16,7 @@ Matched to the published pairs:
 - the number of literal words, given the number of literals.
 
 Within a root, forms with three rules are equally likely up to a factor that depends on their number of literals
-(_PER_FORM). All 1,052 published forms can be drawn, and 55 more that are missing from the published sample only by
+(PER_FORM). All 1,052 published forms can be drawn, and 55 more that are missing from the published sample only by
 chance.
 
 Not matched:
@@ -44,6 +44,8 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from data_prep.nlrx_published import AVOIDED, PER_FORM, PUBLISHED, ROOT_COUNTS, WORDS_SMALL, WORDS_THREE
 
 SPLITS = ("train", "validation", "test", "finetune")
 
@@ -106,131 +108,6 @@ MODIFIERS = ("at_least_once", "zero_or_more", "n_or_more")
 AND_OR = ("and", "or", "and3", "or3")
 _TERMINALS_ONLY = ("only", "followed", "and3", "or3")
 _SIMPLE_ARGUMENTS = ("starting", "ending", *MODIFIERS)  # rules that accept no not, before, and, and3 or or3
-
-
-class Published(NamedTuple):
-    """Counts of the NL-RX-SYNTH trees that have the same rule at the root, by their number of rules.
-
-    Trees with two rules are counted for each position of the second rule, by that rule.
-    """
-
-    one: int
-    two: tuple[dict[str, int], ...]
-    three: int
-
-
-_TWO_BEFORE = (
-    {
-        "containing": 20,
-        "starting": 42,
-        "ending": 41,
-        "followed": 194,
-        "at_least_once": 41,
-        "zero_or_more": 41,
-        "n_or_more": 247,
-        "or": 195,
-        "and": 190,
-        "not": 21,
-        "and3": 337,
-        "or3": 310,
-    },
-    {
-        "containing": 43,
-        "ending": 45,
-        "followed": 155,
-        "at_least_once": 40,
-        "zero_or_more": 40,
-        "n_or_more": 183,
-        "or": 156,
-        "and": 152,
-        "not": 43,
-        "and3": 185,
-        "or3": 167,
-    },
-)
-_TWO_CONTAINING = {
-    "ending": 7,
-    "followed": 43,
-    "at_least_once": 2,
-    "zero_or_more": 2,
-    "n_or_more": 24,
-    "or": 44,
-    "and": 42,
-    "not": 3,
-    "before": 22,
-    "and3": 173,
-    "or3": 175,
-}
-_TWO_STARTING = {"followed": 43, "at_least_once": 2, "zero_or_more": 3, "n_or_more": 22, "or": 42}
-_TWO_ENDING = {"containing": 7, "followed": 43, "at_least_once": 4, "zero_or_more": 2, "n_or_more": 19, "or": 44}
-_TWO_WORDS = {
-    "containing": 7,
-    "starting": 7,
-    "ending": 7,
-    "followed": 43,
-    "at_least_once": 7,
-    "zero_or_more": 7,
-    "n_or_more": 42,
-    "or": 45,
-    "and": 44,
-    "not": 7,
-    "before": 41,
-    "and3": 198,
-    "or3": 191,
-}
-_TWO_NOT = {
-    "containing": 4,
-    "only": 8,
-    "starting": 7,
-    "ending": 7,
-    "followed": 42,
-    "at_least_once": 7,
-    "zero_or_more": 7,
-    "n_or_more": 42,
-    "or": 42,
-    "and": 42,
-    "before": 20,
-    "and3": 182,
-    "or3": 177,
-}
-PUBLISHED = {
-    "before": Published(41, _TWO_BEFORE, 705),
-    "words": Published(0, (_TWO_WORDS,), 660),
-    "not": Published(7, (_TWO_NOT,), 476),
-    "containing": Published(7, (_TWO_CONTAINING,), 359),
-    "n_or_more": Published(42, ({"containing": 17, "starting": 20, "ending": 22, "followed": 254, "or": 246},), 265),
-    "and": Published(0, ({}, {}), 427),
-    "ending": Published(7, (_TWO_ENDING,), 287),
-    "or": Published(0, ({}, {}), 387),
-    "starting": Published(7, (_TWO_STARTING,), 223),
-    "zero_or_more": Published(7, ({"containing": 5, "starting": 4, "ending": 5, "followed": 44, "or": 43},), 208),
-    "at_least_once": Published(7, ({"containing": 5, "starting": 5, "ending": 3, "followed": 41, "or": 44},), 183),
-    "followed": Published(41, ({}, {}), 0),
-    "only": Published(7, ({},), 0),
-}
-ROOT_COUNTS = {root: p.one + sum(sum(two.values()) for two in p.two) + p.three for root, p in PUBLISHED.items()}
-
-# Mean number of published occurrences of a form with three rules, times 100, by its number of literals.
-_PER_FORM = {1: 414, 2: 466, 3: 428, 4: 215, 5: 129}
-# Of the published trees with a given number of literals, the fraction in which 0, 1, ... of them are words, per mille.
-# The first table is for trees with at most two rules, the second for trees with three.
-_WORDS_SMALL = {1: (857, 143), 2: (676, 299, 25), 3: (403, 490, 102, 5), 4: (73, 395, 430, 98, 4)}
-_WORDS_THREE = {
-    1: (757, 243),
-    2: (374, 509, 117),
-    3: (145, 446, 344, 65),
-    4: (60, 266, 419, 225, 30),
-    5: (30, 180, 380, 300, 110),
-}  # smoothed for five literals, because only 18 trees are published
-
-# Phrases that are not in the published sample.
-_AVOIDED = (
-    "starting with containing",
-    "starting with ending",
-    "containing starting",
-    "ending with starting",
-    "before starting",
-)
 
 
 def regex(tree: Tree) -> str:
@@ -324,7 +201,7 @@ def forms(root: str) -> tuple[tuple[Tree, int], ...]:
     """
     published = PUBLISHED[root]
     occurring = [form for form in _forms(root, MAX_RULES) if within_limits(form) and _occurs(form)]
-    total_three = sum(_PER_FORM[_num_literals(form)] for form in occurring if _num_rules(form) == 3)
+    total_three = sum(PER_FORM[_num_literals(form)] for form in occurring if _num_rules(form) == 3)
     weighted = []
     for form in occurring:
         if _num_rules(form) == 1:
@@ -333,7 +210,7 @@ def forms(root: str) -> tuple[tuple[Tree, int], ...]:
             position, child = next((i, c) for i, c in enumerate(form.children) if c.rule != "terminal")
             weight = published.two[position].get(child.rule, 0) * _SCALE
         else:
-            weight = published.three * _SCALE * _PER_FORM[_num_literals(form)] // total_three
+            weight = published.three * _SCALE * PER_FORM[_num_literals(form)] // total_three
         if weight:
             weighted.append((form, weight))
     return tuple(weighted)
@@ -382,7 +259,7 @@ def _occurs(form: Tree) -> bool:
     if form.rule != "not" and any(child.rule == "only" for child in form.children):
         return False
     sample = description(_fill(form, iter(["."] * _num_literals(form)), "2"))
-    return not any(phrase in sample for phrase in _AVOIDED)
+    return not any(phrase in sample for phrase in AVOIDED)
 
 
 def _fill(form: Tree, literals: Iterator[str], repeats: str) -> Tree:
@@ -430,7 +307,7 @@ def _templates(root: str) -> tuple[tuple[_Template, ...], tuple[int, ...]]:
     templates, weights = [], []
     for form, weight in forms(root):
         literals = _num_literals(form)
-        words = (_WORDS_THREE if _num_rules(form) == 3 else _WORDS_SMALL)[literals]
+        words = (WORDS_THREE if _num_rules(form) == 3 else WORDS_SMALL)[literals]
         templates.append(_Template(form, regex(form), literals, tuple(itertools.accumulate(words))))
         weights.append(weight)
     return tuple(templates), tuple(itertools.accumulate(weights))

@@ -25,6 +25,7 @@ from data_prep.config import DataConfig, HubSource, TaskTest
 from data_prep.encode import encode_unit, kept_records, shard_report
 from data_prep.executor import Executor, LocalExecutor, Task
 from data_prep.holdout import find_frequent_targets, load_frequent_targets, split_function
+from data_prep.make_tokenizer import import_tokenizer, train
 from data_prep.manifest import Manifest, build_manifest, check_not_empty, drop_summary, summary, summary_line
 from data_prep.phase_progress import PhaseProgress
 from data_prep.scan import fingerprint_file, scan_report, scan_unit, target_file
@@ -42,7 +43,7 @@ from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import Reader
 from data_prep.sources.files import piece_length
 from data_prep.sources.hub import commit_of
-from data_prep.tokenizer import Tokenizer, import_tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from data_prep.units import Job, Unit, make_units, open_job
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json, read_json_or_none, sync_file, try_lock, write_json, write_text

@@ -5,7 +5,8 @@ from typing import Any
 
 import tokenizers
 
-from data_prep.tokenizer import EDGE_CASE_TEXTS, SPECIAL_TOKENS, Tokenizer
+from data_prep.make_tokenizer import EDGE_CASE_TEXTS
+from data_prep.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:

@@ -14,9 +14,9 @@ from data_prep.inspection.choose_views import TARGET, ViewChoice, choose_views
 from data_prep.inspection.columns import Column, describe_columns, header_questions
 from data_prep.inspection.find import Found, Values, as_source, find_splits
 from data_prep.inspection.raw_rows import TEXT_COLUMNS, Sample, read_sample
+from data_prep.make_tokenizer import train
 from data_prep.sources.files import TO_UTF_8
 from data_prep.sources.views import ViewMapping, make_mapping
-from data_prep.tokenizer import train
 from data_prep.utils.console import UserError
 
 FEWEST_RECORDS = 20

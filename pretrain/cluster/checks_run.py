@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.cluster.checks_nodes import Check, DiagnosedRun, Facts, check_identical
+from pretrain.cluster.checks_nodes import Check, DiagnosedRun
 from pretrain.cluster.estimate import ResourceEstimate
-from pretrain.cluster.findings import Finding, Level, format_bytes, shorten_list
+from pretrain.cluster.findings import Facts, Finding, Level, check_identical, format_bytes, shorten_list
 from pretrain.run_folder import list_steps
 
 SLOW_PAIR = 0.5

@@ -1,10 +1,13 @@
-"""Findings of the checks, and their output as a table or JSON."""
+"""Findings of the checks, the comparison of nodes, and the output as a table or JSON."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Level = Literal["ok", "warn", "fail"]
+Facts = Mapping[str, dict[str, Any]]
+"""Facts of a topic by node."""
 WIDTH = 24
 """Width of the column of check names, in characters."""
 FEW = 4
@@ -63,3 +66,27 @@ def shorten_list(names: list[str]) -> str:
 def format_bytes(number: float) -> str:
     """Return a number of bytes as text, in GiB or MiB."""
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.{0 if number >= 2**20 else 3}f} MiB"
+
+
+def check_identical(check: str, values: Mapping[str, Any], local_value: Any, prefix: str, remedy: str) -> list[Finding]:
+    """Check that all nodes have the same value.
+
+    The finding names the nodes that differ from this machine. If no node has this machine's value, the finding names
+    the nodes that differ from the most common value. `prefix` is the text in front of the value.
+    """
+    counts = Counter(values.values())
+    if len(counts) <= 1:
+        value = next(iter(counts), None)
+        return [Finding(check, "ok", str(value))]
+    usual = local_value if local_value in counts else counts.most_common(1)[0][0]
+    return [
+        Finding(
+            check,
+            "fail",
+            f"{prefix} {value}, {usual} elsewhere",
+            remedy,
+            tuple(node for node in values if values[node] == value),
+        )
+        for value in counts
+        if value != usual
+    ]

@@ -17,7 +17,8 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from data_prep.layout import Layout, make_layout
-from data_prep.tokenizer import Tokenizer, import_tokenizer
+from data_prep.make_tokenizer import import_tokenizer
+from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.loader import Consumed, Loader, Packing, Rows, Unit, count_pairs, loss_denominators

@@ -12,10 +12,11 @@ the class of the previous character, which is a part of the state, and on the cl
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from pretrain.tasks.regex_parser import LAST_CODE_POINT, MalformedError, Ranges, TooComplexError, Tree, parse
 
 MAX_STATE_PAIRS = 20_000
 """Maximum number of pairs of states to compare."""
@@ -23,28 +24,10 @@ MAX_NODES = 100_000
 """Maximum number of nodes."""
 MAX_OPERATIONS = 4_000_000
 """Maximum number of operands to process, a few seconds of work. A time limit would depend on the machine."""
-MAX_ATOMS = 1_000
-"""Maximum length of an expression, in atoms, with counted repeats written out."""
-MAX_BOUND_DIGITS = 6
-"""Maximum number of digits in a bound of a counted repeat."""
-LAST_CODE_POINT = 0x10FFFF
-"""Largest code point."""
 WORD = ((48, 57), (65, 90), (97, 122))
 """Ranges of the letters and digits."""
 START, WORDLIKE, OTHER = range(3)
 """Contexts on one side of a position: an end of the line (START at both), a letter or digit, another character."""
-Ranges = tuple[tuple[int, int], ...]
-"""Set of characters as ranges of code points, both ends included."""
-Tree = tuple[Any, ...]
-"""Operator and operands of an expression; a node has the same form, with numbers of nodes as operands."""
-
-
-class MalformedError(ValueError):
-    """Error for a text that is not an expression of this syntax."""
-
-
-class TooComplexError(Exception):
-    """Error for an expression or comparison that exceeds the limits above."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +43,7 @@ class Comparison:
 def compare(first: str, second: str) -> Comparison:
     """Compare the lines that two expressions match. A malformed expression is not equal to any, not even to itself."""
     try:
-        trees = [_Parser(expression).parse() for expression in (first, second)]
+        trees = [parse(expression) for expression in (first, second)]
         return _Machine(trees).compare()
     except MalformedError:
         return Comparison(False)
@@ -76,136 +59,6 @@ def is_nontrivial(expression: str) -> bool | None:
     return None if None in equals_trivial else True
 
 
-class _Parser:
-    """Recursive descent parser; its trees are tuples of an operator and its operands."""
-
-    def __init__(self, expression: str):
-        self.text, self.at, self.size = expression, 0, 0
-
-    def parse(self) -> Tree:
-        tree = self._union()
-        if self.at < len(self.text):
-            raise MalformedError(f"{self.text[self.at]!r} at {self.at}")
-        return tree
-
-    def _union(self) -> Tree:
-        return self._chain("|", "union", lambda: self._chain("&", "intersection", self._sequence))
-
-    def _chain(self, operator: str, name: str, operand: Callable[[], Tree]) -> Tree:
-        operands = [operand()]
-        while self._take(operator):
-            operands.append(operand())
-        return operands[0] if len(operands) == 1 else (name, *operands)
-
-    def _sequence(self) -> Tree:
-        parts = []
-        while self.at < len(self.text) and self.text[self.at] not in "|&)":
-            parts.append(self._repeated())
-        return ("sequence", *parts)
-
-    def _repeated(self) -> Tree:
-        size_before = self.size
-        tree = self._negated()
-        while self.at < len(self.text) and self.text[self.at] in "*+?{":
-            low, high = self._parse_bounds()
-            self._grow((self.size - size_before) * max(low, high or 0))
-            required = [tree] * low
-            if high is None:
-                tree = ("sequence", *required, ("star", tree))
-            else:
-                optional: Tree = ("sequence",)
-                for _ in range(high - low):
-                    optional = ("union", ("sequence",), ("sequence", tree, optional))
-                tree = ("sequence", *required, optional)
-        return tree
-
-    def _parse_bounds(self) -> tuple[int, int | None]:
-        simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-        if (sign := self._next()) in simple:
-            return simple[sign]
-        inside = ""
-        while (character := self._next()) != "}":
-            inside += character
-        low, comma, high = inside.partition(",")
-        if not all(bound.isascii() and bound.isdigit() for bound in (low, high or "0")):
-            raise MalformedError(f"{{{inside}}}")
-        if max(len(low), len(high)) > MAX_BOUND_DIGITS:
-            raise TooComplexError(f"{{{inside[:20]}}}")
-        bounds = int(low), (int(high) if high else None) if comma else int(low)
-        if bounds[1] is not None and bounds[0] > bounds[1]:
-            raise MalformedError(f"{{{inside}}}")
-        return bounds
-
-    def _negated(self) -> Tree:
-        return ("not", self._negated()) if self._take("~") else self._atom()
-
-    def _atom(self) -> Tree:
-        self._grow(1)
-        character = self._next()
-        if character == "(":
-            tree = self._union()
-            if not self._take(")"):
-                raise MalformedError("unclosed (")
-            return tree
-        if character == "[":
-            return ("class", self._class())
-        if character == ".":
-            return ("class", ((0, LAST_CODE_POINT),))
-        if character == "\\":
-            character = self._next()
-            return ("boundary",) if character == "b" else ("class", ((ord(character), ord(character)),))
-        if character in "*+?{}])":
-            raise MalformedError(f"{character!r} at {self.at - 1}")
-        return ("class", ((ord(character), ord(character)),))
-
-    def _class(self) -> Ranges:
-        negated, ranges = self._take("^"), []
-        while not self._take("]"):
-            first = self._member()
-            last = first
-            if self._take("-"):
-                if self._take("]"):  # in [a-], the final - is a plain character
-                    ranges += [(first, first), (ord("-"), ord("-"))]
-                    break
-                last = self._member()
-            if last < first:
-                raise MalformedError("reversed range")
-            ranges.append((first, last))
-        if not ranges:
-            raise MalformedError("[]")
-        return _complement(ranges) if negated else tuple(ranges)
-
-    def _member(self) -> int:
-        character = self._next()
-        return ord(self._next() if character == "\\" else character)
-
-    def _next(self) -> str:
-        if self.at >= len(self.text):
-            raise MalformedError("unexpected end")
-        self.at += 1
-        return self.text[self.at - 1]
-
-    def _take(self, character: str) -> bool:
-        is_next = self.text.startswith(character, self.at)
-        self.at += is_next
-        return is_next
-
-    def _grow(self, atoms: int) -> None:
-        self.size += atoms
-        if self.size > MAX_ATOMS:
-            raise TooComplexError
-
-
-def _complement(ranges: list[tuple[int, int]]) -> Ranges:
-    gaps: list[tuple[int, int]] = []
-    after = 0
-    for first, last in sorted(ranges):
-        if first > after:
-            gaps.append((after, first - 1))
-        after = max(after, last + 1)
-    return (*gaps, (after, LAST_CODE_POINT)) if after <= LAST_CODE_POINT else tuple(gaps)
-
-
 def _classes(tree: Tree) -> set[Ranges]:
     if tree[0] == "class":
         return {tree[1]}
@@ -217,7 +70,8 @@ def _classes(tree: Tree) -> set[Ranges]:
 class _Machine:
     """Nodes in normal form for two trees.
 
-    A node is a number. Equal numbers mean equal expressions, but equal expressions may have different numbers.
+    A node is a number, and `nodes` has its operator and its operands, which are numbers of nodes. Equal numbers mean
+    equal expressions, but equal expressions may have different numbers.
     """
 
     trees: list[Tree]

@@ -10,8 +10,8 @@ import numpy as np
 
 from data_prep.config import evaluation_tests
 from data_prep.layout import Layout, SpecialTokenIds, positions_needed
+from data_prep.make_tokenizer import find_tokenizer, import_tokenizer
 from data_prep.selection.task_contexts import list_test_files
-from data_prep.tokenizer import find_tokenizer, import_tokenizer
 from data_prep.tokenizer_difference import first_difference
 from data_prep.units import Job
 from data_prep.utils.console import UserError

@@ -16,7 +16,7 @@ import pytest
 from data_prep.pipeline import prepare
 from data_prep.utils.console import UserError
 from data_prep.utils.files import try_lock
-from pretrain.cluster import checks_nodes, checks_run, environment, facts, network
+from pretrain.cluster import checks_devices, checks_nodes, checks_run, environment, facts, network
 from pretrain.cluster.estimate import ResourceEstimate
 from pretrain.cluster.findings import Finding
 from pretrain.cluster.hosts import Host, read_hostfile, slurm_hosts
@@ -378,7 +378,7 @@ def test_the_gpus_of_a_node_are_the_ones_that_cuda_shows(tmp_path, monkeypatch, 
 
 def test_problems_of_gpu_nodes_are_reported():
     slots = {"n1": 2, "n2": 2}
-    check = checks_nodes.check_devices
+    check = checks_devices.check_devices
     assert levels(check({"n1": gpu_facts(), "n2": gpu_facts()}, slots)) == [("ok", ())]
     assert levels(check({"n1": gpu_facts(), "n2": gpu_facts(count=1)}, slots)) == [("fail", ("n2",))]
     assert levels(check({"n1": gpu_facts(), "n2": gpu_facts(used=20 * GIB)}, slots)) == [("warn", ("n2",))]
@@ -393,7 +393,7 @@ def test_problems_of_gpu_nodes_are_reported():
         "torch was built without CUDA"
     )
     shm = {"n1": {"shm_free": 8 * GIB}, "n2": {"shm_free": 60 * 2**20}}
-    assert levels(checks_nodes.check_shared_memory(shm, slots, cuda=True)) == [("fail", ("n2",))]
+    assert levels(checks_devices.check_shared_memory(shm, slots, cuda=True)) == [("fail", ("n2",))]
     lock = {
         "locks": [{"path": "x/lock", "age": 3600}],
         "compiling": False,

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from data_prep.make_tokenizer import train
 from data_prep.pipeline import prepare
-from data_prep.tokenizer import Tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from tests.data_prep.conftest import make_pairs
 from tests.small_corpora import data_config, json_source, split_rows
 

@@ -19,7 +19,6 @@ import pytest
 
 from data_prep.nlrx_grammar import (
     CLASSES,
-    ROOT_COUNTS,
     SPLITS,
     TERMINALS,
     Tree,
@@ -32,6 +31,7 @@ from data_prep.nlrx_grammar import (
     walk,
     within_limits,
 )
+from data_prep.nlrx_published import ROOT_COUNTS
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = REPO_ROOT.parent / "shared" / "data" / "nl-rx-synth"

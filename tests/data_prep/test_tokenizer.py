@@ -14,8 +14,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from data_prep.make_tokenizer import import_tokenizer, train
 from data_prep.pipeline import prepare
-from data_prep.tokenizer import Tokenizer, import_tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json
 from tests.processes import TIMEOUT
@@ -194,7 +195,7 @@ def test_training_is_deterministic_and_silent(model_type, tmp_path, capfd):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_training_is_the_same_in_every_process(model_type, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from data_prep.tokenizer import train; "
+        "import sys; from pathlib import Path; from data_prep.make_tokenizer import train; "
         "from tests.data_prep.test_tokenizer import corpus; "
         f"print(train(corpus(), 360, Path(sys.argv[1]), {model_type!r}).fingerprint)"
     )

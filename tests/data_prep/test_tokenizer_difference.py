@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from data_prep.tokenizer import Tokenizer, import_tokenizer, train
+from data_prep.make_tokenizer import import_tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_difference import first_difference
 from tests.data_prep.test_tokenizer import corpus, train_sentencepiece
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import word_cache
-from data_prep.tokenizer import Tokenizer, import_tokenizer, train
+from data_prep.make_tokenizer import import_tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from data_prep.word_cache import WordCache, is_cacheable
 from tests.data_prep.test_tokenizer import TRICKY_TEXTS, corpus, random_unicode, train_sentencepiece
 

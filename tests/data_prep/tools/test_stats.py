@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 
-from data_prep.tokenizer import train
+from data_prep.make_tokenizer import train
 from data_prep.tools.stats import quantile, stats
 from tests.data_prep.tools.test_verify import pairs, write
 

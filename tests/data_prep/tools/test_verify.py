@@ -13,8 +13,9 @@ import pyarrow.ipc
 import pytest
 
 from data_prep.__main__ import main
+from data_prep.make_tokenizer import train
 from data_prep.shards import CHECKSUM, CONTINUES, FORMAT, MANIFEST, write_shard
-from data_prep.tokenizer import Tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from data_prep.tools.verify import verify
 from data_prep.utils.console import exit_on_user_error
 from data_prep.utils.files import sha256_file, write_json

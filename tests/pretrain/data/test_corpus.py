@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 
+from data_prep.make_tokenizer import train
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
-from data_prep.tokenizer import train
 from data_prep.utils.console import UserError
 from pretrain.data.corpus import Corpus, corpus_identity, source_weights, was_trained_on
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from data_prep.make_tokenizer import train
 from data_prep.nlrx_grammar import generate
 from data_prep.sentencepiece_json import added_token
-from data_prep.tokenizer import Tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from data_prep.utils import progress
 from data_prep.utils.console import UserError
 from pretrain.evaluation import generate as generate_module

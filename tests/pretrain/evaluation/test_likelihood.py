@@ -5,8 +5,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from data_prep.make_tokenizer import train
 from data_prep.nlrx_grammar import generate
-from data_prep.tokenizer import Tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from pretrain.evaluation import likelihood
 from pretrain.evaluation.likelihood import log_likelihoods
 from pretrain.models.language_model import build_model_config

@@ -8,8 +8,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from data_prep.make_tokenizer import train
 from data_prep.nlrx_grammar import generate
-from data_prep.tokenizer import train
 from data_prep.utils.console import UserError
 from pretrain.evaluation.model_tasks import lm_eval
 from pretrain.models.language_model import build_model_config

@@ -12,7 +12,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.tokenizer import Tokenizer, import_tokenizer, train
+from data_prep.make_tokenizer import import_tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from pretrain.models.export import write_export
 from pretrain.models.language_model import build_model_config, random_causal_lm
 

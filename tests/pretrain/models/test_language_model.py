@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from data_prep.layout import Pairing, make_layout
-from data_prep.tokenizer import train
+from data_prep.make_tokenizer import train
 from data_prep.utils.console import UserError
 from pretrain.data.batch import assemble
 from pretrain.models.language_model import (

@@ -9,8 +9,9 @@ import yaml
 from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json, write_json
 from pretrain.report.arms import read_comparison
-from pretrain.report.page import columns, markdown
+from pretrain.report.page import markdown
 from pretrain.report.summary import summarize
+from pretrain.report.tables import columns
 from tests.pretrain.report.tiny_study import copy_run
 
 

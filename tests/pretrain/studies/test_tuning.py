@@ -11,9 +11,9 @@ from data_prep.utils.console import UserError
 from data_prep.utils.files import read_json_lines
 from pretrain.data.corpus import Corpus
 from pretrain.report.arms import Comparison, read_comparison
-from pretrain.report.page import sensitivity_rows
 from pretrain.report.runs import Metric
 from pretrain.report.sensitivity import sensitivity
+from pretrain.report.tables import sensitivity_rows
 from pretrain.run_folder import read_metrics
 from pretrain.studies.config import combinations, load_study
 from pretrain.studies.tuning import Trial, best_trial, edge_values, trial_name, value_beyond

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data_prep.config import JsonSource
+from data_prep.make_tokenizer import train
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
 from data_prep.task_rows import Row, read_rows
 from data_prep.tasks import public_row_format
-from data_prep.tokenizer import train
 from data_prep.utils.console import UserError
 from data_prep.utils.files import write_json
 from pretrain.config import load_config, parse_task

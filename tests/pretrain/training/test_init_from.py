@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_prep.make_tokenizer import train
 from data_prep.nlrx_grammar import generate
-from data_prep.tokenizer import Tokenizer, train
+from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.models.language_model import build_model_config, random_causal_lm
