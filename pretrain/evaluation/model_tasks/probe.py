@@ -21,7 +21,7 @@ from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.tasks.probe import Config
 from pretrain.tasks.scoring import TaskResult
 
-PENALTIES = [10.0**power for power in range(-4, 4)]
+PENALTIES = [10.0**power for power in range(-2, 4)]
 """Weights of half of the squared coefficients, added to the summed loss of all rows, in nats."""
 HELD_OUT = 5
 """One of this many train rows is held out to choose the weight of the penalty."""
