@@ -28,6 +28,7 @@ class FakeStudies:
         self.failing: set[str] = set()
         self.noise = 0.01
         self.rate_effect = 0.0
+        self.step_seconds = 0.5
         self.best_rate = 1.0
         monkeypatch.setattr("pretrain.studies.processes.ProcessRunner", lambda lock: self)
         self.stopped: signal.Signals | None = None
@@ -55,7 +56,8 @@ class FakeStudies:
         record_start(config, Corpus(config.data.path, "train").manifest, 1, 0, [])
         last_step = config.train.steps or LAST_STEP  # only the steps of a calibration run are known
         lines = [
-            {"step": step, "tokens": 250 * step, "seconds": step / 2, "processor_seconds": step / 2, "loss/lm": 1.5}
+            {"step": step, "tokens": 250 * step, "loss/lm": 1.5}
+            | dict.fromkeys(("seconds", "processor_seconds"), self.step_seconds * step)
             for step in range(1, last_step + 1)
         ]
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,23 @@ def test_ranges_are_extended_for_all_arms_and_the_best_values_are_compared(write
     assert "<h2>Sensitivity</h2>" in page
     assert "The best value is at the edge of the range that was tried for" in text
     assert "values in between may score higher" not in text, "the best value is at the edge"
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_the_hours_of_the_trials_and_of_the_compared_runs_are_shown(write_study, monkeypatch, capsys, parallel):
+    studies = FakeStudies(monkeypatch)
+    studies.step_seconds = 3e5  # 1,200 seconds per token
+    tune = TUNE | {"extensions": 0, "seeds": [7, 8, 9]}
+    path = write_study(tune=tune, name=f"hours{parallel}", matched_by="flops", seeds=[1, 2], parallel_runs=parallel)
+    study = studies.start(path)[1]
+    tokens = json.loads((study / "study.json").read_text())["arms"]["plain"]["matched"]["train.tokens"]
+    hours_of_a_run = 1200 * tokens / 3600 / parallel
+    shown = re.search(
+        r"about ([\d.]+) hours for the trials and ([\d.]+) hours for 2 arms x 2 seeds", capsys.readouterr().out
+    )
+    assert [float(hours) for hours in shown.groups()] == pytest.approx(
+        [12 * hours_of_a_run, 4 * hours_of_a_run], rel=0.02
+    )
 
 
 @pytest.fixture
