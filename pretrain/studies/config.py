@@ -121,6 +121,8 @@ class StudyConfig(Section):
     name: str = Field(pattern=r"^\w[\w.+-]*$")
     base: LocalPath
     """Path of the run configuration that all arms change, relative to the study file."""
+    base_changes: dict[str, Any] = {}
+    """Dotted keys of the base configuration and their new values, for all arms."""
     output_dir: LocalPath = "runs"
     """Parent folder of the study folder output_dir/name."""
     seeds: list[int] = Field(min_length=1)
@@ -166,10 +168,20 @@ class StudyConfig(Section):
                     f"{arm!r} cannot be the name of an arm because it becomes part of a folder name; "
                     "use letters, digits and _ . + - only"
                 )
-            for key in changes:
-                if key in STUDY_KEYS:
-                    raise ValueError(f"{arm}: {key} is set by the study; remove it")
+            cls._check_keys(f"{arm}: ", changes)
         return arms
+
+    @field_validator("base_changes")
+    @classmethod
+    def _check_base_changes(cls, changes: dict[str, Any]) -> dict[str, Any]:
+        cls._check_keys("", changes)
+        return changes
+
+    @staticmethod
+    def _check_keys(where: str, changes: Mapping[str, Any]) -> None:
+        """Raise ValueError if one of the keys is set by the study."""
+        if key := next((key for key in changes if key in STUDY_KEYS), None):
+            raise ValueError(f"{where}{key} is set by the study; remove it")
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "StudyConfig":
@@ -259,22 +271,27 @@ class Study:
         """Metric by which the arms are compared."""
         return Metric(**self.config.metric.model_dump())
 
+    def load_base(self, changes: Mapping[str, Any]) -> RunConfig:
+        """Return the base configuration, changed by `base_changes` and then by dotted keys. Raises UserError."""
+        overrides = [*self.config.base_changes.items(), *changes.items()]
+        return load_config(self.base, [as_override(key, value) for key, value in overrides])
+
     def run_config(self, arm: str, seed: int, extra_keys: dict[str, Any] | None = None) -> RunConfig:
         """Return the configuration of a run: the base, changed by the arm and then by the dotted `extra_keys`.
 
         Raises a UserError that names the arm.
         """
-        extra_keys = extra_keys or {}
-        changes = self.config.arms[arm] | {
+        extra_keys = {
             "name": run_name(arm, seed),
             "seed": seed,
             "output_dir": str(self.folder),
             "checkpoint.resume": "auto",
-        }
+        } | (extra_keys or {})
+        changes = self.config.arms[arm]
         # a key that both set is applied last, or a section would replace keys below it
         changes = {key: value for key, value in changes.items() if key not in extra_keys} | extra_keys
         try:
-            config = load_config(self.base, [as_override(key, value) for key, value in changes.items()])
+            config = self.load_base(changes)
         except UserError as error:
             raise UserError(f"arms.{arm}: {error}") from None
         if config.branch_from is not None:

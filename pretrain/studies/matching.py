@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_prep.utils.console import UserError
-from pretrain.config import RunConfig, load_config
+from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.planning.plan import Plan, make_plan
 from pretrain.sections import BUDGETS
@@ -169,8 +169,8 @@ class _OncePerText(logging.Filter):
 
 
 def load_base_config(study: Study) -> RunConfig:
-    """Return the base configuration with the study's first seed, otherwise unchanged."""
-    return load_config(study.base, [f"seed={study.first_seed}", "name=base", f"output_dir={study.folder}"])
+    """Return the base configuration of a study with its first seed."""
+    return study.load_base({"seed": study.first_seed, "name": "base", "output_dir": str(study.folder)})
 
 
 def matched_rows(config: RunConfig, tokens: float, wanted_tokens: float) -> dict[str, int]:

@@ -5,6 +5,7 @@ import pytest
 from data_prep.utils.console import UserError
 from pretrain.studies.calibration import fingerprint
 from pretrain.studies.config import as_override, load_study
+from pretrain.studies.matching import load_base_config
 from tests.commands import ROOT
 
 
@@ -35,6 +36,15 @@ def test_a_preset_applies_to_a_different_base(folder, monkeypatch):
     study = load_study(ROOT / "configs" / "studies" / "does_it_help.yaml", overrides)
     assert study.run_config("semantic_tube", 2).data.path == str(folder / "corpus")
     assert str(study.folder) == "runs/mine"
+
+
+def test_changes_of_the_base_apply_to_all_arms_and_an_arm_may_change_the_same_key(make_study):
+    arms = {"plain": {"objective.name": "next_token"}, "jepa": {"model.shape.num_hidden_layers": 3}}
+    study = make_study(base_changes={"train.steps": 7, "model.shape.num_hidden_layers": 4}, arms=arms)
+    assert load_base_config(study).train.steps == 7
+    found = {arm: study.run_config(arm, 1) for arm in arms}
+    assert {arm: config.train.steps for arm, config in found.items()} == {"plain": 7, "jepa": 7}
+    assert {arm: config.model.shape["num_hidden_layers"] for arm, config in found.items()} == {"plain": 4, "jepa": 3}
 
 
 def test_a_metric_has_the_direction_that_its_task_declares_or_the_one_given(make_study):
@@ -76,7 +86,7 @@ def test_override_values_survive_the_command_line(value):
     ("changes", "expected"),
     [
         ({"sedes": [1]}, "nearest known key is 'seeds'"),
-        ({"data": {}}, "the known keys there are name, base, output_dir, seeds, matched_by"),
+        ({"data": {}}, "the known keys there are name, base, base_changes, output_dir, seeds, matched_by"),
         ({"seeds": [1, 1]}, "seeds lists a seed twice"),
         ({"baseline": "plian"}, "baseline is 'plian', but the arms are plain, jepa"),
         ({"matched_by": "time"}, "matched_by: Input should be 'tokens', 'flops', 'seconds' or 'none'"),
@@ -97,6 +107,7 @@ def test_override_values_survive_the_command_line(value):
             {"parallel_runs": 2, "launch": "deepspeed"},
             "parallel_runs starts each run as one process on this machine, so launch cannot be set too",
         ),
+        ({"base_changes": {"seed": 3}}, "base_changes: seed is set by the study; remove it"),
         ({"parallel_runs": 2, "slurm": {}}, "so slurm cannot be set too"),
         ({"launch": "deepspeed --num_gpus '8"}, "launch is not a valid command line: No closing quotation"),
     ],
