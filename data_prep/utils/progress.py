@@ -27,26 +27,22 @@ _saved: list[tuple[Path, str]] = []
 class Progress:
     """Progress of a step with `total` units of work, such as rows. Use as a context manager, and call `update`.
 
-    A step of a single unit shows nothing.
+    A step of a single unit shows nothing. A step with a `delay` shows nothing in its first seconds.
     """
 
     LINE_SECONDS: ClassVar[float] = 10.0
     """Time between two lines in a log, in seconds."""
 
-    def __init__(self, title: str, total: int, unit: str = "rows"):
-        self.title, self.total, self.unit = title, total, unit
+    def __init__(self, title: str, total: int, unit: str = "rows", delay: float = 0.0):
+        self.title, self.total, self.unit, self.delay = title, total, unit, delay
         self.done = 0
         self.started = self.last_line = time.monotonic()
         self.last_renewal = float("-inf")
         self.bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Self:
-        if self.total > 1 and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
-            from tqdm import tqdm  # imported late: most commands show no progress
-
-            self.bar = tqdm(
-                total=self.total, desc=self.title, unit=self.unit, unit_scale=self.unit == "B", bar_format=BAR
-            )
+        if not self.delay:
+            self._open_bar()
         return self
 
     def __exit__(
@@ -67,6 +63,8 @@ class Progress:
         if not (self.is_due or finished):
             return
         self.last_renewal = time.monotonic()
+        if self.bar is None and not finished and self.last_renewal - self.started >= self.delay:
+            self._open_bar()
         text = self.describe(self.last_renewal - self.started, self.done + begun)
         if begun:
             text = f"{(self.done + begun) / self.total:.0%} of the work, {text}"
@@ -79,6 +77,15 @@ class Progress:
         for path, work in _saved:
             with contextlib.suppress(OSError):  # such as a full disk
                 path.write_text(f"{work}: {self.title} {self.amount}, {text}", encoding="utf-8")
+
+    def _open_bar(self) -> None:
+        """Open the line that renews itself, if the messages go to a terminal."""
+        if self.total > 1 and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
+            from tqdm import tqdm  # imported late: most commands show no progress
+
+            self.bar = tqdm(
+                total=self.total, desc=self.title, unit=self.unit, unit_scale=self.unit == "B", bar_format=BAR
+            )
 
     @property
     def amount(self) -> str:

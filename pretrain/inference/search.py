@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 QUERIES_AT_A_TIME = 1000
 """Number of queries that are compared with the index at a time."""
+COLLAPSED = 0.9
+"""Mean cosine of different texts above which embeddings count as collapsed."""
+FEWEST_TEXTS = 10
+"""Fewest texts from which a collapse is concluded."""
 
 
 def main() -> None:
@@ -49,6 +53,13 @@ class Index(NamedTuple):
     texts: list[str]
     embeddings: "np.ndarray"
     """Unit embeddings, (N, D) fp32."""
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the embeddings of different texts are almost equal."""
+        count = len(self.texts)
+        total = self.embeddings.sum(axis=0, dtype="float64")
+        return count >= FEWEST_TEXTS and float(total @ total - count) / (count * (count - 1)) > COLLAPSED
 
     def search(self, queries: "np.ndarray", top: int) -> tuple["np.ndarray", "np.ndarray"]:
         """Return the cosines and the numbers of the closest texts to predictions (Q, D), both (Q, top), best first.
@@ -89,6 +100,11 @@ def _search(arguments: argparse.Namespace) -> None:
             "note: the model was trained with targets in their context, so it may not find texts encoded separately"
         )
     index = open_index(arguments.model, export, embedder, arguments.index, view)
+    if index.collapsed:
+        logger.warning(
+            "the embeddings of all texts are almost equal, because the embeddings of this model have collapsed: the "
+            "order of the results means nothing"
+        )
     predictions, fits = embedder.predict_from(query_view, queries)
     cosines, numbers = index.search(predictions, arguments.top)
     for query, found, scores, fit in zip(queries, numbers, cosines, fits, strict=True):

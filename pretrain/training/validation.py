@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data_prep.layout import Layout, SpecialTokenIds
+from data_prep.utils.progress import Progress
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Rows, Unit, draw_random_bits, loss_denominators, plan_rows
@@ -18,6 +19,10 @@ from pretrain.training.hooks import Hook, StepReport
 
 if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
+
+
+PROGRESS_DELAY = 10.0
+"""Time after which a validation shows its progress, in seconds."""
 
 
 class _Pass(NamedTuple):
@@ -79,7 +84,8 @@ class Validation:
         engine.eval()
         sums: dict[str, torch.Tensor] = {}
         monitors: dict[str, float] = {}
-        with torch.no_grad():
+        batches = sum(len(one.batches) for one in self.passes)
+        with torch.no_grad(), Progress("validation", batches, "batches", PROGRESS_DELAY) as progress:
             for number, one in enumerate(self.passes):
                 pools = []
                 for batch in one.batches:
@@ -88,6 +94,7 @@ class Validation:
                         return None
                     output = engine(batch.to(self.world.device), with_pool=True)
                     pools.append(output.pool)
+                    progress.update(1)
                     if number == 0:
                         for name, value in output.terms.items():
                             sums[name] = sums.get(name, 0) + value

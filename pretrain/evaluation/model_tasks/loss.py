@@ -5,7 +5,6 @@ import json
 import torch
 
 from data_prep.task_rows import read_rows, write_views
-from data_prep.utils.progress import Progress
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation.task_corpus import prepare_task_corpus
 from pretrain.evaluation.task_run import CheckpointTask
@@ -36,14 +35,8 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     validation = Validation(corpus, layouts, specials, config.data.sequence_length, len(corpus), micro_step_rows, world)
     objective = load_objective(run.export, config.objective, model)
     module = TrainingModule(model, objective, Gather(world.all_gather, 0)).to(device)
-    with Progress("computing losses", sum(len(one.batches) for one in validation.passes), "batches") as progress:
-
-        def show_progress() -> bool:
-            progress.update(1)
-            return False  # continue
-
-        values = validation.run(module, objective.units, show_progress)
-    assert values is not None  # rank 0 always has them
+    values = validation.run(module, objective.units)
+    assert values is not None  # nothing stops the validation
     in_context = "validation/embedding_in_context/"
     separate = {tag.rsplit("/", 1)[1]: value for tag, value in values.items() if not tag.startswith(in_context)}
     return TaskResult(

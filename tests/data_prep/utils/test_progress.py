@@ -59,6 +59,13 @@ def test_a_terminal_shows_one_line_that_renews_itself():
     assert "generating" in last and "500 of 1000 rows" in last and "30s left" in last
 
 
+@pytest.mark.parametrize("delay, shown", [(20, "30s left"), (40, "")])
+def test_a_step_with_a_delay_shows_nothing_before_it(delay, shown):
+    step = STEP.replace('"generating", 1000', f'"generating", 1000, delay={delay}')
+    received = on_terminal([sys.executable, "-c", step])[1]
+    assert shown in received and bool(received) == bool(shown)
+
+
 def test_the_level_of_messages_hides_the_line():
     assert on_terminal([sys.executable, "-c", STEP], LOGLEVEL="WARNING") == ("", "")
 

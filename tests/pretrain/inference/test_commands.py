@@ -205,6 +205,16 @@ def test_wrong_arguments_of_search_are_reported_in_one_line(run, pairs, argument
     assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "spread, texts, expected", [(0.3, 20, True), (0.4, 20, False), (0.3, 9, False), (0.0, 1, False)]
+)
+def test_collapsed_embeddings_are_recognised(spread, texts, expected):
+    """The mean cosine is about 1 / (1 + spread²): 0.917 and 0.862."""
+    noise = np.random.default_rng(0).standard_normal((texts, 10_000)) / 100
+    embeddings = np.eye(1, 10_000) + spread * noise
+    assert Index([str(number) for number in range(texts)], unit(embeddings.astype(np.float32))).collapsed == expected
+
+
 def test_search_equals_a_full_sort():
     draw = np.random.default_rng(0)
     texts, queries = draw.standard_normal((2500, 16)).astype(np.float32), draw.standard_normal((1203, 16))
