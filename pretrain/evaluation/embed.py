@@ -23,6 +23,7 @@ from pretrain.models.view_templates import (
     objective_from_export,
     pairing_from_export,
     prediction_name,
+    text_templates,
     view_template,
 )
 from pretrain.objectives.base import Objective
@@ -135,13 +136,19 @@ def _comment(path: Path) -> bytes:
         return b""
 
 
-def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
-    """Return the embeddings of rows that have all views of the export."""
+def embed(export: Path, texts: Sequence[tuple[str, ...]], *, in_context: bool = False) -> Embeddings:
+    """Return the embeddings of rows that have all views of the export.
+
+    With `in_context`, the last view is encoded after the other views instead of separately.
+    """
     embedder = Embedder(export)
     by_view = [list(view_texts) for view_texts in zip(*texts, strict=True)]
     views, fits = {}, np.ones(len(texts), bool)
     for number, name in enumerate(embedder.names):
-        views[name], view_fits = embedder.embed_view(number, by_view[number])
+        if in_context and name == embedder.names[-1]:
+            views[name], view_fits = embedder.embed_in_context(texts)
+        else:
+            views[name], view_fits = embedder.embed_view(number, by_view[number])
         fits &= view_fits
     predictions: dict[tuple[str, str], np.ndarray] = {}
     by_source: dict[int, np.ndarray] = {}
@@ -195,6 +202,24 @@ class Embedder:
         rows = [[*before, *row, *after] for row in self._tokenizer.encode_batch(list(texts))]
         limit = self.model.max_positions
         return encode(self.model, rows), np.array([len(row) <= limit for row in rows], bool)
+
+    def embed_in_context(self, texts: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the embeddings of the last views of rows at the end of the text of all views; see `embed_view`.
+
+        Raises UserError if the model reads the views as independent texts, or if it predicts the first one.
+        """
+        templates = text_templates(self._jepa)
+        if not templates or self.pairing.direction != "forward":
+            raise UserError(
+                "target: in_context needs a model that was trained with layout: joint and direction: forward, in which "
+                "the target has a context; use target: alone"
+            )
+        rows: list[list[int]] = [[] for _ in texts]
+        for template, view_texts in zip(templates, zip(*texts, strict=True), strict=True):
+            before, after = ([self._ids[name] for name in part] for part in template)
+            for row, ids in zip(rows, self._tokenizer.encode_batch(list(view_texts)), strict=True):
+                row += [*before, *ids, *after]
+        return encode(self.model, rows), np.array([len(row) <= self.model.max_positions for row in rows], bool)
 
     def predict_from(
         self, view: int, texts: Sequence[str], embeddings: np.ndarray | None = None

@@ -3,8 +3,11 @@
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from data_prep.layout import Pairing, SpecialTokenIds, make_layout
+from data_prep.layout import Layout, Pairing, Segment, SpecialTokenIds, make_layout
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
+
+NAMES = [field.name for field in fields(SpecialTokenIds)]
+"""Names of the special tokens."""
 
 
 class ViewTemplate(NamedTuple):
@@ -29,15 +32,29 @@ def pairing_from_export(jepa: dict[str, Any]) -> Pairing:
 
 def view_template(jepa: dict[str, Any], view: int) -> ViewTemplate:
     """Return the template of a view, for a record that has all views of jepa.json."""
-    views = len(jepa["views"])
-    names = [field.name for field in fields(SpecialTokenIds)]
-    specials = SpecialTokenIds(*range(len(names)))
-    layout = make_layout(objective_from_export(jepa).layout, specials, views=views, pairing=Pairing())
-    segment = layout.separate_segment(view)
+    return _template(_layout(jepa).separate_segment(view), view, len(jepa["views"]))
+
+
+def text_templates(jepa: dict[str, Any]) -> list[ViewTemplate]:
+    """Return the template of each view in the text of all views; empty if the views are independent texts."""
+    layout, views = _layout(jepa), len(jepa["views"])
+    stream = layout.documents[0]
+    return (
+        [_template(layout.segments[index], view, views) for view, index in enumerate(stream)] if len(stream) > 1 else []
+    )
+
+
+def _layout(jepa: dict[str, Any]) -> Layout:
+    """Return a layout whose token ids are the numbers of the special tokens in NAMES."""
+    specials = SpecialTokenIds(*range(len(NAMES)))
+    return make_layout(objective_from_export(jepa).layout, specials, views=len(jepa["views"]), pairing=Pairing())
+
+
+def _template(segment: Segment, view: int, views: int) -> ViewTemplate:
     suffix = segment.suffix
     if view == views - 1 and segment.last_suffix is not None:
         suffix = segment.last_suffix
-    return ViewTemplate(tuple(names[token] for token in segment.prefix), tuple(names[token] for token in suffix))
+    return ViewTemplate(tuple(NAMES[token] for token in segment.prefix), tuple(NAMES[token] for token in suffix))
 
 
 def prediction_name(view: str, predicted_view: str) -> str:

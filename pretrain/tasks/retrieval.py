@@ -15,6 +15,14 @@ class Config(PairTask):
     """Options of the task that finds the target view of each row among all target views, by their embeddings."""
 
     name: Literal["retrieval"]
+    target: Literal["alone", "in_context"] = "alone"
+    """Encoding of the targets: alone, or after their own first view, as with `objective.target`. Only for two views."""
+
+    def check_views(self, views: tuple[str, ...]) -> None:
+        """Raise ValueError unless there are at least two views, or two if the targets are in context."""
+        super().check_views(views)
+        if self.target == "in_context" and len(views) > 2:
+            raise ValueError(f"target: in_context needs two views, but data.views is {list(views)}; use target: alone")
 
     def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
         """Return whether the task reports a metric; its direction of prediction, if any, must join two of the views."""

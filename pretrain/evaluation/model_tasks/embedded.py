@@ -21,15 +21,18 @@ class PairEmbeddings(NamedTuple):
     """(N,) identifiers of the target texts: equal keys mean equal texts."""
 
 
-def embed_test_pairs(run: CheckpointTask) -> tuple[dict[str, PairEmbeddings], int, dict[str, int]]:
+def embed_test_pairs(
+    run: CheckpointTask, *, in_context: bool = False
+) -> tuple[dict[str, PairEmbeddings], int, dict[str, int]]:
     """Return the pairs of the test rows, the number of rows, and the nonzero counts of skipped rows by reason.
 
     too_long counts the rows that do not fit into the model's positions, and not_finite the rows with embeddings that
     are not finite. The pairs map the metric prefix of each direction of prediction, such as `text_to_code_`, to its
-    embeddings; the prefix of the first direction is empty. Raises UserError if fewer than two rows remain.
+    embeddings; the prefix of the first direction is empty. With `in_context`, the last view is encoded after the other
+    views. Raises UserError if fewer than two rows remain.
     """
     rows = run.read_test()
-    embeddings = embed(run.export, [row.views for row in rows])
+    embeddings = embed(run.export, [row.views for row in rows], in_context=in_context)
     names = run.config.data.views
     usable = finite_rows((*embeddings.views.values(), *embeddings.predictions.values()))
     skipped = {"too_long": int((~embeddings.fits).sum()), "not_finite": int((embeddings.fits & ~usable).sum())}

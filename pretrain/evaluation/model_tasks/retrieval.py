@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from pretrain.evaluation.model_tasks.embedded import PairEmbeddings, embed_test_pairs
 from pretrain.evaluation.task_run import CheckpointTask
+from pretrain.tasks.retrieval import Config
 from pretrain.tasks.scoring import TaskResult, rate
 
 BLOCK_ROWS = 1024
@@ -19,7 +20,8 @@ BLOCK_ROWS = 1024
 
 def evaluate(run: CheckpointTask) -> TaskResult:
     """Embed the test rows and rank their targets."""
-    pairs, rows, skipped = embed_test_pairs(run)
+    assert isinstance(run.task, Config)  # the name of the task selects its class
+    pairs, rows, skipped = embed_test_pairs(run, in_context=run.task.target == "in_context")
     metrics = {
         f"{prefix}{name}": value for prefix, embeddings in pairs.items() for name, value in score(embeddings).items()
     }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.layout import FORWARD
+from data_prep.layout import FORWARD, Pairing, make_layout
 from data_prep.nlrx_grammar import generate
 from data_prep.utils.console import UserError
 from pretrain.config import load_config, parse_task
@@ -76,6 +76,40 @@ def test_embeddings_match_the_objective_and_the_readme(
         for name, vector in namespace["embed_record"](*texts[number]).items():
             expected = found.views[name] if name in VIEWS else found.predictions[tuple(name.split("_to_"))]
             np.testing.assert_allclose(vector, expected[number], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("number", [0, 4, 5, 7])
+def test_targets_in_context_match_the_layout_that_trains_them(number, prepared, corpus, specials, make_model, tmp_path):
+    objective = OBJECTIVES[number]
+    tokens = objective.get("predictor_tokens", 0)
+    model = make_model(tokens)
+    jepa = {"run": "tiny", "step": 7, "objective": objective, "views": list(VIEWS)}
+    built = build_objective(objective_from_export(jepa), model.shape)
+    export = write_model_export(tmp_path, prepared, model, tokens, jepa, "llama", built)
+    numbers = np.arange(8)
+    texts = [
+        tuple(corpus.tokenizer.decode(part) for part in corpus.tokens_by_view(record).values()) for record in numbers
+    ]
+    if objective.get("direction") == "both":
+        with pytest.raises(UserError, match="target: in_context needs a model that was trained with layout: joint"):
+            embed(export, texts, in_context=True)
+        return
+    found = embed(export, texts, in_context=True)
+    layout = make_layout("joint", specials, pairing=Pairing(in_context=True))
+    rows = plan_rows(
+        corpus, numbers, layout, 256, np.ones(len(numbers), bool), draw_random_bits(numbers, 0, np.zeros_like(numbers))
+    )
+    (batch,) = micro_batches(rows, corpus, layout, specials, 256, micro_batch_rows=rows.count, rank=0, ranks=1)
+    with torch.no_grad():
+        _, targets = select_pair_embeddings(model(batch), batch)
+    for place in batch.pair_valid.nonzero().flatten().tolist():
+        expected = targets[place]
+        np.testing.assert_allclose(found.views["code"][batch.pair_record[place]], expected, rtol=2e-4, atol=2e-4)
+    assert batch.pair_valid.sum() == 8
+    alone = embed(export, texts)
+    assert np.array_equal(found.views["text"], alone.views["text"])
+    assert all(np.array_equal(found.predictions[edge], alone.predictions[edge]) for edge in alone.predictions)
+    assert np.abs(found.views["code"] - alone.views["code"]).max() > 0.01
 
 
 def test_a_file_becomes_one_array_per_view_with_nan_for_rows_that_do_not_fit(prepared, make_model, tmp_path):

@@ -225,6 +225,7 @@ def write_tasks_of_every_kind(folder):
     return [
         *tasks,
         {"name": "retrieval", "test": str(pairs)},
+        {"name": "retrieval", "label": "in_context", "test": str(pairs), "target": "in_context"},
         {"name": "geometry", "label": "shape", "test": str(pairs), "rows": 30},
         {"name": "probe", "column": "label", "test": reviews, "train": reviews},
     ]
@@ -237,6 +238,7 @@ def test_every_kind_of_task_runs_on_the_export_and_writes_its_result(run_dir, by
     assert list(results) == [task.get("label", task["name"]) for task in tasks]
     assert {task: result["rows"] for task, result in results.items()} == dict.fromkeys(results, 6) | {
         "retrieval": 40,
+        "in_context": 40,
         "shape": 30,
     }
     for task, result in results.items():

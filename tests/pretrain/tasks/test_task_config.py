@@ -78,7 +78,11 @@ def test_tasks_of_the_same_name_need_labels_and_tasks_check_the_views():
     parse_task(probe, "task").check_views(("text",))
     with pytest.raises(ValueError, match=r"the task probe reads the view 'code', but data\.views is \['text'\]"):
         parse_task(probe | {"view": "code"}, "task").check_views(("text",))
-    parse_task({"name": "retrieval", "test": "x"}, "task").check_views(("a", "b", "c"))
+    retrieval = {"name": "retrieval", "test": "x"}
+    parse_task(retrieval, "task").check_views(("a", "b", "c"))
+    parse_task(retrieval | {"target": "in_context"}, "task").check_views(("a", "b"))
+    with pytest.raises(ValueError, match="target: in_context needs two views"):
+        parse_task(retrieval | {"target": "in_context"}, "task").check_views(("a", "b", "c"))
 
 
 FINETUNINGS = {
