@@ -80,6 +80,14 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
     assert_self_contained(page)
 
 
+def test_a_rise_of_more_than_one_percent_counts_as_overfitting(study_with_values):
+    study = study_with_values({"plain": PLAIN, "other": PLAIN})
+    for rise, is_shown in ((1.009, False), (1.011, True)):
+        for folder in study.glob("arm*"):
+            set_validation_losses(folder, {3: 0.5, 6: 0.5 * rise})
+        assert (TITLE in render_report(study, page=False)[0]) == is_shown
+
+
 def test_the_metric_at_the_lowest_validation_loss_is_interpolated_or_missing(study_with_values):
     """The lowest loss is at step 3. The report needs evaluations before and after it, and one at the last step."""
     evaluated = {

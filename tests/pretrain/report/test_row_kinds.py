@@ -106,7 +106,8 @@ def test_the_interval_contains_the_true_difference_in_most_samples_of_seeds_and_
 def test_there_is_no_interval_without_spread_or_with_too_few_seeds_or_rows():
     mixed = np.tile([1.0, 0.0, -1.0], (3, 10))
     assert interval(mixed) is not None
-    assert interval(mixed[:1]) is interval(mixed[:, : FEWEST_ROWS - 1]) is interval(np.ones((3, 50))) is None
+    assert interval(mixed[:1]) is interval(np.ones((3, 50))) is None
+    assert interval(mixed[:, :9]) is None and interval(mixed[:, :10]) is not None
 
 
 def test_rows_are_grouped_by_texts_and_by_quartiles_of_numbers():

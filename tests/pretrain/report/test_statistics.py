@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 from pretrain.report.statistics import (
     ALPHA,
@@ -218,6 +218,7 @@ def test_a_test_of_all_signs_equals_its_enumeration():
         expected = sum(mean >= abs(sum(differences)) - 1e-9 for mean in means) / len(means)
         assert sign_flip_p_value(differences) == pytest.approx(expected)
     assert sign_flip_p_value([1.0] * 6) == 2 / 64 and sign_flip_p_value([1.0] * 17) is None
+    assert sign_flip_p_value([1.0] * 16) == 2 / 2**16
 
 
 def test_the_detectable_difference_of_several_arms_uses_the_corrected_level():
@@ -234,6 +235,21 @@ def test_the_detectable_difference_is_found_in_four_of_five_studies(seeds, tests
     differences = random.normal(min_detectable_difference(0.3, seeds, alpha), 0.3, (40_000, seeds))
     t_values = differences.mean(axis=1) / (differences.std(axis=1, ddof=1) / np.sqrt(seeds))
     assert np.mean(np.abs(t_values) > stats.t.ppf(1 - alpha / 2, seeds - 1)) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("seeds", [3, 6, 20])
+def test_the_detectable_difference_has_a_power_of_80_percent(seeds):
+    """Integrate the power over the density of the sample standard deviation."""
+    bound, freedom = stats.t.ppf(0.975, seeds - 1), seeds - 1
+    shift = min_detectable_difference(1.0, seeds, 0.05) * np.sqrt(seeds)
+
+    def found(deviation):
+        limit = bound * deviation
+        density = stats.chi.pdf(deviation * np.sqrt(freedom), freedom) * np.sqrt(freedom)
+        return density * (stats.norm.sf(limit - shift) + stats.norm.cdf(-limit - shift))
+
+    power, _ = integrate.quad(found, 0, np.inf)
+    assert power == pytest.approx(0.8, abs=1e-5)
 
 
 def test_unpaired_seeds_do_not_change_the_tolerance_of_ties():
