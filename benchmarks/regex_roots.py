@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.config import JsonSource
 from data_prep.task_rows import read_rows
-from data_prep.utils.console import exit_on_user_error
+from data_prep.utils.console import UserError, exit_on_user_error
 
 VIEWS = ("text", "code")
 SHAPES = {
@@ -24,18 +24,17 @@ SHAPES = {
     "at_least_once": r"G\+",
     "zero_or_more": r"G\*",
     "n_or_more": r"G\{\d,\}",
-    "and3": r"G&G&G",
-    "or3": r"G\|G\|G",
     "and": r"G&G",
     "or": r"G\|G",
     "containing": r"\.\*.*\.\*",
-    "followed": r"[^G]*\.\*[^G]*\.\*",
+    "followed": r"[^G]+\.\*[^G]+\.\*",
+    "only": r"\w+|\.|\[[\w-]+\]",
 }
 """Patterns of the outermost rule of an expression whose outermost groups are replaced by G, in order of precedence."""
 
 
 def root(expression: str) -> str:
-    """Return the outermost rule of an expression of NL-RX."""
+    """Return the outermost rule of an expression of NL-RX. Raises UserError for another text."""
     shape, depth, group = "", 0, ""
     for character in expression:
         depth -= character == ")"
@@ -47,7 +46,10 @@ def root(expression: str) -> str:
         elif character != "(":
             shape += character
         depth += character == "("
-    return next((name for name, pattern in SHAPES.items() if re.fullmatch(pattern, shape)), "only")
+    found = next((name for name, pattern in SHAPES.items() if re.fullmatch(pattern, shape)), None)
+    if found is None:
+        raise UserError(f"{expression!r} is not an expression of NL-RX; remove its row")
+    return found
 
 
 def label(source: str, output: Path) -> None:

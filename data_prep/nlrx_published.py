@@ -127,4 +127,4 @@ AVOIDED = (
     "ending with starting",
     "before starting",
 )
-"""Phrases that do not occur in a description."""
+"""Phrases that do not occur in the published descriptions."""

@@ -271,6 +271,7 @@ def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
     """
     try:
         task.check_views(config.data.views)
+        task.check_objective(config.objective)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     if not task.finetunes:

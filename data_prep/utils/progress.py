@@ -27,7 +27,7 @@ _saved: list[tuple[Path, str]] = []
 class Progress:
     """Progress of a step with `total` units of work, such as rows. Use as a context manager, and call `update`.
 
-    A step of a single unit shows nothing. A step with a `delay` shows nothing in its first seconds.
+    A step of a single unit shows nothing. A step with a `delay`, in seconds, shows nothing before it.
     """
 
     LINE_SECONDS: ClassVar[float] = 10.0
@@ -71,12 +71,18 @@ class Progress:
         if self.bar is not None:
             self.bar.n = self.done
             self.bar.set_postfix_str(text)
-        elif self.last_renewal - self.last_line >= self.LINE_SECONDS and self.total > 1 and not finished:
+        elif self._line_is_due and not finished:
             self.last_line = self.last_renewal
             logger.info(f"{self.title}: {self.amount}, {text}")
         for path, work in _saved:
             with contextlib.suppress(OSError):  # such as a full disk
                 path.write_text(f"{work}: {self.title} {self.amount}, {text}", encoding="utf-8")
+
+    @property
+    def _line_is_due(self) -> bool:
+        """Whether a log gets a line now."""
+        delayed = self.last_renewal - self.started < self.delay
+        return self.last_renewal - self.last_line >= self.LINE_SECONDS and self.total > 1 and not delayed
 
     def _open_bar(self) -> None:
         """Open the line that renews itself, if the messages go to a terminal."""

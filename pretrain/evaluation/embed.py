@@ -139,13 +139,13 @@ def _comment(path: Path) -> bytes:
 def embed(export: Path, texts: Sequence[tuple[str, ...]], *, in_context: bool = False) -> Embeddings:
     """Return the embeddings of rows that have all views of the export.
 
-    With `in_context`, the last view is encoded after the other views instead of separately.
+    With `in_context`, the second of two views is encoded after the first one instead of separately.
     """
     embedder = Embedder(export)
     by_view = [list(view_texts) for view_texts in zip(*texts, strict=True)]
     views, fits = {}, np.ones(len(texts), bool)
     for number, name in enumerate(embedder.names):
-        if in_context and name == embedder.names[-1]:
+        if in_context and number == 1:
             views[name], view_fits = embedder.embed_in_context(texts)
         else:
             views[name], view_fits = embedder.embed_view(number, by_view[number])
@@ -204,16 +204,11 @@ class Embedder:
         return encode(self.model, rows), np.array([len(row) <= limit for row in rows], bool)
 
     def embed_in_context(self, texts: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the embeddings of the last views of rows at the end of the text of all views; see `embed_view`.
+        """Return the embeddings at the end of the text of both views of each row; see `embed_view`.
 
-        Raises UserError if the model reads the views as independent texts, or if it predicts the first one.
+        The model must have been trained with the joint layout.
         """
         templates = text_templates(self._jepa)
-        if not templates or self.pairing.direction != "forward":
-            raise UserError(
-                "target: in_context needs a model that was trained with layout: joint and direction: forward, in which "
-                "the target has a context; use target: alone"
-            )
         rows: list[list[int]] = [[] for _ in texts]
         for template, view_texts in zip(templates, zip(*texts, strict=True), strict=True):
             before, after = ([self._ids[name] for name in part] for part in template)

@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 QUERIES_AT_A_TIME = 1000
 """Number of queries that are compared with the index at a time."""
-COLLAPSED = 0.9
-"""Mean cosine of different texts above which embeddings count as collapsed."""
+ALMOST_EQUAL = 0.9
+"""Mean cosine of different texts above which a warning is shown."""
 FEWEST_TEXTS = 10
-"""Fewest texts from which a collapse is concluded."""
+"""Fewest texts for this warning."""
 
 
 def main() -> None:
@@ -55,11 +55,11 @@ class Index(NamedTuple):
     """Unit embeddings, (N, D) fp32."""
 
     @property
-    def collapsed(self) -> bool:
-        """Whether the embeddings of different texts are almost equal."""
+    def mean_cosine(self) -> float:
+        """Mean cosine of two different texts; 0 for a single text."""
         count = len(self.texts)
         total = self.embeddings.sum(axis=0, dtype="float64")
-        return count >= FEWEST_TEXTS and float(total @ total - count) / (count * (count - 1)) > COLLAPSED
+        return float(total @ total - count) / max(1, count * (count - 1))
 
     def search(self, queries: "np.ndarray", top: int) -> tuple["np.ndarray", "np.ndarray"]:
         """Return the cosines and the numbers of the closest texts to predictions (Q, D), both (Q, top), best first.
@@ -100,10 +100,10 @@ def _search(arguments: argparse.Namespace) -> None:
             "note: the model was trained with targets in their context, so it may not find texts encoded separately"
         )
     index = open_index(arguments.model, export, embedder, arguments.index, view)
-    if index.collapsed:
+    if index.mean_cosine > ALMOST_EQUAL and len(index.texts) >= FEWEST_TEXTS:
         logger.warning(
-            "the embeddings of all texts are almost equal, because the embeddings of this model have collapsed: the "
-            "order of the results means nothing"
+            f"the embeddings of the texts are almost equal (mean cosine {index.mean_cosine:.3f}), so the order of the "
+            "results may mean nothing; compare paired_cosine and shuffled_cosine in the validation of the run"
         )
     predictions, fits = embedder.predict_from(query_view, queries)
     cosines, numbers = index.search(predictions, arguments.top)

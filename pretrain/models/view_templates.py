@@ -1,4 +1,4 @@
-"""Special tokens around a view that an export encodes separately, as in the layout of its objective."""
+"""Special tokens around a view: encoded separately or in the text of all views, as in the layout of an objective."""
 
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ NAMES = [field.name for field in fields(SpecialTokenIds)]
 class ViewTemplate(NamedTuple):
     """The special tokens before and after a view, by name: bos, sep or eos.
 
-    The hidden state of the last token is the embedding.
+    The hidden state of the last token of a text is the embedding of its last view.
     """
 
     before: tuple[str, ...]
@@ -36,12 +36,10 @@ def view_template(jepa: dict[str, Any], view: int) -> ViewTemplate:
 
 
 def text_templates(jepa: dict[str, Any]) -> list[ViewTemplate]:
-    """Return the template of each view in the text of all views; empty if the views are independent texts."""
+    """Return the template of each view in the text of all views, for the joint layout."""
     layout, views = _layout(jepa), len(jepa["views"])
-    stream = layout.documents[0]
-    return (
-        [_template(layout.segments[index], view, views) for view, index in enumerate(stream)] if len(stream) > 1 else []
-    )
+    (stream,) = layout.documents
+    return [_template(layout.segments[index], view, views) for view, index in enumerate(stream)]
 
 
 def _layout(jepa: dict[str, Any]) -> Layout:

@@ -24,7 +24,7 @@ from pretrain.studies.config import Study, StudyConfig, run_name
 from pretrain.studies.matching import Arm, Matching
 from pretrain.studies.processes import ProcessRunner
 from pretrain.studies.record import Run, StudyRecord
-from pretrain.studies.runner import log_path, wall_seconds_per_flop, write_run_config
+from pretrain.studies.runner import log_path, run_environments, wall_seconds_per_flop, write_run_config
 from pretrain.studies.slurm import submit, wait_for
 from pretrain.studies.speeds import PairedRatio, mean_over_levels, paired_ratio, read_ratios
 
@@ -160,7 +160,8 @@ class Calibration:
                 script = self._launcher_dir / "slurm" / "pretrain.sbatch"
                 jobs.append(submit(script, slurm.train, f"calibration-{config.name}", log, path))
             else:
-                self._processes.train(self._launcher_dir, self._study.config.launch, path, log)
+                environment, *_ = run_environments(self._study.config.parallel_runs)
+                self._processes.train(self._launcher_dir, self._study.config.launch, path, log, environment)
         for job in jobs:
             wait_for(job, lambda: self._processes.stopped is not None)
 

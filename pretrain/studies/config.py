@@ -140,7 +140,7 @@ class StudyConfig(Section):
     tune: TuneConfig | None = None
     """Tuning of the arms; without it, the report states that the arms were not tuned."""
     arms: dict[str, dict[str, Any]]
-    """Arm name -> dotted keys of a run configuration and their values. {} is the unchanged base configuration."""
+    """Arm name -> dotted keys of a run configuration and their values. {} is the base with `base_changes`."""
     launch: str = ""
     """Command in front of `launcher/run.py`, such as `deepspeed --num_gpus 8`. The default is python: one process."""
     parallel_runs: int = Field(default=1, ge=1)
@@ -179,8 +179,9 @@ class StudyConfig(Section):
 
     @staticmethod
     def _check_keys(where: str, changes: Mapping[str, Any]) -> None:
-        """Raise ValueError if one of the keys is set by the study."""
-        if key := next((key for key in changes if key in STUDY_KEYS), None):
+        """Raise ValueError if one of the keys, or a key of one of the sections, is set by the study."""
+        inner = [f"{key}.{name}" for key, value in changes.items() if isinstance(value, dict) for name in value]
+        if key := next((key for key in [*changes, *inner] if key in STUDY_KEYS), None):
             raise ValueError(f"{where}{key} is set by the study; remove it")
 
     @model_validator(mode="after")
@@ -338,6 +339,11 @@ def load_study(path: Path, overrides: list[str]) -> Study:
         StudyConfig, load_yaml(path, overrides, tuple(key for key in StudyConfig.model_fields if key != "power"))
     )
     study = Study(config, path.parent / config.base)
+    if config.base_changes:
+        try:
+            study.load_base({})
+        except UserError as error:
+            raise UserError(f"base_changes: {error}") from None
     base = study.run_config(config.baseline, config.seeds[0])
     tasks = {task.title: task for task in base.evaluation.tasks}
     if config.metric.task not in tasks:

@@ -68,7 +68,8 @@ def _show(study: Study) -> None:
         print(
             f"{len(study.config.arms)} arms x {len(study.config.seeds)} seeds: {', '.join(study.config.arms)}\n"
             f"budgets and FLOPs depend on the corpus, and {', '.join(missing)} is not prepared yet; "
-            f"start the study to prepare it, or run python -m data_prep {study.base}"
+            "start the study to prepare it"
+            + ("" if study.config.base_changes else f", or run python -m data_prep {study.base}")
         )
         return
     matching = Matching(study, overrides)

@@ -1,6 +1,6 @@
 """Matching: the same batch and the same budget for every arm.
 
-The reference is the unchanged base configuration. Other arms do not affect the batch and budget of an arm, so arms can
+The reference is the base configuration. Other arms do not affect the batch and budget of an arm, so arms can
 be added to a study later.
 
     batch     a step has the same number of corpus tokens as a step of the base. Rows with copies of a view hold fewer

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pretrain.training.evaluation_requests import die_with_parent
 
@@ -22,7 +22,7 @@ class ProcessRunner:
         """Whether signals go to the process group of each running command instead of only to its first process."""
         self.stopped: signal.Signals | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: self.stop(signal.Signals(number)))
+            signal.signal(number, self._receive)
 
     def train(
         self, launcher_dir: Path, launch: str, config: Path, log: Path, environment: Mapping[str, str] | None = None
@@ -49,6 +49,9 @@ class ProcessRunner:
         self.stopped = number
         for process, group in list(self._running.items()):
             self._forward(number, process, group)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.stop(signal.Signals(number))
 
     def _run(self, command: list[str], log: Path, environment: Mapping[str, str] | None, *, group: bool = False) -> int:
         """Run a command and return its exit code.

@@ -110,13 +110,15 @@ def check_metric(study: Study, run: Run) -> None:
 def run_environments(count: int) -> list[dict[str, str]]:
     """Return the environment variables of each of `count` runs that train at the same time on this machine.
 
-    They assign a GPU to each run, in turn, or without GPUs a number of threads. A single run keeps the environment.
+    They assign a GPU to each run, in turn, or without GPUs a number of threads, unless OMP_NUM_THREADS is set. A single
+    run keeps the environment.
     """
     if count == 1:
         return [{}]
     import torch  # imported late because it loads slowly
 
-    if gpus := torch.cuda.device_count():
+    gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",")[:gpus] if visible else [str(gpu) for gpu in range(gpus)]
         return [{"CUDA_VISIBLE_DEVICES": names[number % gpus]} for number in range(count)]
@@ -174,7 +176,8 @@ class _LocalRuns:
             if is_done(run):
                 check_metric(self._study, run)
         except BaseException:
-            self._processes.stop(signal.SIGTERM)
+            if not self._processes.stopped:
+                self._processes.stop(signal.SIGTERM)
             raise
         finally:
             self._environments.put(environment)
@@ -208,8 +211,8 @@ class _LocalRuns:
             seconds_per_flop = wall_seconds_per_flop(self._runs, self._record)
         if seconds_per_flop is None:
             return ""
-        flops_left = sum(run.flops for run in self._runs if not is_done(run))
-        seconds = flops_left * seconds_per_flop / self._study.config.parallel_runs
+        left = [run.flops for run in self._runs if not is_done(run)]
+        seconds = sum(left) * seconds_per_flop / min(len(left), self._study.config.parallel_runs)
         return f", about {duration(seconds)} left for all runs"
 
 

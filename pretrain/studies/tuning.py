@@ -246,7 +246,7 @@ class Tuning:
         compared = sum(map(statistics.fmean, flops_of_arm.values()))  # with one seed
         power, seeds = self.study.config.power, self.study.config.seeds
         effort = [missing, compared * len(seeds), compared * power.most if power else 0]
-        parallel = self.study.config.parallel_runs
+        parallel = min(self.study.config.parallel_runs, len(runs))
         shown = [
             f"{flops:.3g} FLOPs"
             if seconds_per_flop is None

@@ -17,6 +17,7 @@ from pretrain.sections import LoraConfig, TrainConfig
 
 if TYPE_CHECKING:
     from data_prep.task_rows import Row
+    from pretrain.objectives.configs import ObjectiveConfig
 
 
 class TaskConfig(Section):
@@ -54,6 +55,9 @@ class TaskConfig(Section):
 
     def check_views(self, views: tuple[str, ...]) -> None:
         """Raise ValueError if the task cannot be evaluated on records of these views."""
+
+    def check_objective(self, objective: "ObjectiveConfig") -> None:
+        """Raise ValueError if the task cannot be evaluated on models that are trained with an objective."""
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
         """Raise UserError if a file or package of the task is missing; `where` is the dotted key of the task."""

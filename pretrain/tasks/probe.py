@@ -3,7 +3,7 @@
 pretrain/evaluation/model_tasks/probe.py fits and scores it.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource
 from data_prep.utils.config_file import LocalPath
@@ -58,11 +58,16 @@ class Config(RowTask):
 
         `key` is the dotted key of the rows.
         """
-        values = [row.columns.get(self.column) for row in rows]
-        for number, (row, value) in enumerate(zip(rows, values, strict=True), start=1):
-            if not isinstance(value, str | int | float):
-                raise UserError(
-                    f"{key}: row {number} has no label in the column {self.column!r} (column of {self.title}); the row "
-                    f"has {', '.join(row.columns)}"
-                )
-        return list(map(str, values))
+        return [self._label(row.columns, f"{key}: row {number}") for number, row in enumerate(rows, start=1)]
+
+    def _label(self, columns: dict[str, Any], where: str) -> str:
+        value = columns.get(self.column)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # columns of integers with gaps are often written as 1.0
+        if not isinstance(value, str | int | float) or value == "" or value != value:
+            others = ", ".join(name for name in columns if name != self.column)
+            raise UserError(
+                f"{where} has no label in the column {self.column!r}; add it, remove the row, or choose another column "
+                f"({others})"
+            )
+        return str(value)

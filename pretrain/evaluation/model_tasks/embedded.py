@@ -18,7 +18,7 @@ class PairEmbeddings(NamedTuple):
     target: torch.Tensor
     """(N, D) fp32 target embeddings."""
     key: torch.Tensor
-    """(N,) identifiers of the target texts: equal keys mean equal texts."""
+    """(N,) identifiers of the target encodings: equal keys mean equal texts, and in context equal contexts too."""
 
 
 def embed_test_pairs(
@@ -28,8 +28,8 @@ def embed_test_pairs(
 
     too_long counts the rows that do not fit into the model's positions, and not_finite the rows with embeddings that
     are not finite. The pairs map the metric prefix of each direction of prediction, such as `text_to_code_`, to its
-    embeddings; the prefix of the first direction is empty. With `in_context`, the last view is encoded after the other
-    views. Raises UserError if fewer than two rows remain.
+    embeddings; the prefix of the first direction is empty. With `in_context`, the second of two views is encoded after
+    the first one. Raises UserError if fewer than two rows remain.
     """
     rows = run.read_test()
     embeddings = embed(run.export, [row.views for row in rows], in_context=in_context)
@@ -47,7 +47,9 @@ def embed_test_pairs(
         )
     pairs = {}
     for number, ((source, target), prediction) in enumerate(embeddings.predictions.items()):
-        _, key = np.unique([row.views[names.index(target)] for row in rows], return_inverse=True)
+        encoded = [row.views if in_context else row.views[names.index(target)] for row in rows]
+        number_of = {texts: number for number, texts in enumerate(dict.fromkeys(encoded))}
+        key = np.array([number_of[texts] for texts in encoded])
         pairs[f"{source}_to_{target}_" if number else ""] = PairEmbeddings(
             torch.from_numpy(prediction[usable]),
             torch.from_numpy(embeddings.views[target][usable]),

@@ -78,7 +78,7 @@ def test_embeddings_match_the_objective_and_the_readme(
             np.testing.assert_allclose(vector, expected[number], rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("number", [0, 4, 5, 7])
+@pytest.mark.parametrize("number", [0, 4, 5, 9])
 def test_targets_in_context_match_the_layout_that_trains_them(number, prepared, corpus, specials, make_model, tmp_path):
     objective = OBJECTIVES[number]
     tokens = objective.get("predictor_tokens", 0)
@@ -90,10 +90,6 @@ def test_targets_in_context_match_the_layout_that_trains_them(number, prepared, 
     texts = [
         tuple(corpus.tokenizer.decode(part) for part in corpus.tokens_by_view(record).values()) for record in numbers
     ]
-    if objective.get("direction") == "both":
-        with pytest.raises(UserError, match="target: in_context needs a model that was trained with layout: joint"):
-            embed(export, texts, in_context=True)
-        return
     found = embed(export, texts, in_context=True)
     layout = make_layout("joint", specials, pairing=Pairing(in_context=True))
     rows = plan_rows(
@@ -227,6 +223,21 @@ def test_a_note_explains_embeddings_of_a_model_with_targets_in_context(prepared,
         export = write_model_export(tmp_path / target, prepared, make_model(1), 1, jepa, "llama")
         embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, [generate(0, "test", 0)])))
         assert (note in messages) == (target == "in_context")
+
+
+def test_rows_with_the_same_target_have_different_targets_in_context(prepared, make_model, tmp_path):
+    jepa = {"run": "tiny", "step": 7, "objective": {"name": "next_token"}, "views": list(VIEWS)}
+    export = write_model_export(tmp_path, prepared, make_model(0), 0, jepa, "llama")
+    (tmp_path / "evaluation").mkdir()
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
+    texts = [("a dog", "[0-9]"), ("a ring", "[0-9]"), ("a lake", "[a-z]"), ("a dog", "[0-9]")]
+    candidates = {}
+    for target in ("alone", "in_context"):
+        file = str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, texts))
+        task = parse_task({"name": "retrieval", "test": file, "target": target}, "task")
+        result = retrieval.evaluate(CheckpointTask(config, task, 7, export, tmp_path / "evaluation"))
+        candidates[target] = result.counts["candidates"]
+    assert candidates == {"alone": 2, "in_context": 3}
 
 
 def pairs(prediction, target, key=None):

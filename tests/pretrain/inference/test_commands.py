@@ -18,10 +18,12 @@ import torch
 import yaml
 from pyarrow import parquet
 
+from data_prep.nlrx_grammar import generate
 from data_prep.utils.console import UserError, duration
 from data_prep.utils.files import read_json_lines
 from pretrain.evaluation.embed import embed
 from pretrain.evaluation.generate import generate_answers
+from pretrain.inference import search
 from pretrain.inference.export_folder import find_export
 from pretrain.inference.generate import _TextPrinter
 from pretrain.inference.search import Index, unit
@@ -205,14 +207,23 @@ def test_wrong_arguments_of_search_are_reported_in_one_line(run, pairs, argument
     assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "spread, texts, expected", [(0.3, 20, True), (0.4, 20, False), (0.3, 9, False), (0.0, 1, False)]
-)
-def test_collapsed_embeddings_are_recognised(spread, texts, expected):
-    """The mean cosine is about 1 / (1 + spread²): 0.917 and 0.862."""
-    noise = np.random.default_rng(0).standard_normal((texts, 10_000)) / 100
-    embeddings = np.eye(1, 10_000) + spread * noise
-    assert Index([str(number) for number in range(texts)], unit(embeddings.astype(np.float32))).collapsed == expected
+def test_the_mean_cosine_of_an_index_equals_a_slow_computation():
+    embeddings = unit(np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32) + 1)
+    cosines = [one @ other for one, other in itertools.permutations(embeddings, 2)]
+    texts = [str(number) for number in range(20)]
+    assert Index(texts, embeddings).mean_cosine == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert Index(texts[:1], embeddings[:1]).mean_cosine == pytest.approx(0, abs=1e-6)
+
+
+def test_almost_equal_embeddings_are_reported(run, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    pairs = [generate(3, "test", number) for number in range(12)]
+    rows.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
+    for limit, expected in ((-1.0, True), (1.01, False)):
+        monkeypatch.setattr(search, "ALMOST_EQUAL", limit)
+        monkeypatch.setattr(sys, "argv", ["search.py", str(run), PROMPTS[0], "--index", str(rows)])
+        search.main()
+        assert ("the embeddings of the texts are almost equal (mean cosine" in capsys.readouterr().err) == expected
 
 
 def test_search_equals_a_full_sort():

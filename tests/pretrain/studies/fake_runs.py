@@ -25,6 +25,8 @@ class FakeStudies:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.trained: list[str] = []
+        self.gpus: dict[str, set[str | None]] = {}
+        """GPUs of the training and the evaluation of each run."""
         self.failing: set[str] = set()
         self.noise = 0.01
         self.rate_effect = 0.0
@@ -49,6 +51,7 @@ class FakeStudies:
         """Write a finished run directory."""
         config = load_config(config_path)
         self.trained.append(config.name)
+        self.gpus[config.name] = {(environment or {}).get("CUDA_VISIBLE_DEVICES")}
         if config.name in self.failing:
             return 1
         run_dir = config.run_dir
@@ -67,6 +70,7 @@ class FakeStudies:
     def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path, environment: Any = None) -> int:
         """Write a result of each task."""
         config = load_config(run_dir / "config.yaml")
+        self.gpus[config.name].add((environment or {}).get("CUDA_VISIBLE_DEVICES"))
         value = (
             1
             + len(config.objective.name) / 10

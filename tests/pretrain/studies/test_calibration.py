@@ -30,7 +30,7 @@ class SimulatedProcesses:
     def __init__(self, times, on_gpu=False):
         self.times, self.on_gpu, self.trained, self.stopped = times, on_gpu, [], None
 
-    def train(self, launcher_dir, launch, path, log):
+    def train(self, launcher_dir, launch, path, log, environment):
         config = load_config(path)
         self.trained.append(config.name)
         arm, _, rest = config.name.partition("-round")

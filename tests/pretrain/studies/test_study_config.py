@@ -107,6 +107,8 @@ def test_override_values_survive_the_command_line(value):
             {"parallel_runs": 2, "launch": "deepspeed"},
             "parallel_runs starts each run as one process on this machine, so launch cannot be set too",
         ),
+        ({"base_changes": {"checkpoint": {"resume": "never"}}}, "checkpoint.resume is set by the study; remove it"),
+        ({"base_changes": {"train.epoch": 3}}, "base_changes: unknown key 'train.epoch'"),
         ({"base_changes": {"seed": 3}}, "base_changes: seed is set by the study; remove it"),
         ({"parallel_runs": 2, "slurm": {}}, "so slurm cannot be set too"),
         ({"launch": "deepspeed --num_gpus '8"}, "launch is not a valid command line: No closing quotation"),

@@ -1,6 +1,7 @@
 """A study continues on another machine from study.json and the records of its finished runs."""
 
 import shutil
+import threading
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from pretrain.report.arms import read_comparison
 from pretrain.report.page import markdown
 from pretrain.report.summary import summarize
 from tests.pretrain.studies.fake_runs import FakeStudies
+from tests.processes import TIMEOUT
 
 
 @pytest.fixture
@@ -162,3 +164,18 @@ def test_no_run_starts_after_one_that_lacks_the_metric(studies, write_study, tmp
     with pytest.raises(UserError, match=r"-seed1 has no loss/jepa at its last step; loss reports lm\. Set metric"):
         studies.start(path, f"output_dir={tmp_path}")
     assert 1 <= len(studies.trained) <= parallel
+
+
+def test_training_and_evaluation_of_runs_at_the_same_time_use_one_gpu_each(studies, write_study, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    both_run, train = threading.Barrier(2, timeout=TIMEOUT), studies.train
+
+    def train_together(*arguments):
+        both_run.wait()
+        return train(*arguments)
+
+    monkeypatch.setattr(studies, "train", train_together)
+    path = write_study(name="gpus", seeds=[1, 2], parallel_runs=2)
+    assert studies.start(path, f"output_dir={tmp_path}")[0] == 0
+    assert sorted(map(sorted, studies.gpus.values())) in ([["0"], ["0"], ["1"], ["1"]],)

@@ -180,12 +180,15 @@ def test_runs_at_the_same_time_all_save_when_the_study_stops(start, write_study,
 def test_runs_at_the_same_time_share_gpus_or_cores(monkeypatch, count, gpus, visible, threads, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(7)))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     for name, value in {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": threads}.items():
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
     assert run_environments(count) == expected
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # GPUs are not used
+    assert not any("CUDA_VISIBLE_DEVICES" in variables for variables in run_environments(count))
 
 
 @pytest.mark.slow

@@ -85,6 +85,20 @@ def test_tasks_of_the_same_name_need_labels_and_tasks_check_the_views():
         parse_task(retrieval | {"target": "in_context"}, "task").check_views(("a", "b", "c"))
 
 
+@pytest.mark.parametrize(
+    "key, refused, accepted", [("layout", "independent", "joint"), ("direction", "both", "forward")]
+)
+def test_retrieval_in_context_needs_an_objective_with_contexts(tmp_path, key, refused, accepted):
+    task = {"name": "retrieval", "test": "x", "target": "in_context"}
+    for value in (refused, accepted):
+        values = tiny_config(tmp_path, evaluation={"tasks": [task]}, objective={"name": "llm_jepa", key: value})
+        if value == accepted:
+            load_config(write_config(tmp_path, values))
+        else:
+            with pytest.raises(UserError, match=r"evaluation\.tasks\.0: target: in_context needs an objective with"):
+                load_config(write_config(tmp_path, values))
+
+
 FINETUNINGS = {
     "learning_rate": (
         {"finetune": {"learning_rate": -1, "epochs": 2}},
@@ -209,7 +223,7 @@ REQUIREMENTS = {
     ),
     "column": (
         {"name": "probe", "train": "FOLDER/rows.jsonl", "column": "label"},
-        "test: row 1 has no label in the column 'label' (column of probe); the row has text, code",
+        "test: row 1 has no label in the column 'label'; add it, remove the row, or choose another column",
     ),
     "peft": (
         {"name": "nl_rx", "finetune": {}, "train": "FOLDER/rows.jsonl", "finetune_lora": {"rank": 2, "alpha": 4}},
