@@ -8,9 +8,7 @@ from pretrain.report.arms import read_comparison
 from pretrain.report.page import markdown
 from pretrain.report.summary import summarize
 
-STUDIES = sorted(
-    path.parent for path in (Path(__file__).resolve().parents[3] / "docs" / "studies").glob("*/study.json")
-)
+STUDIES = sorted(path.parent for path in (Path(__file__).resolve().parents[3] / "docs" / "studies").glob("*/REPORT.md"))
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
